@@ -1,0 +1,135 @@
+"""Frozen settings. Flags, environment variables and help texts derive from these classes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from thermocline.errors import SamplingError, UsageError
+
+
+class Mode(StrEnum):
+    """How the FFN is computed. `AUTO` is `EXACT` where the activation gives zeros, else `DENSE`."""
+
+    AUTO = "auto"
+    DENSE = "dense"
+    EXACT = "exact"
+
+
+class OpsKind(StrEnum):
+    """Which implementation of the ops contract runs the model."""
+
+    CPU = "cpu"
+    REFERENCE = "reference"
+
+
+class CacheType(StrEnum):
+    """Number format of the KV cache."""
+
+    F16 = "f16"
+    F32 = "f32"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadSettings:
+    """How a model is loaded."""
+
+    ctx_size: int = 0
+    """Context length in tokens; 0 takes the model's own."""
+    threads: int = 0
+    """CPU threads; 0 takes one per physical core."""
+    ubatch: int = 512
+    """Most prompt tokens computed in one pass."""
+    cache_type_k: CacheType = CacheType.F16
+    """Number format of the cached keys."""
+    cache_type_v: CacheType = CacheType.F16
+    """Number format of the cached values."""
+    mode: Mode = Mode.AUTO
+    """How the FFN is computed."""
+    ops: OpsKind = OpsKind.CPU
+    """Implementation of the arithmetic."""
+    isa: str = "auto"
+    """Instruction set of the native kernels; `doctor` lists those that this CPU has."""
+
+    def __post_init__(self) -> None:
+        _check(0 <= self.ctx_size <= 1 << 24, "ctx-size", self.ctx_size, "0 (the model's own) to 16777216")
+        _check(0 <= self.threads <= 1024, "threads", self.threads, "0 (physical cores) to 1024")
+        _check(1 <= self.ubatch <= 1 << 16, "ubatch-size", self.ubatch, "1 to 65536")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingSettings:
+    """How the next token is chosen.
+
+    The chain is: logit bias, penalties, top-k, top-p, min-p, temperature, draw.
+    """
+
+    temperature: float = 0.8
+    """0 is greedy; larger is more varied."""
+    top_k: int = 40
+    """Keep the k likeliest tokens; 0 keeps all."""
+    top_p: float = 0.95
+    """Keep the smallest set of tokens whose probabilities reach this sum; 1 keeps all."""
+    min_p: float = 0.05
+    """Drop tokens less likely than this share of the likeliest one; 0 drops none."""
+    repeat_penalty: float = 1.0
+    """Divide the logits of tokens seen lately by this; 1 is off."""
+    presence_penalty: float = 0.0
+    """Subtract this from the logits of tokens seen lately."""
+    frequency_penalty: float = 0.0
+    """Subtract this from a token's logit once for each time it was seen lately."""
+    repeat_last_n: int = 64
+    """How many of the last tokens the penalties look at; 0 is none, -1 the whole context."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Added to the logits of single tokens; -inf forbids one."""
+    seed: int = -1
+    """Seed of the sampler; -1 draws one."""
+    max_tokens: int = -1
+    """Most tokens to generate; -1 goes on until a stop or the context's end."""
+    stop: tuple[str, ...] = ()
+    """Strings that end the text; they are not part of it."""
+    ignore_eos: bool = False
+    """Go on after an end-of-sequence token."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "temperature",
+            "top_p",
+            "min_p",
+            "repeat_penalty",
+            "presence_penalty",
+            "frequency_penalty",
+        ):
+            value = getattr(self, name)
+            _sampling(math.isfinite(value), name, value, "a finite number")
+        _sampling(0 <= self.temperature <= 100, "temperature", self.temperature, "0 to 100")
+        _sampling(0 <= self.top_k <= 1 << 30, "top_k", self.top_k, "0 (all) to 1073741824")
+        _sampling(0 < self.top_p <= 1, "top_p", self.top_p, "more than 0, at most 1")
+        _sampling(0 <= self.min_p <= 1, "min_p", self.min_p, "0 to 1")
+        _sampling(0 < self.repeat_penalty <= 10, "repeat_penalty", self.repeat_penalty, "more than 0, at most 10")
+        for name in ("presence_penalty", "frequency_penalty"):
+            _sampling(abs(getattr(self, name)) <= 100, name, getattr(self, name), "-100 to 100")
+        _sampling(-1 <= self.repeat_last_n <= 1 << 24, "repeat_last_n", self.repeat_last_n, "-1 (all) to 16777216")
+        _sampling(-1 <= self.seed < 1 << 63, "seed", self.seed, "-1 (drawn) to 2^63-1")
+        _sampling(
+            self.max_tokens == -1 or 1 <= self.max_tokens <= 1 << 24,
+            "max_tokens",
+            self.max_tokens,
+            "-1 (until a stop) or 1 to 16777216",
+        )
+        _sampling(len(self.stop) <= 16 and all(self.stop), "stop", self.stop, "at most 16 strings, none empty")
+        for token, bias in self.logit_bias.items():
+            _sampling(token >= 0, "logit_bias", token, "token ids from 0")
+            _sampling(bias == -math.inf or math.isfinite(bias), "logit_bias", bias, "finite numbers or -inf")
+
+
+def _check(ok: bool, name: str, value: object, allowed: str) -> None:
+    if not ok:
+        raise UsageError(f"{name} is {value}; allowed: {allowed}")
+
+
+def _sampling(ok: bool, name: str, value: object, allowed: str) -> None:
+    if not ok:
+        raise SamplingError(f"{name} is {value}; allowed: {allowed}")

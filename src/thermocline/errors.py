@@ -1,0 +1,74 @@
+"""Every error a user can cause, with the numbers and the remedy in its message."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class ThermoclineError(Exception):
+    """Base of all errors a user can cause. `exit_code` is what the command line returns."""
+
+    exit_code = 1
+
+
+class UsageError(ThermoclineError):
+    """A flag, an argument or a setting is wrong (exit code 2)."""
+
+    exit_code = 2
+
+
+class SamplingError(UsageError):
+    """A sampling setting is out of its range or not finite."""
+
+
+class ContextError(UsageError):
+    """Prompt and answer do not fit the context."""
+
+    def __init__(self, needed: int, available: int, remedy: str) -> None:
+        super().__init__(f"{needed} tokens do not fit a context of {available}; {remedy}")
+        self.needed = needed
+        self.available = available
+
+
+class ModelFormatError(ThermoclineError):
+    """A file is not what it claims to be.
+
+    `field` names what was wrong, `offset` the byte where it was found (None if it has no place).
+    """
+
+    def __init__(self, path: Path | str, field: str, problem: str, *, offset: int | None = None) -> None:
+        where = f" at byte {offset}" if offset is not None else ""
+        super().__init__(f"{printable(str(path))}: {field}{where}: {problem}")
+        self.path = str(path)
+        self.field = field
+        self.offset = offset
+
+
+class UnsupportedModelError(ThermoclineError):
+    """The file is sound, but names a family, format, tokenizer or value that is not implemented."""
+
+
+class TokenizerError(ThermoclineError):
+    """The vocabulary or its merges are unusable."""
+
+
+class ChatTemplateError(ThermoclineError):
+    """The model's chat template is missing, too large, too slow or refused by the sandbox."""
+
+
+class HardwareError(ThermoclineError):
+    """The machine lacks what was asked for."""
+
+
+class NumericalError(ThermoclineError):
+    """Logits or weights are not finite."""
+
+
+class OutputError(ThermoclineError):
+    """A file could not be written; the old one, if any, is untouched."""
+
+
+def printable(text: str, limit: int = 200) -> str:
+    """`text` safe for one line of a terminal: control characters escaped, cut at `limit`."""
+    safe = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return safe if len(safe) <= limit else safe[: limit - 1] + "…"

@@ -1,0 +1,1 @@
+"""The arithmetic: one contract, several implementations."""

@@ -1,0 +1,154 @@
+"""The slow, plain twin of every op: numpy, accumulating in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from thermocline.files.quantize import dequantize, to_float
+from thermocline.files.weight import Weight
+from thermocline.ops.contract import (
+    Activation,
+    ActiveSet,
+    Array,
+    FfnKind,
+    FfnWork,
+    KVLayer,
+    Matrix,
+    NeuronBlock,
+)
+
+
+class ReferenceOps:
+    """Numpy implementation of the contract; weights are dequantised whenever they are used."""
+
+    name = "reference"
+
+    def place(self, weight: Weight) -> Weight:
+        """The weight itself."""
+        return weight
+
+    def array(self, shape: tuple[int, ...], dtype: str = "float32") -> Array:
+        """A zeroed numpy array."""
+        return np.zeros(shape, dtype=dtype)
+
+    def to_host(self, array: Array) -> npt.NDArray[Any]:
+        """The array itself."""
+        return np.asarray(array)
+
+    def embed(self, table: Matrix, tokens: npt.NDArray[np.int32], out: Array) -> None:
+        """See the contract."""
+        out[...] = dequantize(table.data[tokens], table.format, table.columns)
+
+    def rms_norm(self, x: Array, weight: Array, eps: float, out: Array) -> None:
+        """See the contract."""
+        wide = x.astype(np.float64)
+        out[...] = wide / np.sqrt((wide**2).mean(axis=-1, keepdims=True) + eps) * weight
+
+    def linear(
+        self,
+        x: Array,
+        matrices: tuple[Matrix, ...],
+        outs: tuple[Array, ...],
+        biases: tuple[Array | None, ...] | None = None,
+        *,
+        add: bool = False,
+    ) -> None:
+        """See the contract."""
+        for i, (matrix, out) in enumerate(zip(matrices, outs, strict=True)):
+            y = x.astype(np.float64) @ to_float(matrix).astype(np.float64).T
+            bias = biases[i] if biases is not None else None
+            if bias is not None:
+                y += bias
+            out[...] = out + y if add else y
+
+    def rope(self, x: Array, table: Array, positions: npt.NDArray[np.int32], *, interleaved: bool) -> None:
+        """See the contract."""
+        cos = table[positions, 0][:, None, :].astype(np.float64)
+        sin = table[positions, 1][:, None, :].astype(np.float64)
+        half = table.shape[-1]
+        first = x[..., 0 : 2 * half : 2] if interleaved else x[..., :half]
+        second = x[..., 1 : 2 * half : 2] if interleaved else x[..., half : 2 * half]
+        a, b = first.astype(np.float64), second.astype(np.float64)
+        first[...] = a * cos - b * sin
+        second[...] = a * sin + b * cos
+
+    def attention(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        cache: KVLayer,
+        start: int,
+        scale: float,
+        window: int,
+        out: Array,
+    ) -> None:
+        """See the contract."""
+        tokens, n_head, _ = q.shape
+        stop = start + tokens
+        cache.keys[:, start:stop] = k.swapaxes(0, 1)
+        cache.values[:, start:stop] = v.swapaxes(0, 1)
+        group = n_head // cache.keys.shape[0]
+        keys = cache.keys[:, :stop].astype(np.float64).repeat(group, axis=0)
+        values = cache.values[:, :stop].astype(np.float64).repeat(group, axis=0)
+        scores = np.einsum("thd,hsd->hts", q.astype(np.float64), keys) * scale
+        query, key = np.arange(start, stop)[:, None], np.arange(stop)[None, :]
+        hidden = (key > query) | ((window > 0) & (key <= query - window))
+        scores[:, hidden] = -np.inf
+        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        weights /= weights.sum(axis=-1, keepdims=True)
+        out[...] = np.einsum("hts,hsd->thd", weights, values)
+
+    def ffn(
+        self,
+        x: Array,
+        block: NeuronBlock,
+        active: ActiveSet,
+        out: Array,
+        *,
+        skip_zeros: bool,
+        hidden: Array | None = None,
+    ) -> FfnWork:
+        """See the contract."""
+        computed = np.zeros(block.neurons, dtype=bool)
+        computed[slice(None) if active.indices is None else active.indices] = True
+        wide = x.astype(np.float64)
+        up = wide @ to_float(block.up).astype(np.float64).T
+        gate = up if block.gate is None else wide @ to_float(block.gate).astype(np.float64).T
+        h = np.where(computed, _neuron(gate, up, block.kind), 0.0)
+        down = to_float(block.down).astype(np.float64)
+        out[...] = out + (h @ down if block.records else h @ down.T)
+        if hidden is not None:
+            hidden[...] = h
+        return _work(computed, _activate(gate, block.kind) != 0, h, block, skip_zeros)
+
+
+def _work(
+    computed: npt.NDArray[np.bool_],
+    opened: npt.NDArray[np.bool_],
+    h: npt.NDArray[np.float64],
+    block: NeuronBlock,
+    skip_zeros: bool,
+) -> FfnWork:
+    rows = int(computed.sum())
+    touched = int((computed & opened.any(axis=0)).sum()) if skip_zeros and block.records else rows
+    fired = int(np.count_nonzero(h))
+    if block.gate is None:
+        return FfnWork(0, rows, touched, fired)
+    return FfnWork(rows, touched, touched, fired)
+
+
+def _neuron(gate: npt.NDArray[np.float64], up: npt.NDArray[np.float64], kind: FfnKind) -> npt.NDArray[np.float64]:
+    if not kind.gated:
+        return _activate(up, kind)
+    return _activate(gate, kind) * (_activate(up, kind) if kind.both else up)
+
+
+def _activate(x: npt.NDArray[np.float64], kind: FfnKind) -> npt.NDArray[np.float64]:
+    if kind.activation is Activation.SILU:
+        return x / (1 + np.exp(-x))
+    kept = np.where(x > kind.threshold, x, 0.0)
+    return kept**2 if kind.activation is Activation.RELU2 else kept
