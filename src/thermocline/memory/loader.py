@@ -1,0 +1,178 @@
+"""From an opened model to a network ready to run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from thermocline.config import Mode
+from thermocline.files.quantize import dequantize, to_float
+from thermocline.files.weight import Weight
+from thermocline.memory.reblock import Reblocked, Transposer, not_finite, record_format, transpose
+from thermocline.model.families import family_of
+from thermocline.model.network import Layer, Transformer, resolve_mode
+from thermocline.model.rope import rope_table
+from thermocline.model.source import ModelSource
+from thermocline.model.spec import ModelSpec
+from thermocline.model.tensors import check_tensors
+from thermocline.ops.contract import Array, NeuronBlock, Ops
+
+CHECKED_ROWS = 1 << 20
+"""Elements looked at together by the full check, so that it needs a few megabytes only."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """What loading did. `mapped_bytes` stay in the file's mapping, `resident_bytes` were made anew."""
+
+    mapped_bytes: int
+    resident_bytes: int
+    reblocked: tuple[Reblocked, ...]
+    seconds: float
+
+    @property
+    def worst_reblocked(self) -> Reblocked | None:
+        """The transposed tensor with the largest error, None if nothing was transposed."""
+        return max(self.reblocked, key=lambda r: r.max_abs_error, default=None)
+
+
+def load_transformer(
+    source: ModelSource, ops: Ops, *, n_ctx: int = 0, mode: Mode = Mode.AUTO, check: bool = False
+) -> tuple[Transformer, LoadReport]:
+    """Read the spec, hold the tensors to it, and place them where `ops` computes.
+
+    `n_ctx` is the longest context that will be run, 0 the model's own. Norms and biases are always looked at
+    for NaN and infinity, and down projections while they are transposed; `check` looks at every weight.
+
+    Raises:
+        ModelFormatError: the source contradicts itself.
+        UnsupportedModelError: it asks for what is not implemented.
+        NumericalError: weights are not finite.
+        UsageError: the network cannot run in that mode.
+    """
+    began = time.perf_counter()
+    family = family_of(source)
+    spec = family.spec(source)
+    mode = resolve_mode(mode, spec.ffn)
+    weights = family.weights(source, spec)
+    check_tensors(source.path, spec, weights)
+    if check:
+        check_finite(weights)
+    loading = _Loading(spec, ops, weights)
+    n_ctx = n_ctx or spec.n_ctx_train
+    transformer = Transformer(
+        spec=spec,
+        ops=ops,
+        embedding=ops.place(weights["token_embd.weight"]),
+        layers=tuple(loading.layer(i) for i in range(spec.n_layer)),
+        output_norm=loading.vector("output_norm.weight"),
+        head=(ops.place(weights["token_embd.weight" if spec.tied_embeddings else "output.weight"]),),
+        rope=resident(ops, rope_table(spec.rope, n_ctx)),
+        n_ctx=n_ctx,
+        mode=mode,
+    )
+    return transformer, loading.report(time.perf_counter() - began)
+
+
+def check_finite(weights: Mapping[str, Weight]) -> None:
+    """Look at every weight (of block formats, at every scale).
+
+    Raises:
+        NumericalError: one is NaN or infinite; the tensor is named.
+    """
+    for name, weight in weights.items():
+        if not all(np.isfinite(numbers).all() for numbers in _numbers(weight)):
+            raise not_finite(name)
+
+
+def resident(ops: Ops, values: npt.NDArray[np.float32]) -> Array:
+    """`values` as an array of the implementation."""
+    array = ops.array(values.shape)
+    ops.to_host(array)[...] = values
+    return array
+
+
+@dataclass(slots=True)
+class _Loading:
+    """The account kept while tensors are placed."""
+
+    spec: ModelSpec
+    ops: Ops
+    weights: Mapping[str, Weight]
+    resident_bytes: int = 0
+    reblocked: list[Reblocked] = field(default_factory=list)
+
+    def layer(self, index: int) -> Layer:
+        spec, blk = self.spec, f"blk.{index}."
+        qkv = [self.ops.place(self.weights[f"{blk}attn_{part}.weight"]) for part in "qkv"]
+        bias = [self.vector(f"{blk}attn_{part}.bias") for part in "qkv"] if spec.qkv_bias else None
+        return Layer(
+            attn_norm=self.vector(blk + "attn_norm.weight"),
+            qkv=(qkv[0], qkv[1], qkv[2]),
+            qkv_bias=(bias[0], bias[1], bias[2]) if bias else None,
+            q_norm=self.vector(blk + "attn_q_norm.weight") if spec.qk_norm else None,
+            k_norm=self.vector(blk + "attn_k_norm.weight") if spec.qk_norm else None,
+            out=(self.ops.place(self.weights[blk + "attn_output.weight"]),),
+            out_bias=(self.vector(blk + "attn_output.bias"),) if spec.out_bias else None,
+            ffn_norm=self.vector(blk + "ffn_norm.weight"),
+            ffn=self.neurons(blk),
+            window=spec.windows[index],
+        )
+
+    def neurons(self, blk: str) -> NeuronBlock:
+        """The layer's FFN; where neurons can be skipped, or the file has them so, on records."""
+        spec, records = self.spec, self.weights.get(blk + "ffn_down_t.weight")
+        down = records or self.weights[blk + "ffn_down.weight"]
+        if records is None and spec.ffn.sparse:
+            down = records = self.records(down)
+        return NeuronBlock(
+            gate=self.ops.place(self.weights[blk + "ffn_gate.weight"]) if spec.ffn.gated else None,
+            up=self.ops.place(self.weights[blk + "ffn_up.weight"]),
+            down=self.ops.place(down),
+            records=records is not None,
+            kind=spec.ffn,
+            neurons=spec.n_ff,
+        )
+
+    def records(self, down: Weight) -> Weight:
+        """`down` transposed into memory of its own."""
+        fmt = record_format(down)
+        out = self.ops.to_host(self.ops.array((down.columns, fmt.row_bytes(down.rows)), "uint8"))
+        if isinstance(self.ops, Transposer):
+            worst, rms = self.ops.transpose_requantize(self.ops.place(down), out, fmt)
+            if not np.isfinite(worst):
+                raise not_finite(down.name)
+            self.reblocked.append(Reblocked(down.name, fmt.name, worst, rms))
+        else:
+            self.reblocked.append(transpose(down, out))
+        self.resident_bytes += out.nbytes
+        return Weight(down.name.replace("ffn_down", "ffn_down_t"), fmt, (down.columns, down.rows), out)
+
+    def vector(self, name: str) -> Array:
+        """A norm or a bias as float32."""
+        values = to_float(self.weights[name])[0]
+        if not np.isfinite(values).all():
+            raise not_finite(name)
+        self.resident_bytes += values.nbytes
+        return resident(self.ops, values)
+
+    def report(self, seconds: float) -> LoadReport:
+        transposed = {r.tensor for r in self.reblocked}
+        mapped = sum(w.nbytes for w in self.weights.values() if w.rows > 1 and w.name not in transposed)
+        return LoadReport(mapped, self.resident_bytes, tuple(self.reblocked), seconds)
+
+
+def _numbers(weight: Weight) -> Iterator[npt.NDArray[np.floating]]:
+    """Pieces of the weight whose finiteness is the whole weight's."""
+    step = max(1, CHECKED_ROWS // max(weight.columns, 1))
+    for start in range(0, weight.rows, step):
+        data = weight.data[start : start + step]
+        if weight.format.block > 1:
+            blocks = np.ascontiguousarray(data).reshape(-1, weight.format.block_bytes)
+            yield blocks[:, :2].copy().view(np.float16)
+        else:
+            yield dequantize(data, weight.format, weight.columns)

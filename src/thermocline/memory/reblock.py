@@ -1,0 +1,79 @@
+"""Down projections as neuron records: transposed, so that a neuron is one row.
+
+A standard file stores the down projection in rows of n_ff, in which one neuron is a column scattered over
+the whole matrix. Transposing is exact for F32, F16 and BF16; block formats are quantised anew along the other
+axis, and the error is measured.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from thermocline.errors import NumericalError, printable
+from thermocline.files.formats import F16, BlockFormat
+from thermocline.files.quantize import Floats, dequantize, quantize
+from thermocline.files.weight import Bytes, Weight
+from thermocline.ops.contract import Matrix
+
+TILE = 256
+"""Neurons transposed at a time: the tile of a 4096-wide model in float32 is 4 MB, near a core's cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reblocked:
+    """What transposing one tensor did to it. Errors are absolute, in the weights' own units."""
+
+    tensor: str
+    format: str
+    max_abs_error: float
+    rms_error: float
+
+
+@runtime_checkable
+class Transposer(Protocol):
+    """An implementation of ops that transposes natively."""
+
+    def transpose_requantize(self, matrix: Matrix, out: Bytes, fmt: BlockFormat) -> tuple[float, float]:
+        """Write the transpose of `matrix` in `fmt` into `out`; largest absolute and root mean square error."""
+
+
+def record_format(down: Weight) -> BlockFormat:
+    """The format of a down projection's records: its own, or F16 where n_embd is no whole number of blocks."""
+    return down.format if down.rows % down.format.block == 0 else F16
+
+
+def transpose(down: Weight, out: Bytes) -> Reblocked:
+    """Write `down` (n_embd, n_ff) as records (n_ff, n_embd) of `record_format` into `out`, tile by tile.
+
+    Raises:
+        NumericalError: the matrix holds NaN or infinity.
+    """
+    fmt = record_format(down)
+    worst, squares = 0.0, 0.0
+    for start in range(0, down.columns, TILE):
+        stop = min(start + TILE, down.columns)
+        rows = neuron_rows(down, start, stop)
+        packed = quantize(rows, fmt)
+        out[start:stop] = packed
+        error = np.abs(dequantize(packed, fmt, down.rows) - rows, dtype=np.float64)
+        worst, squares = max(worst, float(error.max())), squares + float((error**2).sum())
+    return Reblocked(down.name, fmt.name, worst, math.sqrt(squares / (down.rows * down.columns)))
+
+
+def neuron_rows(down: Weight, start: int, stop: int) -> Floats:
+    """Neurons `start` to `stop` of a standard down projection as float32 rows (stop - start, n_embd)."""
+    fmt = down.format
+    columns = slice(fmt.row_bytes(start), fmt.row_bytes(stop))
+    rows = np.ascontiguousarray(dequantize(down.data[:, columns], fmt, stop - start).T)
+    if not np.isfinite(rows).all():
+        raise not_finite(down.name)
+    return rows
+
+
+def not_finite(tensor: str) -> NumericalError:
+    """The error for a tensor that holds NaN or infinity."""
+    return NumericalError(f"tensor {printable(tensor)} holds NaN or infinity; the file is damaged or badly converted")
