@@ -1,0 +1,1 @@
+"""How the shipped model, epilimnion, is made: data, network, training, evaluation, export."""
