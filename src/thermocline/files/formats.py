@@ -11,7 +11,7 @@ from thermocline.errors import UnsupportedModelError
 class BlockFormat:
     """A packing of `block` neighbouring elements of a row into `block_bytes` bytes.
 
-    `ggml_type` is the number that GGUF files store (source: the GGUF specification of ggml).
+    `ggml_type` is the number that GGUF files store (source: the GGUF specification of ggml), or -1.
     """
 
     name: str
@@ -36,25 +36,54 @@ Q8_0 = BlockFormat("Q8_0", 8, 32, 34)
 BF16 = BlockFormat("BF16", 30, 1, 2)
 
 FORMATS: dict[int, BlockFormat] = {f.ggml_type: f for f in (F32, F16, Q4_0, Q8_0, BF16)}
+"""The formats that can be computed with."""
+
 BY_NAME: dict[str, BlockFormat] = {f.name: f for f in FORMATS.values()}
 
-KNOWN_TYPES: dict[int, str] = {
-    0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 9: "Q8_1", 10: "Q2_K",
-    11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS",
-    19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32",
-    27: "I64", 28: "F64", 29: "IQ1_M", 30: "BF16", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4",
-}  # fmt: skip
+_ONLY_LISTED = (
+    BlockFormat("Q4_1", 3, 32, 20),
+    BlockFormat("Q5_0", 6, 32, 22),
+    BlockFormat("Q5_1", 7, 32, 24),
+    BlockFormat("Q8_1", 9, 32, 40),
+    BlockFormat("Q2_K", 10, 256, 84),
+    BlockFormat("Q3_K", 11, 256, 110),
+    BlockFormat("Q4_K", 12, 256, 144),
+    BlockFormat("Q5_K", 13, 256, 176),
+    BlockFormat("Q6_K", 14, 256, 210),
+    BlockFormat("Q8_K", 15, 256, 292),
+    BlockFormat("IQ2_XXS", 16, 256, 66),
+    BlockFormat("IQ2_XS", 17, 256, 74),
+    BlockFormat("IQ3_XXS", 18, 256, 98),
+    BlockFormat("IQ1_S", 19, 256, 50),
+    BlockFormat("IQ4_NL", 20, 32, 18),
+    BlockFormat("IQ3_S", 21, 256, 110),
+    BlockFormat("IQ2_S", 22, 256, 82),
+    BlockFormat("IQ4_XS", 23, 256, 136),
+    BlockFormat("I8", 24, 1, 1),
+    BlockFormat("I16", 25, 1, 2),
+    BlockFormat("I32", 26, 1, 4),
+    BlockFormat("I64", 27, 1, 8),
+    BlockFormat("F64", 28, 1, 8),
+    BlockFormat("IQ1_M", 29, 256, 56),
+    BlockFormat("TQ1_0", 34, 256, 54),
+    BlockFormat("TQ2_0", 35, 256, 66),
+    BlockFormat("MXFP4", 39, 32, 17),
+    BlockFormat("NVFP4", 40, 64, 36),
+    BlockFormat("Q1_0", 41, 128, 18),
+)
+
+GGML_TYPES: dict[int, BlockFormat] = FORMATS | {f.ggml_type: f for f in _ONLY_LISTED}
+"""Every type of ggml, so that a file can be checked and listed even where it cannot be run."""
 
 
-def format_of(ggml_type: int, tensor: str) -> BlockFormat:
-    """The format with that number.
+def require_readable(fmt: BlockFormat, tensor: str) -> None:
+    """Refuse a format that can only be listed.
 
     Raises:
-        UnsupportedModelError: the number is known to ggml but not implemented here, or to neither.
+        UnsupportedModelError: `fmt` is not among `FORMATS`; the message names those that are.
     """
-    if ggml_type in FORMATS:
-        return FORMATS[ggml_type]
-    name = KNOWN_TYPES.get(ggml_type, f"number {ggml_type}")
-    raise UnsupportedModelError(
-        f"tensor {tensor} is stored as {name}; readable are {', '.join(BY_NAME)}: re-quantize the model to one of them"
-    )
+    if BY_NAME.get(fmt.name) is not fmt:
+        raise UnsupportedModelError(
+            f"tensor {tensor} is stored as {fmt.name}; readable are {', '.join(BY_NAME)}: "
+            "convert the model to one of them"
+        )

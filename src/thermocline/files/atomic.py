@@ -1,0 +1,159 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from thermocline.errors import OutputError, printable
+
+Content = bytes | bytearray | memoryview | npt.NDArray[np.uint8]
+
+
+class AtomicFile:
+    """The file under construction that `atomic_write` hands out: bytes go in at the end, unbuffered."""
+
+    def __init__(self, path: Path, descriptor: int) -> None:
+        self._path = path
+        self._descriptor = descriptor
+        self._size = 0
+
+    def write(self, content: Content) -> int:
+        """Append `content`, all of it; returns its size in bytes.
+
+        Raises:
+            OutputError: it could not be written, for instance because the disk is full.
+        """
+        view = content.data if isinstance(content, np.ndarray) else memoryview(content)
+        left = view.cast("B") if view.nbytes else view[:0]
+        with _explained(self._path):
+            while left:
+                written = os.write(self._descriptor, left)
+                self._size += written
+                left = left[written:]
+        return view.nbytes
+
+    def tell(self) -> int:
+        """Bytes written so far."""
+        return self._size
+
+    def flush(self) -> None:
+        """Nothing is buffered; there for callers that expect a file."""
+
+
+@contextmanager
+def atomic_write(path: Path | str, *, size: int = 0) -> Iterator[AtomicFile]:
+    """Write a new file `path`, which appears when the block ends without an exception.
+
+    The bytes go to a temporary file beside it, which is flushed to the disk and then renamed, so that a crash
+    at any time leaves the old file or the new one. On an exception the temporary file is removed and the old
+    file is untouched. `size` is how many bytes there will be, checked against the free space first. A link is
+    replaced, not followed. Leavings of killed writers of the same name are removed.
+
+    Raises:
+        OutputError: the folder is missing or not writable, the disk is full, `path` is not a regular file, or
+            the system refuses a step.
+    """
+    path = Path(path)
+    mode = _existing_mode(path)
+    with _explained(path):
+        _require_space(path, size)
+        _remove_leavings(path)
+        temporary, descriptor = _create(path)
+    try:
+        yield AtomicFile(path, descriptor)
+        with _explained(path):
+            if mode is not None:
+                os.fchmod(descriptor, mode)
+            os.fsync(descriptor)
+            temporary.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+    finally:
+        os.close(descriptor)
+    with _explained(path, "is written, but may not survive a power failure"):
+        _sync_folder(path.parent)
+
+
+def _existing_mode(path: Path) -> int | None:
+    """Permissions of the file that will be replaced; None if there is none."""
+    with _explained(path):
+        try:
+            found = path.lstat().st_mode
+        except FileNotFoundError:
+            return None
+    if stat.S_ISLNK(found):
+        return None
+    if not stat.S_ISREG(found):
+        kind = "a folder" if stat.S_ISDIR(found) else "not a regular file"
+        raise OutputError(f"{printable(str(path))}: is {kind}; name a file to write")
+    return stat.S_IMODE(found)
+
+
+def _require_space(path: Path, size: int) -> None:
+    disk = os.statvfs(path.parent)
+    free = disk.f_bavail * disk.f_frsize
+    if size > free:
+        raise OutputError(
+            f"{printable(str(path))}: needs {size} bytes, {free} are free on its disk: free {size - free} more"
+        )
+
+
+def _prefix(path: Path) -> str:
+    return f".{path.name[:40]}."
+
+
+def _create(path: Path) -> tuple[Path, int]:
+    """A new temporary file beside `path`, locked for as long as its writer lives."""
+    while True:
+        temporary = path.with_name(f"{_prefix(path)}{secrets.token_hex(6)}.partial")
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if os.fstat(descriptor).st_nlink:
+            return temporary, descriptor
+        os.close(descriptor)  # another writer took it for a leaving before the lock was on it
+
+
+def _remove_leavings(path: Path) -> None:
+    """Remove temporary files of `path` whose writer no longer lives: their lock is free."""
+    prefix = _prefix(path)
+    for entry in path.parent.iterdir():
+        if not (entry.name.startswith(prefix) and entry.name.endswith(".partial")):
+            continue
+        with suppress(OSError):
+            descriptor = os.open(entry, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                entry.unlink()
+            finally:
+                os.close(descriptor)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some file systems have nothing to sync for a folder
+            raise
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _explained(path: Path, problem: str = "cannot be written") -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"{printable(str(path))}: {problem}: {error.strerror or error}") from error
