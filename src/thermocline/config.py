@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
+from numbers import Integral, Real
 
-from thermocline.errors import SamplingError, UsageError
+from thermocline.errors import SamplingError, UsageError, printable
 
 
 class Mode(StrEnum):
@@ -54,6 +55,11 @@ class LoadSettings:
     """Instruction set of the native kernels; `doctor` lists those that this CPU has."""
 
     def __post_init__(self) -> None:
+        _check_numbers(self, LoadSettings, UsageError)
+        for name, kind in (("cache_type_k", CacheType), ("cache_type_v", CacheType), ("mode", Mode), ("ops", OpsKind)):
+            value = getattr(self, name)
+            _check(value in list(kind), name, value, ", ".join(kind))
+            object.__setattr__(self, name, kind(value))  # strings are welcome, members are what is kept
         _check(0 <= self.ctx_size <= 1 << 24, "ctx-size", self.ctx_size, "0 (the model's own) to 16777216")
         _check(0 <= self.threads <= 1024, "threads", self.threads, "0 (physical cores) to 1024")
         _check(1 <= self.ubatch <= 1 << 16, "ubatch-size", self.ubatch, "1 to 65536")
@@ -92,8 +98,11 @@ class SamplingSettings:
     """Strings that end the text; they are not part of it."""
     ignore_eos: bool = False
     """Go on after an end-of-sequence token."""
+    logprobs: int = 0
+    """How many of the likeliest tokens to report with their log probabilities; 0 to 20."""
 
     def __post_init__(self) -> None:
+        _check_numbers(self, SamplingSettings, SamplingError)
         for name in (
             "temperature",
             "top_p",
@@ -119,10 +128,35 @@ class SamplingSettings:
             self.max_tokens,
             "-1 (until a stop) or 1 to 16777216",
         )
-        _sampling(len(self.stop) <= 16 and all(self.stop), "stop", self.stop, "at most 16 strings, none empty")
+        _sampling(0 <= self.logprobs <= 20, "logprobs", self.logprobs, "0 to 20")
+        object.__setattr__(self, "stop", _strings(self.stop))
         for token, bias in self.logit_bias.items():
-            _sampling(token >= 0, "logit_bias", token, "token ids from 0")
-            _sampling(bias == -math.inf or math.isfinite(bias), "logit_bias", bias, "finite numbers or -inf")
+            _sampling(_is_number(token, Integral) and token >= 0, "logit_bias", repr(token), "token ids from 0")
+            fits = _is_number(bias, Real) and (bias == -math.inf or abs(bias) <= 1e6)
+            _sampling(fits, f"logit_bias of token {token}", bias, "-1000000 to 1000000, or -inf")
+
+
+def _strings(value: object) -> tuple[str, ...]:
+    """`value` as stop strings; a single one is welcome."""
+    many = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Iterable) else (value,)
+    strings = tuple(s for s in many if isinstance(s, str) and 1 <= len(s) <= 1000)
+    fits = len(strings) == len(many) <= 16
+    _sampling(fits, "stop", printable(repr(value)), "at most 16 strings of 1 to 1000 characters")
+    return strings
+
+
+def _is_number(value: object, kind: type) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _check_numbers(settings: object, declared: type, error: type[UsageError]) -> None:
+    """Refuse values that are not of the declared kind, such as `top_k=1.5` or `seed=True`."""
+    kinds = {"int": (Integral, "a whole number"), "float": (Real, "a number"), "bool": (bool, "True or False")}
+    for declaration in fields(declared):
+        kind, wanted = kinds.get(str(declaration.type), (object, ""))
+        value = getattr(settings, declaration.name)
+        if not (isinstance(value, bool) if kind is bool else _is_number(value, kind) or kind is object):
+            raise error(f"{declaration.name} is {printable(repr(value))}; allowed: {wanted}")
 
 
 def _check(ok: bool, name: str, value: object, allowed: str) -> None:

@@ -1,0 +1,101 @@
+"""Prefill, then decode one token at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Listing
+
+import numpy as np
+
+from thermocline.errors import ContextError, UsageError
+from thermocline.runtime.sequence import Logits, Sequence
+from thermocline.runtime.traffic import Traffic
+
+
+class Engine:
+    """Runs one sequence and remembers which tokens its KV cache holds.
+
+    One generation runs at a time: the one that called `begin` last. Not safe to share between threads.
+
+    Args:
+        sequence: the network with its cache.
+        traffic: what a step reads from memory.
+        width: logits that belong to tokens; the rest of a row is padding and never looked at.
+    """
+
+    def __init__(self, sequence: Sequence, traffic: Traffic, width: int) -> None:
+        self.traffic = traffic
+        self.width = min(width, sequence.n_vocab)
+        self.n_ctx = sequence.n_ctx
+        self.bytes_read = 0.0
+        self.fired = 0
+        self._sequence = sequence
+        self._held: list[int] = []
+        self._token = np.zeros(1, np.int32)
+        self._generation = 0
+
+    def room(self, prompt: Listing[int], max_tokens: int = -1) -> int:
+        """How many tokens may follow `prompt`: `max_tokens` (-1: no wish), or what the context leaves.
+
+        Raises:
+            ContextError: the prompt leaves no room for a single token.
+            UsageError: the prompt is empty.
+        """
+        if not prompt:
+            raise UsageError("the prompt is empty and this model starts no text by itself; give at least one token")
+        left = self.n_ctx - len(prompt)
+        if left < 1:
+            raise ContextError(
+                len(prompt) + 1, self.n_ctx, "shorten the prompt (one token is for the answer) or raise --ctx-size"
+            )
+        return left if max_tokens < 0 else min(left, max_tokens)
+
+    def begin(self) -> int:
+        """Start a generation; earlier ones can go no further. Returns the ticket that `step` asks for."""
+        self._generation += 1
+        self.bytes_read, self.fired = 0.0, 0
+        return self._generation
+
+    def prefill(self, prompt: Listing[int], *, reuse: bool) -> tuple[Logits, int]:
+        """Run the prompt; the next token's logits, and how many tokens were in the cache already.
+
+        With `reuse`, the tokens that the cache holds from before are not computed again. Their values may
+        differ in the last bits from those of a batch that is cut otherwise; without it, the same prompt
+        always gives the same bits.
+        """
+        start = self._common(prompt) if reuse else 0
+        del self._held[start:]
+        tokens, cached = np.asarray(prompt, np.int32), start
+        while True:
+            stop = min(start + self._sequence.ubatch, len(tokens))
+            step = self._sequence.step(tokens[start:stop], start, logits=stop == len(tokens))
+            self._held.extend(prompt[start:stop])
+            start = stop
+            if step.logits is not None:
+                return step.logits[: self.width], cached
+
+    def step(self, token: int, ticket: int) -> Logits:
+        """Append `token`; the next one's logits (width), overwritten by the next step.
+
+        Raises:
+            UsageError: another generation began since the one with this ticket.
+        """
+        if ticket != self._generation:
+            raise UsageError("another generation was started on this model; finish one before starting the next")
+        position = len(self._held)
+        self._token[0] = token
+        step = self._sequence.step(self._token, position, logits=True)
+        self._held.append(token)
+        self.bytes_read += self.traffic.step(step.work, position)
+        self.fired += step.work.fired
+        assert step.logits is not None
+        return step.logits[: self.width]
+
+    def forget(self, ticket: int) -> None:
+        """After an error: reuse nothing of what the cache holds, unless another generation owns it by now."""
+        if ticket == self._generation:
+            self._held.clear()
+
+    def _common(self, prompt: Listing[int]) -> int:
+        """Length of the prefix that prompt and cache share; at least one token is left to be computed."""
+        limit = min(len(self._held), len(prompt) - 1)
+        return next((i for i in range(limit) if self._held[i] != prompt[i]), limit)

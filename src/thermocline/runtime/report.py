@@ -1,0 +1,74 @@
+"""What a run did, in numbers."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunReport:
+    """The measurements of one generation. Times are seconds of computing; the consumer's own time is left out.
+
+    `cached_tokens` of the prompt were already in the KV cache. `decode_tokens` are the tokens after the first,
+    each of which took one step. `bytes_read` and `fired` (neurons, all layers) sum over these steps.
+    """
+
+    prompt_tokens: int
+    cached_tokens: int
+    prompt_seconds: float
+    first_token_seconds: float
+    generated_tokens: int
+    decode_tokens: int
+    decode_seconds: float
+    bytes_read: float
+    fired: int
+    neurons: int
+    load_seconds: float
+    seed: int
+
+    @property
+    def prompt_rate(self) -> float:
+        """Prompt tokens a second, those found in the cache not counted."""
+        return _ratio(self.prompt_tokens - self.cached_tokens, self.prompt_seconds)
+
+    @property
+    def decode_rate(self) -> float:
+        """Tokens a second after the first."""
+        return _ratio(self.decode_tokens, self.decode_seconds)
+
+    @property
+    def active_share(self) -> float:
+        """Share of the FFN neurons that were not zero, averaged over decode steps."""
+        return _ratio(self.fired, self.decode_tokens * self.neurons)
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes of weights and KV cache that a decode step read on average."""
+        return _ratio(self.bytes_read, self.decode_tokens)
+
+    @property
+    def gigabytes_per_second(self) -> float:
+        """Memory traffic of decoding, in 10⁹ bytes a second."""
+        return _ratio(self.bytes_read, self.decode_seconds) / 1e9
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, derived numbers included, for JSON."""
+        derived = ("prompt_rate", "decode_rate", "active_share", "bytes_per_token", "gigabytes_per_second")
+        return asdict(self) | {name: getattr(self, name) for name in derived}
+
+    def line(self) -> str:
+        """One line for people."""
+        parts = [f"prompt {self.prompt_tokens} tokens at {self.prompt_rate:.1f} tok/s"]
+        if self.cached_tokens:
+            parts[0] += f" ({self.cached_tokens} from cache)"
+        parts.append(f"first token after {self.first_token_seconds * 1e3:.0f} ms")
+        if self.decode_tokens:
+            parts.append(f"{self.generated_tokens} tokens at {self.decode_rate:.1f} tok/s")
+            parts.append(f"{self.active_share:.1%} of FFN neurons active")
+            parts.append(f"{self.bytes_per_token / 1e6:.1f} MB a token, {self.gigabytes_per_second:.1f} GB/s")
+        return " · ".join(parts)
+
+
+def _ratio(amount: float, over: float) -> float:
+    return amount / over if over else 0.0
