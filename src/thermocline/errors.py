@@ -60,6 +60,31 @@ class HardwareError(ThermoclineError):
     """The machine lacks what was asked for."""
 
 
+class BudgetError(ThermoclineError):
+    """What was asked for does not fit a memory budget.
+
+    `tier` is the memory, `missing` the bytes it lacks, `table` the itemised account (one line a row), and
+    `remedy` the nearest setting that fits.
+    """
+
+    def __init__(self, tier: str, missing: int, remedy: str, table: str = "") -> None:
+        account = f"\n{table}" if table else ""
+        super().__init__(f"{tier} lacks {missing:,} bytes ({missing / 2**30:.2f} GiB): {remedy}{account}")
+        self.tier = tier
+        self.missing = missing
+        self.remedy = remedy
+        self.table = table
+
+
+class PlanError(ThermoclineError):
+    """A plan is damaged, impossible, or belongs to something else. `field` names what was wrong."""
+
+    def __init__(self, source: Path | str, field: str, problem: str) -> None:
+        super().__init__(f"{printable(str(source))}: {field}: {problem}; make a new plan with `thermocline plan`")
+        self.source = str(source)
+        self.field = field
+
+
 class NumericalError(ThermoclineError):
     """Logits or weights are not finite."""
 
