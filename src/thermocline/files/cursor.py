@@ -137,7 +137,7 @@ class Cursor:
         if position > self._end:
             entry = f"{key}[{max(0, len(bounds) - 2)}]"
             raise self.wrong(
-                entry, f"ends past the {self._end} bytes that a header can take here: incomplete download?"
+                entry, f"ends past byte {self._end}, the last a header can take here: incomplete download?"
             )
         self.position = position
         return np.frombuffer(bounds, np.int64)

@@ -15,7 +15,7 @@ from thermocline.files.cursor import Cursor
 from thermocline.files.formats import GGML_TYPES, BlockFormat
 from thermocline.files.gguf_types import (
     DEFAULT_ALIGNMENT,
-    MAGIC,
+    MAGICS,
     MAX_DIMENSIONS,
     MAX_KEY,
     MAX_NAME,
@@ -39,10 +39,11 @@ _ALIGNMENTS: Final = tuple(1 << n for n in range(3, 21))
 class Header:
     """What one GGUF file holds.
 
-    `size` is where the tensor table ends, `end` where the last tensor does. `types` gives the stored type of
+    `magic` is its first four bytes, `size` is where the tensor table ends, `end` where the last tensor does. `types` gives the stored type of
     every key, and for arrays that of their elements.
     """
 
+    magic: bytes
     values: Mapping[str, MetadataValue]
     types: Mapping[str, tuple[ValueType, ValueType | None]]
     tensors: Mapping[str, Tensor]
@@ -73,6 +74,7 @@ def read_header(file: MappedFile) -> Header:
         ModelFormatError: any rule of the format is broken, or the tensors do not fill the file as they say.
     """
     cursor = Cursor(file)
+    magic = _magic(cursor)
     n_tensors, n_values = _counts(cursor)
     values: dict[str, MetadataValue] = {}
     types: dict[str, tuple[ValueType, ValueType | None]] = {}
@@ -92,14 +94,18 @@ def read_header(file: MappedFile) -> Header:
         e.name: Tensor(e.name, e.format, e.shape, file.view(start + e.offset, start + e.offset + e.nbytes))
         for e in entries
     }
-    return Header(values, types, tensors, alignment, cursor.position, end)
+    return Header(magic, values, types, tensors, alignment, cursor.position, end)
+
+
+def _magic(cursor: Cursor) -> bytes:
+    magic = bytes(cursor.file.buffer[:4])
+    if magic not in MAGICS:
+        raise ModelFormatError(cursor.file.path, "magic", f"is not a GGUF file; {looks_like(cursor.file)}", offset=0)
+    cursor.position = 4
+    return magic
 
 
 def _counts(cursor: Cursor) -> tuple[int, int]:
-    magic = bytes(cursor.file.buffer[:4])
-    if magic != MAGIC:
-        raise ModelFormatError(cursor.file.path, "magic", f"is not a GGUF file; {looks_like(cursor.file)}", offset=0)
-    cursor.position = 4
     version = cursor.u32("version")
     if version != VERSION:
         hint = " (a big-endian file?)" if version & 0xFFFF == 0 and version else ""

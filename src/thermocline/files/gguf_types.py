@@ -9,6 +9,8 @@ from typing import Any, Final
 import numpy as np
 
 MAGIC: Final = b"GGUF"
+MAGICS: Final = (MAGIC,)
+"""First bytes of the files that share this layout and can be read."""
 VERSION: Final = 3
 DEFAULT_ALIGNMENT: Final = 32
 MAX_DIMENSIONS: Final = 4

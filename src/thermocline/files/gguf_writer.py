@@ -67,8 +67,9 @@ def write_gguf(
     """Write a GGUF file and return its size in bytes.
 
     Metadata values are str, bool, numpy scalars (which give the stored type), Python ints (UINT32, or INT32,
-    UINT64, INT64 where they need it), Python floats (FLOAT32), and as arrays: 1-D numpy arrays, StringArray,
-    or non-empty sequences of one of the kinds before. `GgufFile.typed_metadata` gives those of a file.
+    UINT64, INT64 where they need it), Python floats (FLOAT32), and as arrays: 1-D numpy arrays, StringArray, or
+    non-empty lists and tuples of one of the kinds before (ints in them: INT32, or INT64 where they need it).
+    `GgufFile.typed_metadata` gives those of a file.
     A matrix of one row is stored as a vector, as ggml does. At most one tensor is in memory at a time.
 
     Raises:
@@ -174,7 +175,7 @@ def _elements(key: str, values: Any) -> tuple[ValueType, bytes]:
     if all(isinstance(value, str | bytes) for value in values):
         return ValueType.STRING, b"".join(map(_string, values))
     kinds = {_type_of(key, value) for value in values}
-    if len(kinds) > 1 and all(type(value) is int for value in values):
+    if all(type(value) is int for value in values):
         kinds = {ValueType.INT32 if min(values) >= -(1 << 31) and max(values) < 1 << 31 else ValueType.INT64}
     if len(kinds) > 1:
         raise OutputError(f'key "{key}": elements of several types: {", ".join(sorted(k.name for k in kinds))}')

@@ -74,7 +74,7 @@ def open_regular(path: Path) -> int:
     """
     try:
         # Looked at before opening: to open some devices is to act on them.
-        _require_regular(path, os.stat(path).st_mode)
+        _require_regular(path, path.stat().st_mode)
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         raise ModelFormatError(path, "file", _reason(error)) from error

@@ -83,4 +83,5 @@ def _to_q4_0(blocks: Floats) -> Bytes:
 def _round_away(x: Floats) -> Floats:
     """Round half away from zero, as C's roundf does and numpy's rint does not."""
     whole = np.floor(np.abs(x))
-    return np.copysign(whole + np.floor(2 * (np.abs(x) - whole)), x)
+    rounded: Floats = np.copysign(whole + np.floor(2 * (np.abs(x) - whole)), x)
+    return rounded

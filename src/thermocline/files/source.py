@@ -58,9 +58,9 @@ def fingerprint(headers: Iterable[Bytes], tensors: Iterable[Tensor]) -> str:
     digest = hashlib.sha256()
     for header in headers:
         digest.update(len(header).to_bytes(8, "little"))
-        digest.update(header)
+        digest.update(header.data)
     for tensor in tensors:
         size = len(tensor.data)
         for start in (0, size // 2, max(0, size - _SAMPLE)):
-            digest.update(tensor.data[start : start + _SAMPLE])
+            digest.update(tensor.data[start : start + _SAMPLE].data)
     return digest.hexdigest()

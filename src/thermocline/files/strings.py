@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import overload
 
@@ -56,7 +57,7 @@ class StringArray(Sequence[str]):
         first = int(self._bounds[0])
         content = self._file.buffer[first : int(self._bounds[-1])]
         bounds = (self._bounds - first).tolist()
-        for start, stop in zip(bounds, bounds[1:], strict=False):
+        for start, stop in pairwise(bounds):
             yield content[start + _PREFIX : stop]
 
     def _decode(self, entry: bytes, index: int) -> str:
