@@ -16,7 +16,7 @@ from thermocline.memory.reblock import Reblocked, Transposer, not_finite, record
 from thermocline.model.families import family_of
 from thermocline.model.network import Layer, Transformer, resolve_mode
 from thermocline.model.rope import rope_table
-from thermocline.model.source import ModelSource
+from thermocline.model.source import NetworkSource
 from thermocline.model.spec import ModelSpec
 from thermocline.model.tensors import check_tensors
 from thermocline.ops.contract import Array, NeuronBlock, Ops
@@ -41,7 +41,7 @@ class LoadReport:
 
 
 def load_transformer(
-    source: ModelSource, ops: Ops, *, n_ctx: int = 0, mode: Mode = Mode.AUTO, check: bool = False
+    source: NetworkSource, ops: Ops, *, n_ctx: int = 0, mode: Mode = Mode.AUTO, check: bool = False
 ) -> tuple[Transformer, LoadReport]:
     """Read the spec, hold the tensors to it, and place them where `ops` computes.
 
@@ -148,7 +148,7 @@ class _Loading:
                 raise not_finite(down.name)
             self.reblocked.append(Reblocked(down.name, fmt.name, worst, rms))
         else:
-            self.reblocked.append(transpose(down, out))
+            self.reblocked.append(transpose(down, out, fmt))
         self.resident_bytes += out.nbytes
         return Weight(down.name.replace("ffn_down", "ffn_down_t"), fmt, (down.columns, down.rows), out)
 

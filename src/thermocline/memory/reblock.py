@@ -15,12 +15,12 @@ import numpy as np
 
 from thermocline.errors import NumericalError, printable
 from thermocline.files.formats import F16, BlockFormat
-from thermocline.files.quantize import Floats, dequantize, quantize
+from thermocline.files.quantize import dequantize, quantize
 from thermocline.files.weight import Bytes, Weight
 from thermocline.ops.contract import Matrix
 
 TILE = 256
-"""Neurons transposed at a time: the tile of a 4096-wide model in float32 is 4 MB, near a core's cache."""
+"""Rows made at a time: of a 4096-wide model 4 MB in float32, which is near a core's cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,32 +46,23 @@ def record_format(down: Weight) -> BlockFormat:
     return down.format if down.rows % down.format.block == 0 else F16
 
 
-def transpose(down: Weight, out: Bytes) -> Reblocked:
-    """Write `down` (n_embd, n_ff) as records (n_ff, n_embd) of `record_format` into `out`, tile by tile.
+def transpose(source: Weight, out: Bytes, fmt: BlockFormat) -> Reblocked:
+    """Write the transpose of `source` (rows, columns) as rows of `fmt` into `out` (columns, row_bytes), by tiles.
 
     Raises:
         NumericalError: the matrix holds NaN or infinity.
     """
-    fmt = record_format(down)
     worst, squares = 0.0, 0.0
-    for start in range(0, down.columns, TILE):
-        stop = min(start + TILE, down.columns)
-        rows = neuron_rows(down, start, stop)
-        packed = quantize(rows, fmt)
-        out[start:stop] = packed
-        error = np.abs(dequantize(packed, fmt, down.rows) - rows, dtype=np.float64)
-        worst, squares = max(worst, float(error.max())), squares + float((error**2).sum())
-    return Reblocked(down.name, fmt.name, worst, math.sqrt(squares / (down.rows * down.columns)))
-
-
-def neuron_rows(down: Weight, start: int, stop: int) -> Floats:
-    """Neurons `start` to `stop` of a standard down projection as float32 rows (stop - start, n_embd)."""
-    fmt = down.format
-    columns = slice(fmt.row_bytes(start), fmt.row_bytes(stop))
-    rows = np.ascontiguousarray(dequantize(down.data[:, columns], fmt, stop - start).T)
-    if not np.isfinite(rows).all():
-        raise not_finite(down.name)
-    return rows
+    for start in range(0, source.columns, TILE):
+        stop = min(start + TILE, source.columns)
+        cut = slice(source.format.row_bytes(start), source.format.row_bytes(stop))
+        rows = np.ascontiguousarray(dequantize(source.data[:, cut], source.format, stop - start).T)
+        if not np.isfinite(rows).all():
+            raise not_finite(source.name)
+        out[start:stop] = quantize(rows, fmt)
+        error = dequantize(out[start:stop], fmt, source.rows).astype(np.float64) - rows
+        worst, squares = max(worst, float(np.abs(error).max())), squares + float((error**2).sum())
+    return Reblocked(source.name, fmt.name, worst, math.sqrt(squares / (source.rows * source.columns)))
 
 
 def not_finite(tensor: str) -> NumericalError:

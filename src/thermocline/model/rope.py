@@ -126,13 +126,12 @@ class RopeSpec:
     scaling: RopeScaling | None = None
     factors: tuple[float, ...] | None = None
 
-    def frequencies(self) -> npt.NDArray[np.float32]:
+    def angles(self) -> Frequencies:
         """Angle per position of each pair, in radians: (rotary_dim / 2)."""
         plain = self.base ** (-np.arange(0, self.rotary_dim, 2, dtype=np.float64) / self.rotary_dim)
         if self.factors is not None:
             plain /= np.asarray(self.factors, dtype=np.float64)
-        scaled = plain if self.scaling is None else self.scaling.scale(plain, self)
-        return scaled.astype(np.float32)
+        return plain if self.scaling is None else self.scaling.scale(plain, self)
 
 
 def rope_table(rope: RopeSpec, n_ctx: int) -> npt.NDArray[np.float32]:
@@ -141,7 +140,7 @@ def rope_table(rope: RopeSpec, n_ctx: int) -> npt.NDArray[np.float32]:
     Angles are products of float32, as in the frameworks that models are trained with: at far positions the
     rounding is part of what the model has learnt.
     """
-    angles = np.arange(n_ctx, dtype=np.float32)[:, None] * rope.frequencies()
+    angles = np.arange(n_ctx, dtype=np.float32)[:, None] * rope.angles().astype(np.float32)
     table = np.empty((n_ctx, 2, rope.rotary_dim // 2), dtype=np.float32)
     np.cos(angles, out=table[:, 0])
     np.sin(angles, out=table[:, 1])

@@ -13,8 +13,8 @@ from thermocline.files.metadata import Metadata
 from thermocline.files.weight import Weight
 
 
-class ModelSource(Protocol):
-    """An opened model: a GGUF file (`kind` "gguf") or a Hugging Face folder (`kind` "hf").
+class NetworkSource(Protocol):
+    """What a network needs of an opened model: a GGUF file (`kind` "gguf") or a Hugging Face folder (`kind` "hf").
 
     `metadata` holds the header's key values or config.json; `weights` the tensors by the names they have
     there, one-dimensional ones as one row.

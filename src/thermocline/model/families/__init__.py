@@ -12,7 +12,7 @@ from thermocline.model.families.llama import Llama
 from thermocline.model.families.mistral import Mistral
 from thermocline.model.families.qwen2 import Qwen2
 from thermocline.model.families.qwen3 import Qwen3
-from thermocline.model.source import ModelSource
+from thermocline.model.source import NetworkSource
 
 BY_ARCHITECTURE: Mapping[str, Family] = {f.architecture: f for f in (Llama(), Bamboo(), Qwen2(), Qwen3(), Arcee())}
 """Families by `general.architecture` of a GGUF file."""
@@ -29,7 +29,7 @@ BY_MODEL_TYPE: Mapping[str, Family] = {
 """Families by `model_type` of a config.json."""
 
 
-def family_of(source: ModelSource) -> Family:
+def family_of(source: NetworkSource) -> Family:
     """The family of a model.
 
     Raises:

@@ -13,7 +13,7 @@ from thermocline.files.metadata import Metadata
 from thermocline.files.weight import Weight
 from thermocline.model.families.activation import ffn_from_gguf, ffn_from_hf
 from thermocline.model.families.scaling import rope_from_gguf, rope_from_hf
-from thermocline.model.source import ModelSource, require_neutral, uniform
+from thermocline.model.source import NetworkSource, require_neutral, uniform
 from thermocline.model.spec import BOUNDS, EPS_BOUNDS, ModelSpec
 from thermocline.ops.contract import FfnKind
 
@@ -75,7 +75,7 @@ class Family:
         "mlp.down_proj": "ffn_down",
     }
 
-    def spec(self, source: ModelSource) -> ModelSpec:
+    def spec(self, source: NetworkSource) -> ModelSpec:
         """The network that the source describes.
 
         Raises:
@@ -84,7 +84,7 @@ class Family:
         """
         return self.spec_from_gguf(source) if source.kind == "gguf" else self.spec_from_hf(source)
 
-    def weights(self, source: ModelSource, spec: ModelSpec) -> dict[str, Weight]:
+    def weights(self, source: NetworkSource, spec: ModelSpec) -> dict[str, Weight]:
         """The source's tensors by canonical names, without those that are explained but not of the network."""
         if source.kind == "gguf":
             named = {name: name for name in source.weights if not self.gguf_explained(name)}
@@ -111,7 +111,7 @@ class Family:
             name == "rope_freqs.weight" or re.fullmatch(r"blk\.\d+\.(fc[12]|attn_rot_embd)\.weight", name) is not None
         )
 
-    def spec_from_gguf(self, source: ModelSource) -> ModelSpec:
+    def spec_from_gguf(self, source: NetworkSource) -> ModelSpec:
         """The spec from GGUF metadata (keys as in the GGUF specification of ggml)."""
         names, metadata, prefix = source.weights, source.metadata, self.architecture + "."
         require_neutral(metadata, GGUF_NEUTRAL, prefix)
@@ -147,7 +147,7 @@ class Family:
             qk_norm=self.qk_norm,
         )
 
-    def spec_from_hf(self, source: ModelSource) -> ModelSpec:
+    def spec_from_hf(self, source: NetworkSource) -> ModelSpec:
         """The spec from config.json (keys as in transformers' configuration classes)."""
         names, config = source.weights, source.metadata
         require_neutral(config, HF_NEUTRAL)
@@ -204,7 +204,7 @@ class Family:
         """Each layer's sliding window; families with windows override this."""
         return (0,) * n_layer
 
-    def _check_vocabulary(self, source: ModelSource, rows: int) -> None:
+    def _check_vocabulary(self, source: NetworkSource, rows: int) -> None:
         key = self.architecture + ".vocab_size"
         counts = {key: source.metadata.integer(key, *BOUNDS["n_vocab"], rows)}
         tokens = source.metadata.strings("tokenizer.ggml.tokens", default=None)
@@ -215,7 +215,7 @@ class Family:
                 raise ModelFormatError(source.path, name, f"counts {count} tokens, but the embedding has {rows} rows")
 
 
-def _rows(source: ModelSource, name: str) -> int:
+def _rows(source: NetworkSource, name: str) -> int:
     if name not in source.weights:
         raise ModelFormatError(source.path, "tensors", f"{printable(name)} is missing")
     return source.weights[name].rows

@@ -13,14 +13,14 @@ from thermocline.model.rope import (
     YarnScaling,
     yarn_magnitude,
 )
-from thermocline.model.source import ModelSource, require_neutral
+from thermocline.model.source import NetworkSource, require_neutral
 from thermocline.model.spec import BASE_BOUNDS, BOUNDS
 
 FACTOR = (1e-6, 1e6)
 CONTEXT = BOUNDS["n_ctx_train"]
 
 
-def rope_from_gguf(source: ModelSource, prefix: str, head_dim: int, *, interleaved: bool) -> RopeSpec:
+def rope_from_gguf(source: NetworkSource, prefix: str, head_dim: int, *, interleaved: bool) -> RopeSpec:
     """From the keys `{arch}.rope.*` and the frequency factors in `rope_freqs.weight`."""
     metadata, prefix = source.metadata, prefix + "rope."
     factors = source.weights.get("rope_freqs.weight")
