@@ -1,0 +1,242 @@
+"""Makes synthetic ReGLU models of any size whose neurons fire as often as asked.
+
+    python benchmarks/synthetic.py --shape 1.3b --active 0.12 --outtype f16 q8_0 q4_0 -o models/
+
+writes each type twice: in the standard layout, which other engines read, and with down as neuron records,
+ready to map.
+
+The numbers are random, the sparsity is honest: in every layer neuron n fires with its own frequency,
+and the frequencies follow a power law. Every embedding contains a common direction u, which attention and
+FFN never write to, so u·x > 0 everywhere. The gate is W = A·B - b·uᵀ, where the rows of B are orthonormal
+and perpendicular to u; the offset b of each neuron is fitted on calibration tokens. Because a norm only
+scales x, the sign of the gate is that of A·(B·x) - b·(u·x): a low-rank predictor with
+fc1 = [B; -B; u] and fc2 = [A, -A, -b] is exact.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from thermocline.files.formats import BY_NAME, F32, BlockFormat
+from thermocline.files.gguf_writer import write_gguf
+from thermocline.files.quantize import from_float
+from thermocline.files.weight import Weight
+
+Floats = npt.NDArray[np.float32]
+
+GATE_RANK = 255
+CALIBRATION_TOKENS = 512
+NORM_EPS = 1e-5
+ROPE_BASE = 10000.0
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Sizes of a llama-like network."""
+
+    n_embd: int
+    n_ff: int
+    n_layer: int
+    n_head: int
+    n_head_kv: int
+    n_vocab: int = 32000
+
+    @property
+    def head_dim(self) -> int:
+        return self.n_embd // self.n_head
+
+
+SHAPES = {
+    "tiny": Shape(512, 1408, 4, 8, 4, 2048),
+    "1.3b": Shape(2048, 5632, 24, 16, 16),
+    "7b": Shape(4096, 11008, 32, 32, 32),
+    "13b": Shape(5120, 13824, 40, 40, 40),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class GateFactors:
+    """The gate of a layer as A·B - b·uᵀ: a (n_ff, r), b (n_ff), basis B (r, n_embd), u (n_embd)."""
+
+    a: Floats
+    b: Floats
+    basis: Floats
+    u: Floats
+
+
+def frequencies(n_ff: int, mean: float, rng: np.random.Generator) -> Floats:
+    """How often each neuron fires: (rank + 64)^-1.42 with the wanted mean, clipped, in random order."""
+    law = (np.arange(n_ff) + 64.0) ** -1.42
+    low, high = 0.0, 1e9
+    for _ in range(200):
+        middle = (low + high) / 2
+        if np.clip(law * middle, 5e-4, 0.97).mean() < mean:
+            low = middle
+        else:
+            high = middle
+    return rng.permutation(np.clip(law * low, 5e-4, 0.97)).astype(np.float32)
+
+
+class Generator:
+    """Draws a model layer by layer while calibration tokens run through it."""
+
+    def __init__(self, shape: Shape, active: float, seed: int) -> None:
+        self.shape, self.active = shape, active
+        self.rng = np.random.default_rng(seed)
+        self.u = self._unit(self._normal(1, shape.n_embd))[0]
+        self.embedding = self._unit(self._off_u(self._normal(shape.n_vocab, shape.n_embd))) + self.u
+        tokens = self.rng.integers(0, shape.n_vocab, CALIBRATION_TOKENS)
+        self.x = self.embedding[tokens]
+        self.measured: list[float] = []
+
+    def tensors(self) -> Iterator[tuple[str, Floats]]:
+        """Names and values in the file's order; `ffn_down` comes as records (n_ff, n_embd)."""
+        yield "token_embd", self.embedding
+        for layer in range(self.shape.n_layer):
+            for name, value in self._layer():
+                yield f"blk.{layer}.{name}", value
+        yield "output_norm", np.ones((1, self.shape.n_embd), np.float32)
+        yield "output", self._normal(self.shape.n_vocab, self.shape.n_embd) / np.sqrt(self.shape.n_embd)
+
+    def _layer(self) -> Iterator[tuple[str, Floats]]:
+        s = self.shape
+        ones = np.ones((1, s.n_embd), np.float32)
+        spread = np.float32(1 / np.sqrt(s.n_embd))
+        q = self._normal(s.n_head * s.head_dim, s.n_embd) * spread
+        k, v = (self._normal(s.n_head_kv * s.head_dim, s.n_embd) * spread for _ in range(2))
+        o = self._off_u((self._normal(s.n_embd, s.n_head * s.head_dim) * spread / s.n_layer**0.5).T).T
+        self.x += self._attention(_norm(self.x), q, k, v) @ o.T
+        h = _norm(self.x)
+        factors = self._gate_factors(h)
+        gate = factors.a @ factors.basis - np.outer(factors.b, factors.u)
+        up = self._normal(s.n_ff, s.n_embd) * spread
+        down = self._off_u(self._normal(s.n_ff, s.n_embd) * np.float32(1 / np.sqrt(s.n_ff * s.n_layer)))
+        fired = np.maximum(h @ gate.T, 0)
+        self.measured.append(float((fired > 0).mean()))
+        self.x += (fired * (h @ up.T)) @ down
+        yield from (("attn_norm", ones), ("attn_q", q), ("attn_k", k), ("attn_v", v), ("attn_output", o))
+        yield from (("ffn_norm", ones), ("ffn_gate", gate), ("ffn_up", up), ("ffn_down", down))
+
+    def _gate_factors(self, h: Floats) -> GateFactors:
+        s = self.shape
+        random = self._off_u(self._normal(GATE_RANK, s.n_embd))
+        basis = np.linalg.qr(random.T.astype(np.float64))[0].T.astype(np.float32)
+        a = self._normal(s.n_ff, GATE_RANK) / np.float32(np.sqrt(GATE_RANK))
+        ratio = (h @ basis.T) @ a.T / (h @ self.u)[:, None]
+        wanted = frequencies(s.n_ff, self.active, self.rng)
+        ratio.sort(axis=0)
+        rank = np.clip(((1 - wanted) * len(h)).astype(int), 0, len(h) - 1)
+        return GateFactors(a, ratio[rank, np.arange(s.n_ff)], basis, self.u)
+
+    def _attention(self, h: Floats, q: Floats, k: Floats, v: Floats) -> Floats:
+        s, n = self.shape, len(h)
+        angle = np.outer(np.arange(n), ROPE_BASE ** (-np.arange(0, s.head_dim, 2) / s.head_dim))
+        turn = np.exp(1j * angle).astype(np.complex64)[:, None]
+
+        def rotated(w: Floats, heads: int) -> Floats:
+            pairs = (h @ w.T).reshape(n, heads, s.head_dim).view(np.complex64) * turn
+            return pairs.view(np.float32)
+
+        group = s.n_head // s.n_head_kv
+        queries = rotated(q, s.n_head).swapaxes(0, 1)
+        keys = rotated(k, s.n_head_kv).swapaxes(0, 1).repeat(group, axis=0)
+        values = (h @ v.T).reshape(n, s.n_head_kv, s.head_dim).swapaxes(0, 1).repeat(group, axis=0)
+        scores = queries @ keys.swapaxes(1, 2) / np.float32(np.sqrt(s.head_dim))
+        scores += np.triu(np.full((n, n), -np.inf, np.float32), 1)
+        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        weights /= weights.sum(axis=-1, keepdims=True)
+        return np.ascontiguousarray((weights @ values).swapaxes(0, 1)).reshape(n, -1)
+
+    def _normal(self, rows: int, columns: int) -> Floats:
+        return self.rng.standard_normal((rows, columns), dtype=np.float32)
+
+    def _off_u(self, rows: Floats) -> Floats:
+        return rows - np.outer(rows @ self.u, self.u)
+
+    @staticmethod
+    def _unit(rows: Floats) -> Floats:
+        normal: Floats = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+        return normal
+
+
+def _norm(x: Floats) -> Floats:
+    normal: Floats = x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + np.float32(NORM_EPS))
+    return normal
+
+
+def vocabulary(size: int) -> dict[str, object]:
+    """A sentencepiece-like vocabulary that every engine can load: bytes and numbered words."""
+    special = [("<unk>", 2), ("<s>", 3), ("</s>", 3)]
+    pieces = special + [(f"<0x{b:02X}>", 6) for b in range(256)] + [(f"▁w{i}", 1) for i in range(size - 259)]
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": [p for p, _ in pieces],
+        "tokenizer.ggml.scores": np.array([0.0] * 259 + [-float(i) for i in range(size - 259)], np.float32),
+        "tokenizer.ggml.token_type": np.array([t for _, t in pieces], np.int32),
+        "tokenizer.ggml.bos_token_id": np.uint32(1),
+        "tokenizer.ggml.eos_token_id": np.uint32(2),
+        "tokenizer.ggml.unknown_token_id": np.uint32(0),
+    }
+
+
+def metadata(name: str, shape: Shape, active: float) -> dict[str, object]:
+    """GGUF metadata of a synthetic model; its name and description say what it is."""
+    return {
+        "general.architecture": "llama",
+        "general.name": name,
+        "general.description": f"synthetic random weights, {active:.0%} of the neurons fire",
+        "llama.block_count": np.uint32(shape.n_layer),
+        "llama.context_length": np.uint32(32768),
+        "llama.embedding_length": np.uint32(shape.n_embd),
+        "llama.feed_forward_length": np.uint32(shape.n_ff),
+        "llama.attention.head_count": np.uint32(shape.n_head),
+        "llama.attention.head_count_kv": np.uint32(shape.n_head_kv),
+        "llama.attention.layer_norm_rms_epsilon": np.float32(NORM_EPS),
+        "llama.rope.dimension_count": np.uint32(shape.head_dim),
+        "llama.rope.freq_base": np.float32(ROPE_BASE),
+        "llama.vocab_size": np.uint32(shape.n_vocab),
+        "llama.hidden_activation": "relu",
+        **vocabulary(shape.n_vocab),
+    }
+
+
+def packed(name: str, value: Floats, fmt: BlockFormat, records: bool) -> Weight:
+    """One tensor as it is stored; norms stay F32, down is transposed back unless `records`."""
+    if name.endswith("norm"):
+        return from_float(f"{name}.weight", value, F32)
+    if name.endswith("ffn_down"):
+        return from_float(f"{name}_t.weight" if records else f"{name}.weight", value if records else value.T, fmt)
+    return from_float(f"{name}.weight", value, fmt)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="1.3b")
+    parser.add_argument("--active", type=float, default=0.12, help="mean share of neurons that fire")
+    parser.add_argument("--outtype", nargs="+", default=["q8_0"], help="any of f32 f16 bf16 q8_0 q4_0")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("-o", "--output", type=Path, default=Path(), help="folder of the files")
+    args = parser.parse_args()
+    start = time.monotonic()
+    shape, generator = SHAPES[args.shape], Generator(SHAPES[args.shape], args.active, args.seed)
+    tensors = list(generator.tensors())
+    fired = np.mean(generator.measured)
+    print(f"{fired:.1%} of neurons fire on the calibration tokens, {time.monotonic() - start:.0f} s")
+    for outtype in args.outtype:
+        fmt = BY_NAME[outtype.upper()]
+        for layout in ("standard", "records"):
+            path = args.output / f"synthetic-{args.shape}.{outtype}{'.records' * (layout == 'records')}.gguf"
+            weights = [packed(name, value, fmt, layout == "records") for name, value in tensors]
+            size = write_gguf(path, metadata(path.stem, shape, args.active), weights)
+            print(f"{path}: {size / 1e9:.2f} GB, {time.monotonic() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
