@@ -152,7 +152,8 @@ class Generator:
         scores += np.triu(np.full((n, n), -np.inf, np.float32), 1)
         weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
         weights /= weights.sum(axis=-1, keepdims=True)
-        return np.ascontiguousarray((weights @ values).swapaxes(0, 1)).reshape(n, -1)
+        mixed: Floats = np.ascontiguousarray((weights @ values).swapaxes(0, 1)).reshape(n, -1)
+        return mixed
 
     def _normal(self, rows: int, columns: int) -> Floats:
         return self.rng.standard_normal((rows, columns), dtype=np.float32)
