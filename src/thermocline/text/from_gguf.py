@@ -6,7 +6,6 @@ mean where it is silent, and the defaults of absent ones, are llama.cpp's.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from operator import itemgetter
 from pathlib import Path
@@ -32,7 +31,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], path: Path | str = "GGUF me
 
     `tokenizer.huggingface.json` is used as it stands where the file carries it. Otherwise `tokenizer.ggml.model`
     must be `llama` (SentencePiece BPE by score, with byte fallback) or `gpt2` (byte-level BPE by merges, words cut
-    as `tokenizer.ggml.pre` says). What had to be assumed is warned about and kept in the tokenizer's `notes`.
+    as `tokenizer.ggml.pre` says). The tokenizer's `warnings` tell what had to be assumed.
 
     Raises:
         ModelFormatError: a key has the wrong type, length or range, or is missing.
@@ -55,8 +54,6 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], path: Path | str = "GGUF me
         )
     else:
         raise TokenizerError("the file has no tokenizer: tokenizer.ggml.model is missing")
-    for note in tokenizer.notes:
-        warnings.warn(f"tokenizer: {note}", stacklevel=2)
     return tokenizer
 
 
@@ -66,7 +63,7 @@ def _from_embedded_json(fields: Metadata, json: str) -> Tokenizer:
     return tokenizer_from_backend(
         backend,
         bos_id=special_id(fields, "bos", limit),
-        eos_ids=_end_ids(fields, limit),
+        eos_ids=_end_ids(fields, limit, special_id(fields, "eos", limit)),
         adds_bos=fields.boolean("tokenizer.ggml.add_bos_token", None),
         adds_eos=fields.boolean("tokenizer.ggml.add_eos_token", None),
         chat_template=fields.text("tokenizer.chat_template", None),
@@ -78,14 +75,14 @@ def _from_scores(fields: Metadata) -> Tokenizer:
     vocabulary = read_vocabulary(fields)
     ids = vocabulary.ids()
     size = len(vocabulary.pieces)
-    notes = list(vocabulary.notes)
-    notes += [
+    warnings = list(vocabulary.warnings)
+    warnings += [
         f"tokenizer.ggml.{key} is not applied, as in other engines for this tokenizer model"
         for key in ("remove_extra_whitespaces", "precompiled_charsmap")
         if fields.get(f"tokenizer.ggml.{key}", False) is not False
     ]
     has_merges = "tokenizer.ggml.merges" in fields
-    merges = read_merges(fields, ids) if has_merges else merges_by_score(vocabulary, ids, notes)
+    merges = read_merges(fields, ids) if has_merges else merges_by_score(vocabulary, ids, warnings)
     unknown = _special_or(fields, "unknown", 0, vocabulary, TokenKind.UNKNOWN)
     unknown_piece = None if unknown is None else vocabulary.pieces[unknown]
 
@@ -106,12 +103,12 @@ def _from_scores(fields: Metadata) -> Tokenizer:
         spelling=Spelling.SENTENCEPIECE,
         strips_space=spaced,
         bos_id=bos_id,
-        eos_ids=_end_ids(fields, size) | (set() if eos_id is None else {eos_id}),
+        eos_ids=_end_ids(fields, size, eos_id),
         prefix=_frame(fields, "bos", bos_id, default=bos_id is not None),
         suffix=_frame(fields, "eos", eos_id, default=False),
         chat_template=fields.text("tokenizer.chat_template", None),
         name="llama",
-        notes=tuple(notes),
+        warnings=tuple(warnings),
     )
 
 
@@ -119,11 +116,11 @@ def _from_merges(fields: Metadata) -> Tokenizer:
     vocabulary = read_vocabulary(fields)
     ids = vocabulary.ids()
     size = len(vocabulary.pieces)
-    notes = list(vocabulary.notes)
+    warnings = list(vocabulary.warnings)
     pre = fields.text("tokenizer.ggml.pre", "", limit=256)
     if pre in ("", "default"):
         named = "is missing" if not pre else "is 'default'"
-        notes.append(
+        warnings.append(
             f"tokenizer.ggml.pre {named}, so it is not known how this model cuts text into words; llama.cpp's "
             "default is used, and answers may be worse than the model's"
         )
@@ -144,12 +141,12 @@ def _from_merges(fields: Metadata) -> Tokenizer:
         vocabulary.pieces,
         spelling=Spelling.BYTE_LEVEL,
         bos_id=bos_id,
-        eos_ids=_end_ids(fields, size),
+        eos_ids=_end_ids(fields, size, eos_id),
         prefix=_frame(fields, "bos", bos_id, default=rule.adds_bos and bos_id is not None),
         suffix=_frame(fields, "eos", eos_id, default=False),
         chat_template=fields.text("tokenizer.chat_template", None),
         name=f"gpt2, words cut as {pre or 'default'}",
-        notes=tuple(notes),
+        warnings=tuple(warnings),
     )
 
 
@@ -172,7 +169,7 @@ def read_merges(fields: Metadata, ids: Mapping[str, int]) -> list[tuple[str, str
     return list(merges)
 
 
-def merges_by_score(vocabulary: Vocabulary, ids: Mapping[str, int], notes: list[str]) -> list[tuple[str, str]]:
+def merges_by_score(vocabulary: Vocabulary, ids: Mapping[str, int], warnings: list[str]) -> list[tuple[str, str]]:
     """The merges that do what SentencePiece does with scores: of all neighbours that form a token, join those whose
     token scores highest.
 
@@ -199,7 +196,9 @@ def merges_by_score(vocabulary: Vocabulary, ids: Mapping[str, int], notes: list[
     ranked.sort(key=itemgetter(0))  # stable: equal scores stay in the order of ids, the longest left part first
     joined = {left + right for _, left, right in ranked}
     if len({usable[piece] for piece in joined}) < len(joined):
-        notes.append("tokens with equal scores are joined in the order of their ids; SentencePiece goes from the left")
+        warnings.append(
+            "tokens with equal scores are joined in the order of their ids; SentencePiece goes from the left"
+        )
     return [(left, right) for _, left, right in ranked]
 
 
@@ -219,8 +218,10 @@ def _special_or(fields: Metadata, name: str, usual: int, vocabulary: Vocabulary,
     return found
 
 
-def _end_ids(fields: Metadata, size: int) -> set[int]:
-    return {token for name in ("eos", "eot", "eom") if (token := special_id(fields, name, size)) is not None}
+def _end_ids(fields: Metadata, size: int, eos_id: int | None) -> list[int]:
+    """The tokens that end a text, a turn and a message, in this order."""
+    named = (eos_id, special_id(fields, "eot", size), special_id(fields, "eom", size))
+    return list(dict.fromkeys(token for token in named if token is not None))
 
 
 def _frame(fields: Metadata, name: str, token: int | None, *, default: bool) -> tuple[int, ...]:

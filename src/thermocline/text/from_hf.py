@@ -38,7 +38,7 @@ def tokenizer_from_folder(folder: Path) -> Tokenizer:
         raise TokenizerError(_missing(folder))
     backend = read_json(_text(source, _MAX_TOKENIZER))
     config = {**_object(folder / "special_tokens_map.json"), **_object(folder / "tokenizer_config.json")}
-    notes = _add_tokens(backend, config)
+    warnings = _add_tokens(backend, config)
     bos_id = _named(backend, config, "bos_token")
     eos_id = _named(backend, config, "eos_token")
     ends = [] if eos_id is None else [eos_id]
@@ -51,7 +51,7 @@ def tokenizer_from_folder(folder: Path) -> Tokenizer:
         adds_bos=_flag(folder, config, "add_bos_token", bos_id),
         adds_eos=_flag(folder, config, "add_eos_token", eos_id),
         chat_template=_chat_template(folder, config),
-        notes=notes,
+        warnings=warnings,
     )
 
 

@@ -47,7 +47,7 @@ def tokenizer_from_backend(
     adds_eos: bool | None = None,
     chat_template: str | None = None,
     name: str = "tokenizer.json",
-    notes: tuple[str, ...] = (),
+    warnings: tuple[str, ...] = (),
 ) -> Tokenizer:
     """Wrap the library's tokenizer.
 
@@ -75,7 +75,7 @@ def tokenizer_from_backend(
         eos_ids=ends,
         chat_template=chat_template,
         name=name,
-        notes=notes,
+        warnings=warnings,
     )
 
 

@@ -2,34 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, Protocol
-
+from thermocline.files.source import ModelSource
 from thermocline.text.from_gguf import tokenizer_from_gguf
 from thermocline.text.from_hf import tokenizer_from_folder
 from thermocline.text.tokenizer import Tokenizer
 
 
-class TextSource(Protocol):
-    """What is needed of an opened model: `kind` "gguf" with a header as `metadata`, or "hf" with a folder as `path`."""
-
-    @property
-    def kind(self) -> str: ...
-
-    @property
-    def path(self) -> Path: ...
-
-    @property
-    def metadata(self) -> Mapping[str, Any]: ...
-
-
-def load_tokenizer(source: TextSource) -> Tokenizer:
-    """The tokenizer of `source`.
+def load_tokenizer(source: ModelSource) -> Tokenizer:
+    """The tokenizer of `source`; its `warnings` tell what had to be assumed.
 
     Raises:
         TokenizerError: there is none, or it is unusable.
-        ModelFormatError: the file is not what it claims to be.
+        ModelFormatError: a file is not what it claims to be.
         UnsupportedModelError: a kind of tokenizer that is not implemented.
     """
     if source.kind == "hf":

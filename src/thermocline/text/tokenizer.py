@@ -68,13 +68,14 @@ class Tokenizer:
         eos_ids: Iterable[int] = (),
         chat_template: str | None = None,
         name: str = "",
-        notes: tuple[str, ...] = (),
+        warnings: tuple[str, ...] = (),
     ) -> None:
         """Wrap `backend`, whose token i is spelled `pieces[i]` (None where the ids have a hole).
 
         `strips_space`: decoding drops one leading space, because encoding puts one there.
         `prefix`, `suffix`: ids put around a text by `add_special`.
-        `notes`: what had to be assumed when the tokenizer was built.
+        `eos_ids`: ids that end an answer, the one called eos first; special tokens with known names join them.
+        `warnings`: what had to be assumed when the tokenizer was built.
 
         Raises:
             TokenizerError: no pieces, or some text could not be encoded and would vanish.
@@ -94,12 +95,14 @@ class Tokenizer:
         self.prefix = prefix
         self.suffix = suffix
         self.bos_id = bos_id
-        ends = {i for i in self.special_ids if self._literal[i] in END_NAMES}
-        self.eos_ids = frozenset(eos_ids) | ends
+        ends = tuple(eos_ids)
+        self.eos_id = ends[0] if ends else None
+        """The id that the file calls eos."""
+        self.eos_ids = frozenset(ends) | {i for i in self.special_ids if self._literal[i] in END_NAMES}
         """Ids that end an answer."""
         self.chat_template = chat_template
         self.name = name
-        self.notes = notes
+        self.warnings = warnings
         named = {"bos": () if bos_id is None else (bos_id,), "eos": self.eos_ids, "added": prefix + suffix}
         for what, ids in named.items():
             for token in ids:

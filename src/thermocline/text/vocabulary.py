@@ -32,13 +32,13 @@ class TokenKind(IntEnum):
 class Vocabulary:
     """Spelling, kind and score of every token; all lists have the same length.
 
-    `scores` is None where the file has none. `notes` tells what was odd but bearable.
+    `scores` is None where the file has none. `warnings` tells what was odd but bearable.
     """
 
     pieces: list[str]
     kinds: list[int]
     scores: list[float] | None
-    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     def ids(self) -> dict[str, int]:
         """Spelling to id. The later of two equal spellings, and an empty one, get a stand-in that no text has."""
@@ -117,12 +117,12 @@ def _read_scores(fields: Metadata, size: int) -> list[float] | None:
 
 
 def _odd_tokens(pieces: list[str]) -> tuple[str, ...]:
-    notes = []
+    warnings = []
     if empty := pieces.count(""):
-        notes.append(f"{empty} tokens have no spelling; they decode to nothing")
+        warnings.append(f"{empty} tokens have no spelling; they decode to nothing")
     if len(set(pieces)) != len(pieces):
         repeated = [piece for piece, count in Counter(pieces).items() if count > 1 and piece]
         if repeated:
             first = printable(repeated[0], 40)
-            notes.append(f"{len(repeated)} tokens are spelled twice, {first!r} among them; the first id is used")
-    return tuple(notes)
+            warnings.append(f"{len(repeated)} tokens are spelled twice, {first!r} among them; the first id is used")
+    return tuple(warnings)
