@@ -107,6 +107,11 @@ class YarnScaling:
         return rope.rotary_dim * math.log(self.original_ctx / (turns * 2 * math.pi)) / (2 * math.log(rope.base))
 
 
+def rope_table_bytes(rope: RopeSpec, n_ctx: int) -> int:
+    """Bytes of `rope_table`."""
+    return 4 * n_ctx * rope.rotary_dim
+
+
 def yarn_magnitude(factor: float, weight: float = 1.0) -> float:
     """YaRN's own choice of attention factor."""
     return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from thermocline.errors import ModelFormatError, printable
 from thermocline.files.weight import Weight
@@ -50,6 +50,11 @@ def check_tensors(path: object, spec: ModelSpec, weights: Mapping[str, Weight]) 
             if name in weights and weights[name].shape != shape
         ),
     ]
+    refuse(path, problems)
+
+
+def refuse(path: object, problems: Sequence[str]) -> None:
+    """Raise ModelFormatError with the first five problems, if there are any."""
     if problems:
         more = f", and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
         raise ModelFormatError(str(path), "tensors", "; ".join(problems[:SHOWN]) + more)

@@ -15,6 +15,7 @@ from thermocline.model.families.activation import ffn_from_gguf, ffn_from_hf
 from thermocline.model.families.scaling import rope_from_gguf, rope_from_hf
 from thermocline.model.source import NetworkSource, require_neutral, uniform
 from thermocline.model.spec import BOUNDS, EPS_BOUNDS, ModelSpec
+from thermocline.model.tensors import refuse
 from thermocline.ops.contract import FfnKind
 
 GGUF_NEUTRAL: dict[str, object] = {
@@ -89,13 +90,13 @@ class Family:
         if source.kind == "gguf":
             named = {name: name for name in source.weights if not self.gguf_explained(name)}
         else:
-            named = {self.canonical(name): name for name in source.weights if not name.endswith("rotary_emb.inv_freq")}
+            named = self._hf_named(source)
             if spec.tied_embeddings:
                 named.pop("output.weight", None)
         return {canonical: source.weights[name] for canonical, name in named.items()}
 
-    def canonical(self, name: str) -> str:
-        """GGUF's name of a Hugging Face tensor; unknown names stay as they are."""
+    def canonical(self, name: str) -> str | None:
+        """GGUF's name of a Hugging Face tensor, None if the family has no such tensor."""
         if name in self.hf_names:
             return self.hf_names[name]
         match = LAYER.fullmatch(name)
@@ -103,7 +104,20 @@ class Family:
             stem, _, kind = match[2].rpartition(".")
             if stem in self.hf_layer_names and kind in {"weight", "bias"}:
                 return f"blk.{match[1]}.{self.hf_layer_names[stem]}.{kind}"
-        return name
+        return None
+
+    def _hf_named(self, source: NetworkSource) -> dict[str, str]:
+        """The source's names by canonical ones; old files also hold rotary frequencies, which the spec implies."""
+        named: dict[str, str] = {}
+        unknown = []
+        for name in source.weights:
+            canonical = self.canonical(name)
+            if canonical is not None:
+                named[canonical] = name
+            elif not name.endswith("rotary_emb.inv_freq"):
+                unknown.append(f"{printable(name)} does not belong to this network")
+        refuse(source.path, unknown)
+        return named
 
     def gguf_explained(self, name: str) -> bool:
         """Whether a GGUF tensor is read elsewhere: rotary factors with the spec, predictors with the activity."""
