@@ -15,7 +15,7 @@ from thermocline.files.formats import BF16, F16, F32, Q4_0, Q8_0, BlockFormat
 from thermocline.files.gguf import GgufFile
 from thermocline.files.gguf_writer import NewTensor, write_gguf
 from thermocline.files.weight import Bytes
-from thermocline.memory.layout import lay_out
+from thermocline.memory.layout import Layout, lay_out
 from thermocline.memory.reblock import Reblocked
 from thermocline.memory.tokenizer_metadata import gguf_tokenizer
 from thermocline.model.header import gguf_header
@@ -55,7 +55,7 @@ def convert(
     """Write `source` as a GGUF file, one tensor in memory at a time; `outtype` None keeps each tensor's format.
 
     Raises:
-        UsageError: the outtype is unknown, or the file is the source itself.
+        UsageError: the outtype is unknown.
         ModelFormatError, UnsupportedModelError: the source cannot be read, or GGUF cannot say what it is.
         OutputError: the file could not be written; an old one is untouched.
     """
@@ -70,7 +70,7 @@ def convert(
     if progress is not None:
         tensors = _announced(tensors, progress)
     size = write_gguf(path, metadata, tensors)
-    return WriteReport(path, size, tuple(layout.reblocked), notes)
+    return WriteReport(path, size, tuple(layout.reblocked), (*notes, *_widened(layout, fmt)))
 
 
 def write_records(source: NetworkSource, path: Path, progress: Progress | None = None) -> WriteReport:
@@ -97,6 +97,17 @@ def _predictors(source: NetworkSource) -> list[NewTensor]:
         return []
     found = [tensor for name, tensor in source.tensors.items() if PREDICTOR.fullmatch(name)]
     return [NewTensor(t.name, t.format, t.shape, partial(getattr, t, "data")) for t in found]
+
+
+def _widened(layout: Layout, fmt: BlockFormat | None) -> tuple[str, ...]:
+    """A note on matrices whose rows are no whole number of blocks."""
+    wide = [t for t in layout.tensors if t.format is F16 and t.shape[0] > 1]
+    if fmt is None or fmt is F16 or not wide:
+        return ()
+    return (
+        f"{len(wide)} matrices are F16: their rows, as {wide[0].name}'s {wide[0].shape[1]}, are no whole "
+        f"number of {fmt.name} blocks of {fmt.block}",
+    )
 
 
 def _file_type(tensors: tuple[NewTensor, ...]) -> int:

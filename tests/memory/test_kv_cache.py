@@ -1,0 +1,53 @@
+"""A cache is as large as foretold, and forgets what it is told to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from thermocline.config import CacheType
+from thermocline.errors import UsageError
+from thermocline.memory.kv_cache import KVCache, kv_bytes, kv_bytes_per_token
+from thermocline.model.families import family_of
+from thermocline.model.spec import ModelSpec
+from thermocline.ops.reference import ReferenceOps
+
+OPS = ReferenceOps()
+
+
+@pytest.fixture
+def spec(make_source: Callable[..., Any]) -> ModelSpec:
+    source = make_source()
+    return family_of(source).spec(source)
+
+
+@pytest.mark.parametrize("type_k", CacheType)
+@pytest.mark.parametrize("type_v", CacheType)
+def test_size_is_that_of_the_arrays(spec: ModelSpec, type_k: CacheType, type_v: CacheType) -> None:
+    cache = KVCache(spec, OPS, 7, type_k, type_v)
+    arrays = [array for layer in cache.layers for array in (layer.keys, layer.values)]
+    assert all(array.shape == (spec.n_head_kv, 7, spec.head_dim) for array in arrays)
+    assert cache.nbytes == sum(array.nbytes for array in arrays) == kv_bytes(spec, 7, type_k, type_v)
+    assert cache.nbytes == 7 * kv_bytes_per_token(spec, type_k, type_v)
+    assert [str(a.dtype)[-2:] for a in arrays[:2]] == [type_k[1:], type_v[1:]]
+
+
+def test_truncate_and_clear(spec: ModelSpec) -> None:
+    cache = KVCache(spec, OPS, 8)
+    cache.length = 5
+    cache.truncate(5)
+    assert cache.length == 5
+    cache.truncate(2)
+    assert cache.length == 2
+    for length in (3, -1):
+        with pytest.raises(UsageError, match=f"cache of 2 tokens to {length}"):
+            cache.truncate(length)
+    cache.clear()
+    assert cache.length == 0
+
+
+def test_an_empty_context_is_refused(spec: ModelSpec) -> None:
+    with pytest.raises(UsageError, match="a context of 0 tokens"):
+        KVCache(spec, OPS, 0)
