@@ -142,7 +142,8 @@ class Generator:
 
         def rotated(w: Floats, heads: int) -> Floats:
             pairs = (h @ w.T).reshape(n, heads, s.head_dim).view(np.complex64) * turn
-            return pairs.view(np.float32)
+            turned: Floats = pairs.view(np.float32)
+            return turned
 
         group = s.n_head // s.n_head_kv
         queries = rotated(q, s.n_head).swapaxes(0, 1)
