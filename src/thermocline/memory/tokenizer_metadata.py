@@ -38,6 +38,10 @@ def gguf_tokenizer(folder: Path, rows: int, eos_id: int | None) -> tuple[dict[st
         raise ModelFormatError(folder, "tokenizer.json", f"{tokenizer.size} tokens, but the embedding has {rows} rows")
     text = (folder / "tokenizer.json").read_text(encoding="utf-8")
     data = json.loads(text)
+    missing = _missing_tokens(data, tokenizer)
+    if missing:
+        data["added_tokens"] += missing
+        text = json.dumps(data, ensure_ascii=False)
     if data["model"]["type"] != "BPE":
         raise UnsupportedModelError(f"{folder}: a tokenizer of type {data['model']['type']} has no keys in GGUF")
     pieces, kinds = _pieces(data, rows)
@@ -46,14 +50,14 @@ def gguf_tokenizer(folder: Path, rows: int, eos_id: int | None) -> tuple[dict[st
     notes: tuple[str, ...] = ()
     if tokenizer.spelling is Spelling.BYTE_LEVEL:
         pre = split_name(data.get("pre_tokenizer"))
-        keys |= {"model": "gpt2", "pre": pre or "default", "merges": merges}
+        keys |= {"model": "gpt2", "pre": pre or "default"} | ({"merges": merges} if merges else {})
         if pre is None:
             notes = ("the way words are cut has no name in GGUF; other engines will cut them in their default way",)
     else:
         scores = np.array(_scores(pieces, merges), dtype=np.float32)
         keys |= {"model": "llama", "scores": scores, "add_space_prefix": tokenizer.strips_space}
     keys |= _special(data, tokenizer, eos_id)
-    metadata = {f"tokenizer.ggml.{key}": value for key, value in keys.items() if value != []}
+    metadata = {f"tokenizer.ggml.{key}": value for key, value in keys.items()}
     metadata["tokenizer.huggingface.json"] = text
     if tokenizer.chat_template is not None:
         metadata["tokenizer.chat_template"] = tokenizer.chat_template
@@ -80,6 +84,25 @@ def _steps(pre_tokenizer: Mapping[str, Any] | None) -> Sequence[Mapping[str, Any
     if pre_tokenizer is None:
         return ()
     return pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else (pre_tokenizer,)
+
+
+def _missing_tokens(data: Mapping[str, Any], tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    """Tokens that only the folder's other files add or make special, as tokenizer.json lists added tokens."""
+    listed = {token["id"] for token in data["added_tokens"]}
+    spelled = listed | set(data["model"]["vocab"].values())
+    wanted = {i for i in range(tokenizer.size) if i not in spelled and tokenizer.piece(i)} | tokenizer.special_ids
+    return [
+        {
+            "id": i,
+            "content": tokenizer.piece(i),
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": i in tokenizer.special_ids,
+        }
+        for i in sorted(wanted - listed)
+    ]
 
 
 def _pieces(data: Mapping[str, Any], rows: int) -> tuple[list[str], list[int]]:
