@@ -38,12 +38,12 @@ def gguf_tokenizer(folder: Path, rows: int, eos_id: int | None) -> tuple[dict[st
         raise ModelFormatError(folder, "tokenizer.json", f"{tokenizer.size} tokens, but the embedding has {rows} rows")
     text = (folder / "tokenizer.json").read_text(encoding="utf-8")
     data = json.loads(text)
+    if data["model"]["type"] != "BPE":
+        raise UnsupportedModelError(f"{folder}: a tokenizer of type {data['model']['type']} has no keys in GGUF")
     missing = _missing_tokens(data, tokenizer)
     if missing:
         data["added_tokens"] += missing
         text = json.dumps(data, ensure_ascii=False)
-    if data["model"]["type"] != "BPE":
-        raise UnsupportedModelError(f"{folder}: a tokenizer of type {data['model']['type']} has no keys in GGUF")
     pieces, kinds = _pieces(data, rows)
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in data["model"]["merges"]]
     keys: dict[str, object] = {"tokens": pieces, "token_type": np.array(kinds, dtype=np.int32)}
