@@ -135,7 +135,8 @@ class Cursor:
         except (struct.error, OverflowError):
             position = self._end + 1
         if position > self._end:
-            entry = f"{key}[{max(0, len(bounds) - 2)}]"
+            last = len(bounds) - 1
+            entry = f"{key}[{last - 1 if bounds[last] > self._end else last}]"
             raise self.wrong(
                 entry, f"ends past byte {self._end}, the last a header can take here: incomplete download?"
             )

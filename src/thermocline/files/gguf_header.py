@@ -39,8 +39,8 @@ _ALIGNMENTS: Final = tuple(1 << n for n in range(3, 21))
 class Header:
     """What one GGUF file holds.
 
-    `magic` is its first four bytes, `size` is where the tensor table ends, `end` where the last tensor does. `types` gives the stored type of
-    every key, and for arrays that of their elements.
+    `magic` is its first four bytes, `size` where the tensor table ends, `end` where the last tensor does, padding
+    included. `types` gives the stored type of every key, and for arrays that of their elements.
     """
 
     magic: bytes

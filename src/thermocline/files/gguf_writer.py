@@ -116,7 +116,7 @@ def _produced(tensor: NewTensor) -> Bytes:
     data = np.ascontiguousarray(tensor.produce())
     if data.dtype != np.uint8 or data.nbytes != tensor.nbytes:
         raise OutputError(
-            f'tensor "{tensor.name}": {data.nbytes} bytes of {data.dtype} were made; '
+            f'tensor "{printable(tensor.name, 80)}": {data.nbytes} bytes of {data.dtype} were made; '
             f"{list(tensor.shape)} {tensor.format.name} takes {tensor.nbytes} of uint8"
         )
     return data.reshape(-1)
@@ -134,9 +134,10 @@ def _header(metadata: Mapping[str, Any], tensors: Sequence[NewTensor], alignment
         raise OutputError(f'tensor "{repeated}" is given twice')
     chunks = [MAGIC, _U32.pack(VERSION), _U64.pack(len(tensors)), _U64.pack(len(metadata))]
     for key, value in metadata.items():
-        if not 1 <= len(key.encode()) <= MAX_KEY:
+        name = _string(key)
+        if not 1 <= len(name) - _U64.size <= MAX_KEY:
             raise OutputError(f'key "{printable(key, 80)}": keys take 1 to {MAX_KEY} bytes')
-        chunks += [_string(key), _value(key, value)]
+        chunks += [name, _value(key, value)]
     offset = 0
     for tensor in tensors:
         axes = tensor.shape[::-1]
@@ -147,7 +148,10 @@ def _header(metadata: Mapping[str, Any], tensors: Sequence[NewTensor], alignment
 
 
 def _string(text: str | bytes) -> bytes:
-    raw = text.encode() if isinstance(text, str) else text
+    try:
+        raw = text.encode() if isinstance(text, str) else text
+    except UnicodeEncodeError as error:
+        raise OutputError(f'"{printable(str(text), 80)}" is not text that UTF-8 can store') from error
     return _U64.pack(len(raw)) + raw
 
 
@@ -168,17 +172,19 @@ def _elements(key: str, values: Any) -> tuple[ValueType, bytes]:
     if isinstance(values, np.ndarray):
         kind = _BY_DTYPE.get(values.dtype.newbyteorder("="))
         if kind is None:
-            raise OutputError(f'key "{key}": GGUF cannot store arrays of {values.dtype}')
+            raise OutputError(f'key "{printable(key, 80)}": GGUF cannot store arrays of {values.dtype}')
         return kind, values.astype(DTYPES[kind]).tobytes()
     if not values:
-        raise OutputError(f'key "{key}": an empty list has no element type; give a numpy array')
+        raise OutputError(f'key "{printable(key, 80)}": an empty list has no element type; give a numpy array')
     if all(isinstance(value, str | bytes) for value in values):
         return ValueType.STRING, b"".join(map(_string, values))
     kinds = {_type_of(key, value) for value in values}
     if all(type(value) is int for value in values):
         kinds = {ValueType.INT32 if min(values) >= -(1 << 31) and max(values) < 1 << 31 else ValueType.INT64}
     if len(kinds) > 1:
-        raise OutputError(f'key "{key}": elements of several types: {", ".join(sorted(k.name for k in kinds))}')
+        raise OutputError(
+            f'key "{printable(key, 80)}": elements of several types: {", ".join(sorted(k.name for k in kinds))}'
+        )
     kind = kinds.pop()
     return kind, b"".join(_number(key, kind, value) for value in values)
 
@@ -187,7 +193,7 @@ def _number(key: str, kind: ValueType, value: Any) -> bytes:
     try:
         return PACKERS[kind].pack(value.item() if isinstance(value, np.generic) else value)
     except (struct.error, OverflowError) as error:
-        raise OutputError(f'key "{key}": {value} does not fit {kind.name}') from error
+        raise OutputError(f'key "{printable(key, 80)}": {value} does not fit {kind.name}') from error
 
 
 def _type_of(key: str, value: object) -> ValueType:
@@ -204,4 +210,4 @@ def _type_of(key: str, value: object) -> ValueType:
         if -(1 << 31) <= value < 0:
             return ValueType.INT32
         return ValueType.INT64 if value < 0 else ValueType.UINT64
-    raise OutputError(f'key "{key}": GGUF cannot store a {type(value).__name__}')
+    raise OutputError(f'key "{printable(key, 80)}": GGUF cannot store a {type(value).__name__}')

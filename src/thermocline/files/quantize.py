@@ -1,33 +1,51 @@
-"""Float rows to block formats and back, in plain numpy."""
+"""Float rows to block formats and back, in plain numpy.
+
+Source of the algorithms: the reference quantisers of ggml (ggml-quants.c), which the `gguf` package repeats.
+"""
 
 from __future__ import annotations
+
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
+from thermocline.errors import NumericalError, UnsupportedModelError
 from thermocline.files.formats import BF16, F16, F32, Q4_0, Q8_0, BlockFormat
 from thermocline.files.weight import Bytes, Weight
 
 Floats = npt.NDArray[np.float32]
 
+_CHUNK: Final = 1 << 18
+"""Elements quantised at once: the temporaries stay in the cache."""
+
 
 def quantize(x: Floats, fmt: BlockFormat) -> Bytes:
-    """Rows of float32 (rows, columns) in `fmt`: uint8 (rows, row_bytes), the bytes ggml's reference writes."""
+    """Rows of float32 (rows, columns) in `fmt`: uint8 (rows, row_bytes), the bytes ggml's reference writes.
+
+    Blocks whose scale has no reciprocal in float32, where ggml's result is undefined, become zeros.
+
+    Raises:
+        UnsupportedModelError: the columns are not whole blocks.
+        NumericalError: a value does not fit: NaN or infinite in a block format, or beyond the range of F16.
+    """
     x = np.ascontiguousarray(x, dtype=np.float32)
-    rows = x.shape[0]
+    rows, columns = x.shape
+    if columns % fmt.block:
+        raise UnsupportedModelError(f"rows of {columns} elements: {fmt.name} needs a multiple of {fmt.block}")
     if fmt is F32:
         return x.view(np.uint8)
-    if fmt is F16:
-        return x.astype(np.float16).view(np.uint8)
-    if fmt is BF16:
-        return _to_bf16(x).view(np.uint8)
+    pack = {F16: _to_f16, BF16: _to_bf16, Q8_0: _to_q8_0, Q4_0: _to_q4_0}[fmt]
     blocks = x.reshape(-1, fmt.block)
-    packed = {Q8_0: _to_q8_0, Q4_0: _to_q4_0}[fmt](blocks)
-    return packed.reshape(rows, -1)
+    packed = np.empty((len(blocks), fmt.block_bytes), np.uint8)
+    step = _CHUNK // fmt.block
+    for start in range(0, len(blocks), step):
+        packed[start : start + step] = pack(blocks[start : start + step])
+    return packed.reshape(rows, fmt.row_bytes(columns))
 
 
 def dequantize(data: Bytes, fmt: BlockFormat, columns: int) -> Floats:
-    """Rows of `fmt` (rows, row_bytes) as float32 (rows, columns)."""
+    """Rows of `fmt` (rows, row_bytes) as float32 (rows, columns); of F32, a view on the same bytes."""
     rows = data.shape[0]
     data = np.ascontiguousarray(data)
     if fmt is F32:
@@ -39,9 +57,11 @@ def dequantize(data: Bytes, fmt: BlockFormat, columns: int) -> Floats:
     blocks = data.reshape(-1, fmt.block_bytes)
     scale = blocks[:, :2].copy().view(np.float16).astype(np.float32)
     if fmt is Q8_0:
-        return (scale * blocks[:, 2:].view(np.int8).astype(np.float32)).reshape(rows, columns)
-    nibbles = np.concatenate([blocks[:, 2:] & 15, blocks[:, 2:] >> 4], axis=1)
-    return (scale * (nibbles.astype(np.float32) - 8)).reshape(rows, columns)
+        q = blocks[:, 2:].view(np.int8).astype(np.float32)
+    else:
+        q = np.concatenate([blocks[:, 2:] & 15, blocks[:, 2:] >> 4], axis=1).astype(np.float32) - 8
+    with np.errstate(invalid="ignore"):  # a file may hold scales that are not finite; whoever loads it checks
+        return (scale * q).reshape(rows, columns)
 
 
 def to_float(weight: Weight) -> Floats:
@@ -50,34 +70,56 @@ def to_float(weight: Weight) -> Floats:
 
 
 def from_float(name: str, x: Floats, fmt: BlockFormat) -> Weight:
-    """A float matrix (rows, columns) as a resident weight in `fmt`."""
+    """A float matrix (rows, columns) as a resident weight in `fmt`; raises as `quantize` does."""
     return Weight(name, fmt, (x.shape[0], x.shape[1]), quantize(x, fmt))
 
 
-def _to_bf16(x: Floats) -> npt.NDArray[np.uint16]:
+def _to_f16(x: Floats) -> Bytes:
+    return _half(x, x, "F16").view(np.uint8)
+
+
+def _to_bf16(x: Floats) -> Bytes:
     bits = x.view(np.uint32)
     nan = (bits & 0x7FFFFFFF) > 0x7F800000
     rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
-    return np.where(nan, (bits >> 16) | 64, rounded).astype(np.uint16)
+    return np.where(nan, (bits >> 16) | 64, rounded).astype(np.uint16).view(np.uint8)
 
 
 def _to_q8_0(blocks: Floats) -> Bytes:
     scale = np.abs(blocks).max(axis=1, keepdims=True) / np.float32(127)
-    with np.errstate(divide="ignore"):
-        inverse = np.where(scale == 0, np.float32(0), np.float32(1) / scale)
-    q = _round_away(blocks * inverse).astype(np.int8)
-    return np.concatenate([scale.astype(np.float16).view(np.uint8), q.view(np.uint8)], axis=1)
+    half = _half(scale, blocks, "Q8_0", finite=True)
+    q = _round_away(blocks * _reciprocal(scale)).astype(np.int8)
+    return np.concatenate([half.view(np.uint8), q.view(np.uint8)], axis=1)
 
 
 def _to_q4_0(blocks: Floats) -> Bytes:
     extreme = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=1, keepdims=True), axis=1)
     scale = extreme / np.float32(-8)
-    with np.errstate(divide="ignore"):
-        inverse = np.where(scale == 0, np.float32(0), np.float32(1) / scale)
-    q = np.trunc(blocks.astype(np.float64) * inverse.astype(np.float64) + 8.5)
-    q = q.astype(np.uint8).clip(0, 15)
-    half = q.shape[1] // 2
-    return np.concatenate([scale.astype(np.float16).view(np.uint8), q[:, :half] | (q[:, half:] << 4)], axis=1)
+    half = _half(scale, blocks, "Q4_0", finite=True)
+    q = (blocks * _reciprocal(scale) + np.float32(8.5)).astype(np.uint8).clip(0, 15)
+    middle = q.shape[1] // 2
+    return np.concatenate([half.view(np.uint8), q[:, :middle] | (q[:, middle:] << 4)], axis=1)
+
+
+def _half(values: Floats, source: Floats, name: str, *, finite: bool = False) -> npt.NDArray[np.float16]:
+    """`values` in float16; refused where finite ones overflow or, if `finite`, where any is not finite."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        half = values.astype(np.float16)
+    bad = ~np.isfinite(half)
+    if not finite:
+        bad &= np.isfinite(values)
+    if bad.any():
+        worst = source[np.unravel_index(np.abs(source).argmax(), source.shape)]
+        raise NumericalError(f"found {worst:g}, which {name} cannot store: use F32 or BF16")
+    return half
+
+
+def _reciprocal(scale: Floats) -> Floats:
+    """1 / scale, and 0 where that is not finite."""
+    with np.errstate(divide="ignore", over="ignore"):
+        inverse: Floats = np.float32(1) / scale
+    inverse[~np.isfinite(inverse)] = 0
+    return inverse
 
 
 def _round_away(x: Floats) -> Floats:

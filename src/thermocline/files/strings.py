@@ -41,7 +41,7 @@ class StringArray(Sequence[str]):
     def __getitem__(self, index: int | slice) -> str | list[str]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        return self._decode(self.raw(index), index)
+        return self._decode(self.raw(index), range(len(self))[index])
 
     def __iter__(self) -> Iterator[str]:
         for i, entry in enumerate(self.iter_raw()):

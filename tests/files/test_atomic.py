@@ -1,0 +1,117 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import stat
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from thermocline.errors import OutputError
+from thermocline.files.atomic import atomic_write
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+def test_nothing_is_there_until_the_end(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    with atomic_write(path) as file:
+        assert file.write(b"abc") == 3
+        assert file.write(np.arange(3, dtype=np.uint8)) == 3
+        assert file.write(np.zeros(0, np.uint8)) == 0
+        assert file.write(memoryview(b"xy")) == 2
+        assert file.tell() == 8
+        file.flush()
+        assert not path.exists()
+        assert len(names(tmp_path)) == 1
+    assert path.read_bytes() == b"abc\0\1\2xy"
+    assert names(tmp_path) == ["out"]
+
+
+def test_a_new_file_has_the_permissions_that_the_mask_gives(tmp_path: Path) -> None:
+    old = os.umask(0o027)
+    try:
+        with atomic_write(tmp_path / "out") as file:
+            file.write(b"")
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o640
+
+
+def test_a_replaced_file_keeps_its_permissions(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    path.write_bytes(b"old")
+    path.chmod(0o600)
+    with atomic_write(path) as file:
+        file.write(b"new")
+    assert path.read_bytes() == b"new"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_a_link_is_replaced_and_what_it_names_is_untouched(tmp_path: Path) -> None:
+    (tmp_path / "real").write_bytes(b"old")
+    (tmp_path / "link").symlink_to("real")
+    with atomic_write(tmp_path / "link") as file:
+        file.write(b"new")
+    assert (tmp_path / "real").read_bytes() == b"old"
+    assert (tmp_path / "link").read_bytes() == b"new"
+    assert not (tmp_path / "link").is_symlink()
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe"])
+def test_only_files_are_replaced(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "odd"
+    path.mkdir() if kind == "folder" else os.mkfifo(path)
+    expected = "is a folder" if kind == "folder" else "is not a regular file"
+    with pytest.raises(OutputError, match=expected), atomic_write(path):
+        pytest.fail("was opened")
+    assert names(tmp_path) == ["odd"]
+
+
+def test_an_exception_of_the_caller_is_its_own(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), atomic_write(tmp_path / "out") as file:
+        file.write(bytes([1 // (file.write(b"half") - 4)]))
+    assert names(tmp_path) == []
+
+
+def test_leavings_of_the_dead_are_removed_and_those_of_the_living_and_of_others_are_not(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    (tmp_path / ".out.0123456789ab.partial").write_bytes(b"left by a killed writer")
+    (tmp_path / ".other.0123456789ab.partial").write_bytes(b"left by another")
+    with atomic_write(path) as living:
+        living.write(b"first")
+        with atomic_write(path) as file:
+            file.write(b"second")
+        assert path.read_bytes() == b"second"
+        assert len(names(tmp_path)) == 3
+    assert path.read_bytes() == b"first"
+    assert names(tmp_path) == [".other.0123456789ab.partial", "out"]
+
+
+def test_many_writers_of_one_name(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    errors: list[BaseException] = []
+
+    def write(number: int) -> None:
+        try:
+            for _ in range(20):
+                with atomic_write(path) as file:
+                    file.write(bytes([number]) * 1000)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=write, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    content = path.read_bytes()
+    assert len(content) == 1000
+    assert len(set(content)) == 1
+    assert names(tmp_path) == ["out"]
