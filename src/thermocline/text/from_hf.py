@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from tokenizers import Tokenizer as Backend
 
 from thermocline.errors import ModelFormatError, TokenizerError, printable
 from thermocline.files.mapped import read_small
+from thermocline.files.strict_json import parse_object
 from thermocline.text.from_json import read_json, tokenizer_from_backend
 from thermocline.text.tokenizer import Tokenizer
 
@@ -147,15 +147,7 @@ def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
 
 def _object(path: Path) -> Mapping[str, Any]:
     """The JSON object in `path`, empty if there is no such file."""
-    if not path.exists():
-        return {}
-    try:
-        value = json.loads(_text(path, _MAX_CONFIG))
-    except (ValueError, RecursionError) as error:
-        raise ModelFormatError(path, "JSON", printable(str(error))) from error
-    if not isinstance(value, dict):
-        raise ModelFormatError(path, "JSON", "is not an object")
-    return value
+    return parse_object(read_small(path, _MAX_CONFIG), path, "JSON") if path.exists() else {}
 
 
 def _text(path: Path, limit: int) -> str:

@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 
 _IMPORTED_LATE = ("jinja2.debug", "jinja2.constants", "encodings.unicode_escape", "pprint", "textwrap")
 """What jinja imports only when a template needs it, and by then no file can be opened."""
-_MAX_NODES = 50_000
+_MAX_NODES = 20_000
 _MAX_DEPTH = 150
 _MAX_MESSAGE = 500
 
