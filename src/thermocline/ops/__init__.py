@@ -1,1 +1,1 @@
-"""The arithmetic: one contract, several implementations."""
+"""The arithmetic: one contract (`contract`), implementations (`reference`, `cpu`), and their choice (`factory`)."""

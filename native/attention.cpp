@@ -1,0 +1,232 @@
+#include "attention.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+namespace thermocline {
+namespace {
+
+constexpr int64_t kChunk = 256;       // keys of a chunk
+constexpr int64_t kStep = 16;         // keys that softmax_part takes at once
+constexpr int64_t kQueries = 64;      // queries of a block: tokens times the heads that share a kv head
+constexpr int64_t kWidenQueries = 8;  // from here on half keys and values are widened once for all queries
+// Up to so many tokens the chunks of one head are shared among workers; a longer batch has work enough in its
+// blocks.
+constexpr int64_t kSplitTokens = 4;
+constexpr float kNone = -std::numeric_limits<float>::infinity();
+
+// The softmax sums of some queries over some keys.
+struct Sums {
+  float* acc;     // (queries, head_dim): sum of exp(score - most) * value
+  float* most;    // (queries)
+  float* weight;  // (queries): sum of exp(score - most)
+};
+
+class Attention {
+ public:
+  Attention(Context& context, const AttentionJob& job)
+      : context_(context),
+        job_(job),
+        group_(job.heads / job.kv_heads),
+        dim_(job.head_dim),
+        split_(job.tokens <= kSplitTokens),
+        block_tokens_(split_ ? job.tokens : std::max<int64_t>(1, kQueries / group_)),
+        first_chunk_(visible_from(0) / kChunk),
+        chunks_((job.start + job.tokens - 1) / kChunk + 1 - first_chunk_),
+        team_(context.team((job.start + job.tokens - visible_from(0)) * job.kv_heads *
+                           (job.keys.row_bytes + job.values.row_bytes) * job.tokens)) {
+    const int64_t queries = block_tokens_ * group_;
+    sums_size_ = queries * (dim_ + 2);
+    // Query block, scores, widened chunk, sums of the chunk, sums so far.
+    scratch_size_ = queries * dim_ + queries * kChunk + kChunk * dim_ + 2 * sums_size_;
+    scratch_ = context.arena.take<float>(scratch_size_ * team_.size());
+    const int64_t blocks = (job.tokens + block_tokens_ - 1) / block_tokens_;
+    if (split_) {
+      parts_ = context.arena.take<float>(job.kv_heads * chunks_ * sums_size_);
+      items_.reset(job.kv_heads * chunks_, 1);
+      merge_items_.reset(job.kv_heads, 1);
+    } else {
+      items_.reset(job.kv_heads * blocks, 1);
+    }
+    write_items_.reset(job.tokens * job.kv_heads, 16);
+  }
+
+  void run() {
+    team_.run([&](int worker) {
+      write_items_.drain([&](int64_t begin, int64_t end) { write(begin, end); });
+      team_.barrier();
+      float* scratch = scratch_ + worker * scratch_size_;
+      if (!split_) {
+        items_.drain([&](int64_t item, int64_t) { attend_block(item, scratch); });
+        return;
+      }
+      items_.drain([&](int64_t item, int64_t) { attend_chunk(item, scratch); });
+      team_.barrier();
+      merge_items_.drain([&](int64_t head, int64_t) { merge_chunks(head, scratch); });
+    });
+  }
+
+ private:
+  // The first position that token t sees.
+  int64_t visible_from(int64_t t) const {
+    return job_.window > 0 ? std::max<int64_t>(0, job_.start + t - job_.window + 1) : 0;
+  }
+
+  void write(int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t t = i / job_.kv_heads, head = i % job_.kv_heads;
+      store(job_.keys, head, job_.start + t, job_.k + i * dim_);
+      store(job_.values, head, job_.start + t, job_.v + i * dim_);
+    }
+  }
+
+  void store(const Cache& cache, int64_t head, int64_t position, const float* x) {
+    uint8_t* row = cache.row(head, position);
+    if (cache.format == kF16) {
+      context_.kernels.to_half(x, row, dim_);
+    } else {
+      std::memcpy(row, x, static_cast<size_t>(dim_) * sizeof(float));
+    }
+  }
+
+  Sums sums_at(float* memory) const {
+    const int64_t queries = block_tokens_ * group_;
+    return {memory, memory + queries * dim_, memory + queries * (dim_ + 1)};
+  }
+
+  void clear(const Sums& sums, int64_t queries) const {
+    std::fill(sums.acc, sums.acc + queries * dim_, 0.0f);
+    std::fill(sums.most, sums.most + queries, kNone);
+    std::fill(sums.weight, sums.weight + queries, 0.0f);
+  }
+
+  // Queries of tokens t0 .. t1 and one kv head, one after another.
+  void gather(int64_t head, int64_t t0, int64_t t1, float* queries) const {
+    for (int64_t t = t0; t < t1; ++t) {
+      const float* from = job_.q + (t * job_.heads + head * group_) * dim_;
+      std::copy(from, from + group_ * dim_, queries + (t - t0) * group_ * dim_);
+    }
+  }
+
+  // Rows k0 .. k1 of a head's cache, as floats if so many queries will read them.
+  Rows rows(const Cache& cache, int64_t head, int64_t k0, int64_t k1, int64_t queries, float* wide,
+            Format* format) {
+    const Rows stored{cache.row(head, k0), cache.row_bytes, nullptr};
+    *format = cache.format;
+    if (cache.format != kF16 || queries < kWidenQueries) return stored;
+    context_.kernels.dequantize[kF16](stored, 0, k1 - k0, 0, dim_, wide, dim_);
+    *format = kF32;
+    return {reinterpret_cast<const uint8_t*>(wide), dim_ * 4, nullptr};
+  }
+
+  // The sums of tokens t0 .. t1 over the keys that they see in one chunk.
+  void attend(int64_t head, int64_t t0, int64_t t1, int64_t chunk, float* scratch, const Sums& sums) {
+    const int64_t queries = (t1 - t0) * group_;
+    float* q = scratch;
+    float* scores = q + block_tokens_ * group_ * dim_;
+    float* wide = scores + block_tokens_ * group_ * kChunk;
+    const int64_t origin = chunk * kChunk;
+    const int64_t from = std::max(origin, visible_from(t0));
+    const int64_t to = std::min(origin + kChunk, job_.start + t1);
+    clear(sums, queries);
+    if (from >= to) return;
+    // Steps of the softmax begin at fixed positions, so that all sums are taken in the same order by every
+    // batch.
+    const int64_t base = from / kStep * kStep;
+    const int64_t steps = (to - base + kStep - 1) / kStep * kStep;
+
+    Format format;
+    const Rows keys = rows(job_.keys, head, from, to, queries, wide, &format);
+    const Tokens tokens{q, dim_, nullptr, nullptr, nullptr, 0};
+    const DotJob dots{keys, dim_, tokens, scores + (from - base), kChunk, nullptr, false};
+    context_.kernels.dot[format](dots, 0, to - from, 0, queries);
+    for (int64_t i = 0; i < queries; ++i) {
+      const int64_t t = t0 + i / group_;
+      float* row = scores + i * kChunk;
+      const int64_t first = std::clamp(visible_from(t) - base, from - base, steps);
+      const int64_t last = std::clamp(job_.start + t + 1 - base, first, to - base);
+      std::fill(row, row + first, kNone);
+      std::fill(row + last, row + steps, kNone);
+      sums.weight[i] = context_.kernels.softmax_part(row, steps, job_.scale, &sums.most[i]);
+    }
+    const Rows values = rows(job_.values, head, from, to, queries, wide, &format);
+    const AxpyJob add{values, nullptr, scores + (from - base), kChunk, sums.acc, dim_};
+    context_.kernels.axpy[format](add, 0, to - from, 0, queries, 0, dim_);
+  }
+
+  // total += part, both brought to the larger of the two maxima.
+  void merge(const Sums& total, const Sums& part, int64_t queries) const {
+    for (int64_t i = 0; i < queries; ++i) {
+      if (part.weight[i] == 0.0f) continue;
+      const float most = std::max(total.most[i], part.most[i]);
+      const float keep = std::exp(total.most[i] - most), take = std::exp(part.most[i] - most);
+      for (int64_t c = i * dim_; c < (i + 1) * dim_; ++c)
+        total.acc[c] = total.acc[c] * keep + part.acc[c] * take;
+      total.weight[i] = total.weight[i] * keep + part.weight[i] * take;
+      total.most[i] = most;
+    }
+  }
+
+  void finish(int64_t head, int64_t t0, int64_t t1, const Sums& total) const {
+    for (int64_t i = 0; i < (t1 - t0) * group_; ++i) {
+      float* out = job_.out + ((t0 + i / group_) * job_.heads + head * group_ + i % group_) * dim_;
+      const float share = 1.0f / total.weight[i];
+      for (int64_t c = 0; c < dim_; ++c) out[c] = total.acc[i * dim_ + c] * share;
+    }
+  }
+
+  void attend_chunk(int64_t item, float* scratch) {
+    const int64_t head = item / chunks_, chunk = first_chunk_ + item % chunks_;
+    gather(head, 0, job_.tokens, scratch);
+    attend(head, 0, job_.tokens, chunk, scratch, sums_at(parts_ + item * sums_size_));
+  }
+
+  void merge_chunks(int64_t head, float* scratch) {
+    const int64_t queries = job_.tokens * group_;
+    const Sums total = sums_at(scratch);
+    clear(total, queries);
+    for (int64_t c = 0; c < chunks_; ++c) {
+      merge(total, sums_at(parts_ + (head * chunks_ + c) * sums_size_), queries);
+    }
+    finish(head, 0, job_.tokens, total);
+  }
+
+  void attend_block(int64_t item, float* scratch) {
+    // The last blocks see the most keys: they are handed out first.
+    const int64_t blocks = (job_.tokens + block_tokens_ - 1) / block_tokens_;
+    const int64_t head = item % job_.kv_heads, block = blocks - 1 - item / job_.kv_heads;
+    const int64_t t0 = block * block_tokens_, t1 = std::min(t0 + block_tokens_, job_.tokens);
+    const int64_t queries = (t1 - t0) * group_;
+    float* memory = scratch + scratch_size_ - 2 * sums_size_;
+    const Sums part = sums_at(memory), total = sums_at(memory + sums_size_);
+    gather(head, t0, t1, scratch);
+    clear(total, queries);
+    for (int64_t c = visible_from(t0) / kChunk; c <= (job_.start + t1 - 1) / kChunk; ++c) {
+      attend(head, t0, t1, c, scratch, part);
+      merge(total, part, queries);
+    }
+    finish(head, t0, t1, total);
+  }
+
+  Context& context_;
+  const AttentionJob& job_;
+  const int64_t group_, dim_;
+  const bool split_;
+  const int64_t block_tokens_, first_chunk_, chunks_;
+  Pool& team_;
+  int64_t sums_size_, scratch_size_;
+  float* scratch_;
+  float* parts_ = nullptr;
+  Items items_, merge_items_, write_items_;
+};
+
+}  // namespace
+
+void attention(Context& context, const AttentionJob& job) {
+  if (job.tokens == 0 || job.heads == 0) return;
+  Attention(context, job).run();
+}
+
+}  // namespace thermocline

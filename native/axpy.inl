@@ -1,0 +1,112 @@
+// Sums of scaled rows. R rows are added in one sweep, so that an accumulator is loaded and stored once for R
+// rows; each element still receives its rows one after another in ascending order.
+
+// Columns that are unpacked together: a vector, or a block.
+template <Format F>
+constexpr int kUnit = is_integer(F) ? kBlock : kLanes;
+
+template <Format F>
+static inline void load_unit(const uint8_t* row, int64_t c, Vec (&w)[kUnit<F> / kLanes]) {
+  if constexpr (F == kQ8_0 || F == kQ4_0) {
+    load_block<F>(row + c / kBlock * kFormatInfo[F].block_bytes, w);
+  } else {
+    w[0] = load_row<F>(row, c);
+  }
+}
+
+template <Format F, int R>
+static inline void axpy_one(const RowTile<R>& tile, const float* const (&h)[R], int64_t c0, int64_t c1,
+                            float* acc) {
+  constexpr int kVecs = kUnit<F> / kLanes;
+  Vec scale[R];
+  for (int r = 0; r < R; ++r) scale[r] = splat(*h[r]);
+  int64_t c = c0;
+  for (; c + kUnit<F> <= c1; c += kUnit<F>) {
+    Vec sum[kVecs];
+#pragma GCC unroll 8
+    for (int v = 0; v < kVecs; ++v) sum[v] = load(acc + c - c0 + v * kLanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const int64_t at = c / kFormatInfo[F].block * kFormatInfo[F].block_bytes;
+      if (at < kFetchBytes) __builtin_prefetch(tile.next[r] + at);
+      Vec w[kVecs];
+      load_unit<F>(tile.now[r], c, w);
+#pragma GCC unroll 8
+      for (int v = 0; v < kVecs; ++v) sum[v] = fma(scale[r], w[v], sum[v]);
+    }
+#pragma GCC unroll 8
+    for (int v = 0; v < kVecs; ++v) store(acc + c - c0 + v * kLanes, sum[v]);
+  }
+  if constexpr (!is_integer(F)) {
+    for (; c < c1; ++c) {
+      for (int r = 0; r < R; ++r) acc[c - c0] += *h[r] * load_one<F>(tile.now[r], c);
+    }
+  }
+}
+
+template <Format F, int R>
+static inline void axpy_many(const AxpyJob& job, const RowTile<R>& tile, const float* const (&h)[R],
+                             int64_t t0, int64_t t1, int64_t c0, int64_t c1) {
+  constexpr int kVecs = kUnit<F> / kLanes;
+  int64_t c = c0;
+  for (; c + kUnit<F> <= c1; c += kUnit<F>) {
+    Vec w[R][kVecs];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) load_unit<F>(tile.now[r], c, w[r]);
+    for (int64_t t = t0; t < t1; ++t) {
+      float* acc = job.acc + t * job.acc_stride + c - c0;
+#pragma GCC unroll 8
+      for (int v = 0; v < kVecs; ++v) {
+        Vec sum = load(acc + v * kLanes);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) sum = fma(splat(h[r][t * job.h_stride]), w[r][v], sum);
+        store(acc + v * kLanes, sum);
+      }
+    }
+  }
+  if constexpr (!is_integer(F)) {
+    for (; c < c1; ++c) {
+      for (int64_t t = t0; t < t1; ++t) {
+        float* acc = job.acc + t * job.acc_stride + c - c0;
+        for (int r = 0; r < R; ++r) *acc += h[r][t * job.h_stride] * load_one<F>(tile.now[r], c);
+      }
+    }
+  }
+}
+
+template <Format F, int R>
+static void axpy_rows(const AxpyJob& job, int64_t k, int64_t end, int64_t t0, int64_t t1, int64_t c0,
+                      int64_t c1) {
+  const RowTile<R> tile = row_tile<R>(job.rows, k, end);
+  const float* h[R];
+  for (int r = 0; r < R; ++r) h[r] = job.h + (job.positions ? job.positions[k + r] : k + r);
+  if (t1 - t0 > 1) return axpy_many<F, R>(job, tile, h, t0, t1, c0, c1);
+  for (int r = 0; r < R; ++r) h[r] += t0 * job.h_stride;
+  axpy_one<F, R>(tile, h, c0, c1, job.acc + t0 * job.acc_stride);
+}
+
+template <Format F>
+static void axpy(const AxpyJob& job, int64_t k0, int64_t k1, int64_t t0, int64_t t1, int64_t c0, int64_t c1) {
+  int64_t k = k0;
+  for (; k + kAxpyRows <= k1; k += kAxpyRows) axpy_rows<F, kAxpyRows>(job, k, k1, t0, t1, c0, c1);
+  for (; k < k1; ++k) axpy_rows<F, 1>(job, k, k1, t0, t1, c0, c1);
+}
+
+template <Format F>
+static void dequantize(const Rows& rows, int64_t r0, int64_t r1, int64_t c0, int64_t c1, float* out,
+                       int64_t out_stride) {
+  constexpr int kVecs = kUnit<F> / kLanes;
+  for (int64_t r = r0; r < r1; ++r) {
+    const uint8_t* row = row_at(rows, r);
+    float* to = out + (r - r0) * out_stride;
+    int64_t c = c0;
+    for (; c + kUnit<F> <= c1; c += kUnit<F>) {
+      Vec w[kVecs];
+      load_unit<F>(row, c, w);
+      for (int v = 0; v < kVecs; ++v) store(to + c - c0 + v * kLanes, w[v]);
+    }
+    if constexpr (!is_integer(F)) {
+      for (; c < c1; ++c) to[c - c0] = load_one<F>(row, c);
+    }
+  }
+}

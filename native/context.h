@@ -1,0 +1,36 @@
+// What the ops of one engine share: threads, kernels and scratch memory. Passed to every op, never global.
+#pragma once
+
+#include <mutex>
+#include <string>
+
+#include "arena.h"
+#include "kernels.h"
+#include "pool.h"
+
+namespace thermocline {
+
+struct Context {
+  // Throws std::invalid_argument if this CPU lacks `isa`.
+  Context(int threads, const std::string& isa, bool pin);
+
+  const Kernels& kernels;
+  Pool pool;
+  Pool solo;  // the caller alone, for ops that are over before a worker could join in
+  Arena arena;
+  std::mutex mutex;
+
+  // The threads for an op that touches so many bytes.
+  Pool& team(int64_t bytes);
+};
+
+// One op: keeps other callers of the context waiting, and gives the scratch memory back at its start.
+class OpScope {
+ public:
+  explicit OpScope(Context& context) : lock_(context.mutex) { context.arena.reset(); }
+
+ private:
+  std::lock_guard<std::mutex> lock_;
+};
+
+}  // namespace thermocline

@@ -1,0 +1,22 @@
+// Which kernels can this CPU run?
+#pragma once
+
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "kernels.h"
+
+namespace thermocline {
+
+// Names of the levels that this CPU has, weakest first; "baseline" is always there.
+std::vector<std::string> isa_levels();
+
+// The kernels of a level, or of the best one for "auto". Throws std::invalid_argument naming the levels that
+// there are.
+const Kernels& kernels_for(const std::string& isa);
+
+// Instruction set extensions that matter here, and whether this CPU (and its system) has them.
+std::vector<std::pair<std::string, bool>> cpu_features();
+
+}  // namespace thermocline

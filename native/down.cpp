@@ -1,0 +1,121 @@
+#include "down.h"
+
+#include <algorithm>
+
+namespace thermocline {
+namespace {
+
+// A tile of weights, kTileRows by kTileColumns floats, fills the first cache (32 KB) once for all tokens; the
+// sums of kTokenBlock tokens beside it take half of that.
+constexpr int64_t kTileRows = 32;
+constexpr int64_t kTileColumns = 128;
+constexpr int64_t kTokenBlock = 32;
+constexpr int64_t kReduceColumns = 512;
+// Narrower pieces of a row would waste the cache lines at their ends.
+constexpr int64_t kFewestColumns = 256;
+
+int group_of(int64_t id) { return static_cast<int>((id >> kClusterShift) % kGroups); }
+
+int64_t parts_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
+
+}  // namespace
+
+DownRecords::DownRecords(Context& context, Pool& team, const Matrix& down, int64_t tokens, int64_t most)
+    : context_(context), team_(team), down_(down), tokens_(tokens) {
+  ids_ = context.arena.take<int32_t>(most);
+  positions_ = context.arena.take<int32_t>(most);
+  const int64_t wanted_items = 4 * static_cast<int64_t>(team.size());
+  if (tokens == 1) {
+    parts_ = context.arena.take<float>(kGroups * down.cols);
+    const int64_t most_parts = std::max<int64_t>(down.cols / kFewestColumns, 1);
+    column_parts_ = std::clamp<int64_t>(wanted_items / kGroups, 1, most_parts);
+    tile_columns_ = parts_of(parts_of(down.cols, column_parts_), kBlock) * kBlock;
+    token_parts_ = 1;
+  } else {
+    tile_columns_ = kTileColumns;
+    column_parts_ = parts_of(down.cols, kTileColumns);
+    token_parts_ = std::clamp<int64_t>(parts_of(wanted_items, std::max<int64_t>(column_parts_, 1)), 1,
+                                       parts_of(tokens, kTokenBlock));
+    scratch_size_ = kTileColumns * (kTileRows + 2 * parts_of(tokens, token_parts_));
+    scratch_ = context.arena.take<float>(scratch_size_ * team.size());
+  }
+}
+
+void DownRecords::list(const int32_t* ids, const uint8_t* wanted, int64_t count, const float* h,
+                       int64_t h_stride) {
+  h_ = h;
+  h_stride_ = h_stride;
+  std::fill(start_, start_ + kGroups + 1, 0);
+  for (int64_t i = 0; i < count; ++i) {
+    if (!wanted || wanted[i]) ++start_[group_of(ids ? ids[i] : i) + 1];
+  }
+  for (int g = 0; g < kGroups; ++g) start_[g + 1] += start_[g];
+  int64_t next[kGroups];
+  std::copy(start_, start_ + kGroups, next);
+  for (int64_t i = 0; i < count; ++i) {
+    if (wanted && !wanted[i]) continue;
+    const int64_t id = ids ? ids[i] : i;
+    const int64_t at = next[group_of(id)]++;
+    ids_[at] = static_cast<int32_t>(id);
+    positions_[at] = static_cast<int32_t>(i);
+  }
+  items_.reset(column_parts_ * (tokens_ == 1 ? kGroups : token_parts_), 1);
+  reduce_.reset(down_.cols, kReduceColumns);
+}
+
+void DownRecords::add(int worker, float* out) {
+  if (tokens_ == 1) return add_one(out);
+  items_.drain([&](int64_t item, int64_t) { add_tile(worker, item, out); });
+}
+
+void DownRecords::add_one(float* out) {
+  const AxpyJob job{down_.at(ids_), positions_, h_, h_stride_, nullptr, down_.cols};
+  items_.drain([&](int64_t item, int64_t) {
+    const int64_t group = item % kGroups;
+    const int64_t c0 = std::min(item / kGroups * tile_columns_, down_.cols);
+    const int64_t c1 = std::min(c0 + tile_columns_, down_.cols);
+    AxpyJob part = job;
+    part.acc = parts_ + group * down_.cols + c0;
+    std::fill(part.acc, part.acc + (c1 - c0), 0.0f);
+    context_.kernels.axpy[down_.format](part, start_[group], start_[group + 1], 0, 1, c0, c1);
+  });
+  team_.barrier();
+  reduce_.drain([&](int64_t begin, int64_t end) {
+    context_.kernels.reduce(parts_ + begin, kGroups, down_.cols, out + begin, end - begin);
+  });
+}
+
+void DownRecords::add_tile(int worker, int64_t item, float* out) {
+  const Kernels& kernels = context_.kernels;
+  const int64_t c0 = item % column_parts_ * kTileColumns, c1 = std::min(c0 + kTileColumns, down_.cols);
+  const int64_t size = parts_of(tokens_, token_parts_);
+  const int64_t t0 = std::min(item / column_parts_ * size, tokens_), t1 = std::min(t0 + size, tokens_);
+  float* weights = scratch_ + worker * scratch_size_;
+  float* sums = weights + kTileRows * kTileColumns;
+  float* total = sums + size * kTileColumns;
+  const int64_t floats = (t1 - t0) * kTileColumns;
+
+  std::fill(total, total + floats, 0.0f);
+  for (int g = 0; g < kGroups; ++g) {
+    std::fill(sums, sums + floats, 0.0f);
+    for (int64_t k = start_[g]; k < start_[g + 1]; k += kTileRows) {
+      const int64_t rows = std::min(kTileRows, start_[g + 1] - k);
+      kernels.dequantize[down_.format](down_.at(ids_), k, k + rows, c0, c1, weights, kTileColumns);
+      const AxpyJob job{{reinterpret_cast<const uint8_t*>(weights), kTileColumns * 4, nullptr},
+                        positions_ + k,
+                        h_ + t0 * h_stride_,
+                        h_stride_,
+                        sums,
+                        kTileColumns};
+      for (int64_t t = 0; t < t1 - t0; t += kTokenBlock) {
+        kernels.axpy[kF32](job, 0, rows, t, std::min(t + kTokenBlock, t1 - t0), 0, c1 - c0);
+      }
+    }
+    for (int64_t i = 0; i < floats; ++i) total[i] += sums[i];
+  }
+  for (int64_t t = t0; t < t1; ++t) {
+    for (int64_t c = c0; c < c1; ++c) out[t * down_.cols + c] += total[(t - t0) * kTileColumns + c - c0];
+  }
+}
+
+}  // namespace thermocline

@@ -1,0 +1,46 @@
+// Down projection over neuron records: a weighted sum of rows in a fixed order.
+#pragma once
+
+#include <cstdint>
+
+#include "context.h"
+#include "matrix.h"
+
+namespace thermocline {
+
+// Neighbouring neurons (a cluster) lie together in memory and go to the same group; the groups take turns, so
+// that they are of equal length however the active neurons lie.
+constexpr int kGroups = 16;
+constexpr int kClusterShift = 4;
+
+class DownRecords {
+ public:
+  // Takes scratch for lists of up to `most` neurons and for the partial sums.
+  DownRecords(Context& context, Pool& team, const Matrix& down, int64_t tokens, int64_t most);
+
+  // Serial: what to add. Neuron i of `count` has the id ids[i] (i if null) and the activations h[t * h_stride
+  // + i]; it is left out where `wanted` is given and wanted[i] is 0.
+  void list(const int32_t* ids, const uint8_t* wanted, int64_t count, const float* h, int64_t h_stride);
+
+  // In a parallel section, after list(): adds the rows to out (tokens, columns).
+  void add(int worker, float* out);
+
+ private:
+  void add_one(float* out);
+  void add_tile(int worker, int64_t item, float* out);
+
+  Context& context_;
+  Pool& team_;
+  const Matrix& down_;
+  int64_t tokens_, column_parts_, token_parts_, tile_columns_;
+  const float* h_ = nullptr;
+  int64_t h_stride_ = 0;
+  int32_t *ids_, *positions_;
+  int64_t start_[kGroups + 1] = {};
+  float* parts_ = nullptr;    // one token: (kGroups, columns)
+  float* scratch_ = nullptr;  // more: per worker a tile of weights and two of sums
+  int64_t scratch_size_ = 0;
+  Items items_, reduce_;
+};
+
+}  // namespace thermocline

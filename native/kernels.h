@@ -1,0 +1,92 @@
+// The table of kernels that each instruction set fills, and the plain data they work on.
+//
+// Every output element is computed by one call in an order that depends on its own row and token only:
+// neither on the rows and tokens that share the call nor on how calls are spread over threads.
+#pragma once
+
+#include <cstdint>
+
+#include "format.h"
+
+namespace thermocline {
+
+// Rows of a matrix: row i lies at base + (ids ? ids[i] : i) * row_bytes.
+struct Rows {
+  const uint8_t* base;
+  int64_t row_bytes;
+  const int32_t* ids;
+};
+
+// Activations of a batch. Integer formats read the quantised form: per block of 32 a float scale `d` and 32
+// signed bytes `q` in [-127, 127]; `sums` holds the sum of every 4 neighbouring bytes. `q_stride` is a whole
+// number of pairs of blocks, the last padded with zeros, so that a kernel may read past `columns`.
+struct Tokens {
+  const float* x;
+  int64_t x_stride;
+  const int8_t* q;
+  const float* d;
+  const int16_t* sums;
+  int64_t q_stride;
+};
+
+// out[t * out_stride + r] = row(r) . token(t) (+ bias[r]) (+ the old value if `add`)
+struct DotJob {
+  Rows rows;
+  int64_t columns;
+  Tokens tokens;
+  float* out;
+  int64_t out_stride;
+  const float* bias;
+  bool add;
+};
+
+// acc[t * acc_stride + c - c0] += sum over k of h[t * h_stride + (positions ? positions[k] : k)] * row(k)[c],
+// in ascending k.
+struct AxpyJob {
+  Rows rows;
+  const int32_t* positions;
+  const float* h;
+  int64_t h_stride;
+  float* acc;
+  int64_t acc_stride;
+};
+
+enum Activation : int { kSilu = 0, kRelu = 1, kRelu2 = 2 };
+
+struct Kernels {
+  const char* name;
+  // Activations to 8 bits; n is a multiple of 32. A block that is not finite gets a NaN scale.
+  void (*quantize)(const float* x, int64_t n, int8_t* q, float* d, int16_t* sums);
+  void (*dot[kFormats])(const DotJob& job, int64_t r0, int64_t r1, int64_t t0, int64_t t1);
+  // c0 and c1 are multiples of the block.
+  void (*axpy[kFormats])(const AxpyJob& job, int64_t k0, int64_t k1, int64_t t0, int64_t t1, int64_t c0,
+                         int64_t c1);
+  // out[(r - r0) * out_stride + c - c0]; c0 and c1 are multiples of the block.
+  void (*dequantize[kFormats])(const Rows& rows, int64_t r0, int64_t r1, int64_t c0, int64_t c1, float* out,
+                               int64_t out_stride);
+  // First of `count` rows of `columns` elements that holds a NaN or an infinity (in a value or a scale), or
+  // -1.
+  int64_t (*first_nonfinite[kFormats])(const uint8_t* base, int64_t count, int64_t columns,
+                                       int64_t row_bytes);
+  // x = act(x)
+  void (*activate)(Activation activation, float threshold, float* x, int64_t n);
+  void (*rms_norm)(const float* x, const float* weight, double eps, float* out, int64_t n);
+  void (*rope)(float* head, const float* cosine, const float* sine, int64_t half, bool interleaved);
+  // Scores to exp(score * scale - m), their maximum m and their sum; n is a multiple of 16 and a score of
+  // -inf becomes 0. Returns the sum; m is -inf and the sum 0 if there is no score.
+  float (*softmax_part)(float* scores, int64_t n, float scale, float* m);
+  // out[i] += the sum over p of parts[p * stride + i], in ascending p.
+  void (*reduce)(const float* parts, int64_t count, int64_t stride, float* out, int64_t n);
+  // Any alignment.
+  void (*to_half)(const float* x, uint8_t* out, int64_t n);
+  // A value that depends on all bytes, so that reading them cannot be optimised away.
+  uint64_t (*checksum)(const uint8_t* data, int64_t n);
+};
+
+extern const Kernels kBaselineKernels;
+#ifdef THERMOCLINE_X86
+extern const Kernels kAvx2Kernels;
+extern const Kernels kAvx512Kernels;
+#endif
+
+}  // namespace thermocline

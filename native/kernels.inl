@@ -1,0 +1,42 @@
+// All kernels of one instruction set. Included by kernels_<isa>.cpp after THERMOCLINE_ISA is defined and the
+// simd header of the level is included. Includes C headers only: templates of the C++ library would be
+// compiled for this instruction set and could be picked by the linker for all the program.
+
+#include <math.h>
+#include <string.h>
+
+#include "kernels.h"
+
+namespace thermocline::THERMOCLINE_ISA {
+
+// In the order in which they build on each other.
+// clang-format off
+#include "dot.inl"
+#include "axpy.inl"
+#include "elementwise.inl"
+#include "scan.inl"
+// clang-format on
+
+#define THERMOCLINE_FORMATS(kernel) {kernel<kF32>, kernel<kF16>, kernel<kBF16>, kernel<kQ8_0>, kernel<kQ4_0>}
+
+static constexpr Kernels make_kernels(const char* name) {
+  return {
+      name,
+      quantize,
+      THERMOCLINE_FORMATS(dot),
+      THERMOCLINE_FORMATS(axpy),
+      THERMOCLINE_FORMATS(dequantize),
+      THERMOCLINE_FORMATS(first_nonfinite),
+      activate,
+      rms_norm,
+      rope,
+      softmax_part,
+      reduce,
+      to_half,
+      checksum,
+  };
+}
+
+#undef THERMOCLINE_FORMATS
+
+}  // namespace thermocline::THERMOCLINE_ISA

@@ -1,0 +1,10 @@
+#define THERMOCLINE_ISA avx512_level
+#include "simd_avx512.h"
+//
+#include "kernels.inl"
+
+namespace thermocline {
+
+constexpr Kernels kAvx512Kernels = THERMOCLINE_ISA::make_kernels("avx512");
+
+}  // namespace thermocline

@@ -1,0 +1,10 @@
+#define THERMOCLINE_ISA baseline_level
+#include "simd_baseline.h"
+//
+#include "kernels.inl"
+
+namespace thermocline {
+
+constexpr Kernels kBaselineKernels = THERMOCLINE_ISA::make_kernels("baseline");
+
+}  // namespace thermocline

@@ -1,0 +1,57 @@
+// Products of a batch of activations with the rows of matrices.
+#pragma once
+
+#include <cstdint>
+
+#include "context.h"
+#include "matrix.h"
+
+namespace thermocline {
+
+// The activations of an op, quantised once for all the matrices that they meet.
+class Batch {
+ public:
+  // Takes scratch for the quantised form if `quantised`.
+  Batch(Context& context, const float* x, int64_t count, int64_t columns, bool quantised);
+
+  // In a parallel section: quantises with all workers, and waits for the last.
+  void quantise(Context& context, Pool& team);
+
+  const Tokens& tokens() const { return tokens_; }
+  int64_t count() const { return count_; }
+  int64_t columns() const { return columns_; }
+
+ private:
+  void quantise_piece(const Kernels& kernels, int64_t piece);
+
+  Tokens tokens_{};
+  int64_t count_, columns_;
+  int8_t* q_ = nullptr;
+  float* d_ = nullptr;
+  int16_t* sums_ = nullptr;
+  int64_t pieces_ = 0;  // of a token
+  Items items_;
+};
+
+// Rows that one worker takes at a time: enough bytes to stream, few enough that the workers end together.
+int64_t row_grain(int64_t rows, int64_t row_bytes, int64_t tokens, int workers);
+
+// Floats of scratch that dot_chunk needs for a matrix and a batch.
+int64_t dot_scratch(Format format, int64_t columns, int64_t tokens);
+
+// The dot products of rows r0 .. r1 with all tokens, with the weights read once: half formats are widened a
+// few rows at a time, and the tokens taken in blocks that stay in the second cache.
+void dot_chunk(const Kernels& kernels, Format format, const DotJob& job, int64_t r0, int64_t r1,
+               int64_t tokens, float* scratch);
+
+struct LinearPart {
+  Matrix matrix;
+  float* out;         // (tokens, rows)
+  const float* bias;  // (rows), or null
+};
+
+// out = x (tokens, columns) times each matrix transposed, plus its bias; added to `out` if `add`.
+void linear(Context& context, const float* x, int64_t tokens, int64_t columns, const LinearPart* parts,
+            int64_t count, bool add);
+
+}  // namespace thermocline

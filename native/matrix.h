@@ -1,0 +1,25 @@
+// A checked matrix in a block format.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels.h"
+
+namespace thermocline {
+
+struct Matrix {
+  const uint8_t* data;
+  Format format;
+  int64_t rows, cols, row_bytes;
+
+  Rows all() const { return {data, row_bytes, nullptr}; }
+  Rows at(const int32_t* ids) const { return {data, row_bytes, ids}; }
+};
+
+// The format with that ggml number. Throws std::invalid_argument if there is none.
+Format format_of(int ggml_type);
+
+// Bytes of a row. Throws std::invalid_argument if `cols` is not a whole number of blocks.
+int64_t row_bytes(Format format, int64_t cols);
+
+}  // namespace thermocline

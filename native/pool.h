@@ -1,0 +1,127 @@
+// A persistent thread pool for many short parallel sections a second.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <thread>
+#include <vector>
+
+namespace thermocline {
+
+// One instruction that tells the core (or its sibling thread) that this is a waiting loop.
+inline void relax() {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// Spins on `ready`, after a while giving the core away between looks: with more threads than cores the one
+// waited for may need it.
+template <class Ready>
+void spin_until(Ready ready) {
+  constexpr int kLooks = 4096;
+  for (int i = 0; !ready(); ++i) {
+    if (i < kLooks) {
+      relax();
+    } else {
+      std::this_thread::yield();
+    }
+  }
+}
+
+// Runs a body on `size` threads at once; the calling thread is worker 0. Between bodies the other workers
+// spin for kSpin, so that the next op of a token starts within a microsecond, then sleep, so that an idle
+// process costs nothing. Not reentrant; one caller at a time (Context holds a lock).
+class Pool {
+ public:
+  // `pin` binds worker i to the i-th core of the affinity mask, if the pool takes all of them: a pool that
+  // leaves cores free is better placed by the system, which sees what else runs.
+  Pool(int size, bool pin);
+  ~Pool();
+  Pool(const Pool&) = delete;
+  Pool& operator=(const Pool&) = delete;
+
+  int size() const { return size_; }
+
+  // body(worker) once on every worker; returns when all have returned. The body must not throw.
+  template <class Body>
+  void run(Body&& body) {
+    if (size_ == 1) {
+      body(0);
+      return;
+    }
+    start([](void* context, int worker) { (*static_cast<std::remove_reference_t<Body>*>(context))(worker); },
+          &body);
+    body(0);
+    finish();
+  }
+
+  // Inside a body: waits for all workers. The last to arrive runs `serial` before any goes on.
+  template <class Serial>
+  void barrier(Serial&& serial) {
+    const uint32_t generation = generation_.load(std::memory_order_relaxed);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) == size_ - 1) {
+      serial();
+      arrived_.store(0, std::memory_order_relaxed);
+      generation_.store(generation + 1, std::memory_order_release);
+      return;
+    }
+    spin_until([&] { return generation_.load(std::memory_order_acquire) != generation; });
+  }
+  void barrier() {
+    barrier([] {});
+  }
+
+  // Sends the workers to sleep now instead of after kSpin.
+  void park() { park_.store(true, std::memory_order_relaxed); }
+
+ private:
+  using Call = void (*)(void*, int);
+
+  void start(Call call, void* context);
+  void finish();
+  void work(int worker);
+  int wait_for_work(int seen);
+
+  const int size_;
+  const uint32_t forks_;
+  Call call_ = nullptr;
+  void* context_ = nullptr;
+  std::vector<std::thread> threads_;
+  // Each on its own pair of cache lines: one is written while another is polled.
+  alignas(128) std::atomic<int> epoch_{0};
+  alignas(128) std::atomic<int> asleep_{0};
+  alignas(128) std::atomic<bool> park_{false};
+  std::atomic<bool> stop_{false};
+  alignas(128) std::atomic<int> running_{0};
+  alignas(128) std::atomic<int> arrived_{0};
+  alignas(128) std::atomic<uint32_t> generation_{0};
+};
+
+// Hands out the items 0 .. count - 1 of a phase in pieces of `grain`, first come, first served.
+class Items {
+ public:
+  void reset(int64_t count, int64_t grain) {
+    count_ = count;
+    grain_ = grain;
+    next_.store(0, std::memory_order_relaxed);
+  }
+
+  // body(begin, end) for pieces until none is left.
+  template <class Body>
+  void drain(Body&& body) {
+    for (;;) {
+      const int64_t begin = next_.fetch_add(grain_, std::memory_order_relaxed);
+      if (begin >= count_) return;
+      body(begin, begin + grain_ < count_ ? begin + grain_ : count_);
+    }
+  }
+
+ private:
+  int64_t count_ = 0, grain_ = 1;
+  alignas(128) std::atomic<int64_t> next_{0};
+};
+
+}  // namespace thermocline

@@ -1,0 +1,20 @@
+// From the standard layout of ffn_down to neuron records.
+#pragma once
+
+#include <cstdint>
+
+#include "context.h"
+#include "matrix.h"
+
+namespace thermocline {
+
+// What storing in the new format changed, over all elements.
+struct RequantizeError {
+  double max_abs, rms;
+};
+
+// out: source.cols rows of source.rows elements in `format`, the transpose of `source`. Rounds as ggml's
+// reference quantisers do.
+RequantizeError transpose_requantize(Context& context, const Matrix& source, Format format, uint8_t* out);
+
+}  // namespace thermocline

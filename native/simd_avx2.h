@@ -1,0 +1,139 @@
+// Eight float lanes: AVX2, FMA and F16C.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "format.h"
+#include "half.h"
+
+namespace thermocline::THERMOCLINE_ISA {
+
+typedef __m256 Vec;
+constexpr int kLanes = 8;
+// 4 x 3 accumulators, 3 tokens and a row fill the 16 registers.
+constexpr int kDotRows = 4;
+constexpr int kFloatTokens = 3;
+constexpr int kIntTokens = 2;
+constexpr int kAxpyRows = 4;
+
+static inline Vec splat(float a) { return _mm256_set1_ps(a); }
+static inline Vec zero() { return _mm256_setzero_ps(); }
+static inline Vec load(const void* p) { return _mm256_loadu_ps(static_cast<const float*>(p)); }
+static inline void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
+static inline Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
+static inline Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
+static inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+static inline Vec div(Vec a, Vec b) { return _mm256_div_ps(a, b); }
+// Both return b where either is NaN.
+static inline Vec min(Vec a, Vec b) { return _mm256_min_ps(a, b); }
+static inline Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
+static inline Vec keep_above(Vec x, Vec limit) {
+  return _mm256_and_ps(x, _mm256_cmp_ps(x, limit, _CMP_GT_OQ));
+}
+// 0 where x < limit, else 1.
+static inline Vec step_from(Vec x, Vec limit) {
+  return _mm256_andnot_ps(_mm256_cmp_ps(x, limit, _CMP_LT_OQ), splat(1.0f));
+}
+
+static inline __m128 fold(Vec v) {
+  return _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+}
+static inline float sum(Vec v) {
+  const __m128 pair = _mm_hadd_ps(fold(v), fold(v));
+  return _mm_cvtss_f32(_mm_hadd_ps(pair, pair));
+}
+static inline void sum4(Vec a, Vec b, Vec c, Vec d, float* out) {
+  _mm_storeu_ps(out, _mm_hadd_ps(_mm_hadd_ps(fold(a), fold(b)), _mm_hadd_ps(fold(c), fold(d))));
+}
+static inline float largest(Vec v) {
+  __m128 m = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  m = _mm_max_ps(m, _mm_movehl_ps(m, m));
+  return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
+}
+
+static inline Vec nearest(Vec x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+static inline Vec power_of_two(Vec n) {
+  const __m256i biased = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23));
+}
+
+static inline __m128i load_128(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+static inline __m256i load_256(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+
+static inline Vec load_f16(const uint8_t* p) { return _mm256_cvtph_ps(load_128(p)); }
+static inline Vec load_bf16(const uint8_t* p) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_128(p)), 16));
+}
+static inline void store_f16(uint8_t* p, Vec v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+static inline float scale_of(const uint8_t* p) { return _cvtsh_ss(load_u16(p)); }
+
+// 32 rounded values of x * inverse as bytes, and the sums of every four.
+static inline void pack_block(const float* x, float inverse, int8_t* q, int16_t* sums) {
+  const Vec scale = splat(inverse);
+  __m256i r[4];
+  for (int i = 0; i < 4; ++i) r[i] = _mm256_cvtps_epi32(mul(load(x + 8 * i), scale));
+  // The packs work within 128-bit lanes, so that the words come out as 0 2 4 6 1 3 5 7 and are put in order.
+  const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(r[0], r[1]), _mm256_packs_epi32(r[2], r[3]));
+  const __m256i ordered = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(q), ordered);
+  const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), ordered);
+  const __m256i fours = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+  const __m128i narrow = _mm_packs_epi32(_mm256_castsi256_si128(fours), _mm256_extracti128_si256(fours, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(sums), narrow);
+}
+
+constexpr int kStepBlocks = 1;
+
+struct IntTokens {
+  __m256i q;
+  Vec d;
+};
+struct IntWeights {
+  __m256i q, magnitude;
+  Vec d;
+};
+
+template <Format F>
+static inline IntTokens int_tokens(const int8_t* q, const float* d, const int16_t*) {
+  return {load_256(q), _mm256_broadcast_ss(d)};
+}
+
+static inline __m256i nibbles(const uint8_t* p) {
+  const __m128i packed = load_128(p);
+  const __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(packed), _mm_srli_epi16(packed, 4), 1);
+  return _mm256_sub_epi8(_mm256_and_si256(both, _mm256_set1_epi8(15)), _mm256_set1_epi8(8));
+}
+
+template <Format F, bool Single>
+static inline IntWeights int_weights(const uint8_t* p) {
+  const __m256i q = F == kQ8_0 ? load_256(p + 2) : nibbles(p + 2);
+  return {q, _mm256_abs_epi8(q), splat(scale_of(p))};
+}
+
+// |w| (at most 128) times x with w's sign (at most 127): a pair of products stays below 2^15, so that
+// nothing saturates.
+static inline Vec int_dot(const IntWeights& w, const IntTokens& x) {
+  const __m256i pairs = _mm256_maddubs_epi16(w.magnitude, _mm256_sign_epi8(x.q, w.q));
+  return _mm256_cvtepi32_ps(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+
+static inline Vec floats_of_bytes(__m128i bytes) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)); }
+
+// The 32 floats of a block.
+template <Format F>
+static inline void load_block(const uint8_t* p, Vec (&w)[kBlock / kLanes]) {
+  const Vec d = splat(scale_of(p));
+  const __m256i q = F == kQ8_0 ? load_256(p + 2) : nibbles(p + 2);
+  const __m128i low = _mm256_castsi256_si128(q), high = _mm256_extracti128_si256(q, 1);
+  w[0] = mul(d, floats_of_bytes(low));
+  w[1] = mul(d, floats_of_bytes(_mm_srli_si128(low, 8)));
+  w[2] = mul(d, floats_of_bytes(high));
+  w[3] = mul(d, floats_of_bytes(_mm_srli_si128(high, 8)));
+}
+
+}  // namespace thermocline::THERMOCLINE_ISA

@@ -1,0 +1,143 @@
+// Four float lanes in the compiler's own vectors: any CPU.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "format.h"
+#include "half.h"
+
+namespace thermocline::THERMOCLINE_ISA {
+
+typedef float Vec __attribute__((vector_size(16)));
+typedef int32_t Int __attribute__((vector_size(16)));
+constexpr int kLanes = 4;
+constexpr int kDotRows = 4;
+constexpr int kFloatTokens = 2;
+constexpr int kIntTokens = 2;
+constexpr int kAxpyRows = 2;
+
+static inline Vec splat(float a) { return Vec{a, a, a, a}; }
+static inline Vec zero() { return splat(0.0f); }
+static inline Vec load(const void* p) {
+  Vec v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+static inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+static inline Vec add(Vec a, Vec b) { return a + b; }
+static inline Vec mul(Vec a, Vec b) { return a * b; }
+static inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+static inline Vec div(Vec a, Vec b) { return a / b; }
+// Both return b where either is NaN.
+static inline Vec min(Vec a, Vec b) { return a < b ? a : b; }
+static inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
+static inline Vec keep_above(Vec x, Vec limit) { return x > limit ? x : zero(); }
+// 0 where x < limit, else 1.
+static inline Vec step_from(Vec x, Vec limit) { return x < limit ? zero() : splat(1.0f); }
+static inline float sum(Vec v) { return (v[0] + v[1]) + (v[2] + v[3]); }
+static inline void sum4(Vec a, Vec b, Vec c, Vec d, float* out) {
+  out[0] = sum(a);
+  out[1] = sum(b);
+  out[2] = sum(c);
+  out[3] = sum(d);
+}
+static inline float largest(Vec v) {
+  const float a = v[0] > v[1] ? v[0] : v[1], b = v[2] > v[3] ? v[2] : v[3];
+  return a > b ? a : b;
+}
+
+// Nearest integer of |x| < 2^22, ties to even.
+static inline Vec nearest(Vec x) {
+  const Vec magic = splat(0x1.8p23f);
+  return (x + magic) - magic;
+}
+static inline Vec power_of_two(Vec n) {
+  const Int bits = (__builtin_convertvector(n, Int) + 127) << 23;
+  Vec v;
+  std::memcpy(&v, &bits, sizeof v);
+  return v;
+}
+
+static inline Vec load_f16(const uint8_t* p) {
+  return Vec{load_half(p), load_half(p + 2), load_half(p + 4), load_half(p + 6)};
+}
+static inline Vec load_bf16(const uint8_t* p) {
+  return Vec{load_bfloat(p), load_bfloat(p + 2), load_bfloat(p + 4), load_bfloat(p + 6)};
+}
+static inline void store_f16(uint8_t* p, Vec v) {
+  for (int i = 0; i < kLanes; ++i) store_u16(p + 2 * i, half_of_float(v[i]));
+}
+static inline float scale_of(const uint8_t* p) { return load_half(p); }
+
+// 32 rounded values of x * inverse as bytes, and the sums of every four.
+static inline void pack_block(const float* x, float inverse, int8_t* q, int16_t* sums) {
+  for (int i = 0; i < kBlock; i += 4) {
+    const Vec r = nearest(load(x + i) * inverse);
+    int total = 0;
+    for (int j = 0; j < 4; ++j) {
+      q[i + j] = static_cast<int8_t>(r[j]);
+      total += q[i + j];
+    }
+    sums[i / 4] = static_cast<int16_t>(total);
+  }
+}
+
+constexpr int kStepBlocks = 1;
+
+struct IntTokens {
+  const int8_t* q;
+  Vec d;
+};
+struct IntWeights {
+  int8_t q[kBlock];
+  Vec d;
+};
+
+template <Format F>
+static inline IntTokens int_tokens(const int8_t* q, const float* d, const int16_t*) {
+  return {q, splat(*d)};
+}
+
+template <Format F, bool Single>
+static inline IntWeights int_weights(const uint8_t* p) {
+  IntWeights w;
+  w.d = splat(load_half(p));
+  if constexpr (F == kQ8_0) {
+    std::memcpy(w.q, p + 2, kBlock);
+  } else {
+    for (int i = 0; i < 16; ++i) {
+      w.q[i] = static_cast<int8_t>((p[2 + i] & 15) - 8);
+      w.q[16 + i] = static_cast<int8_t>((p[2 + i] >> 4) - 8);
+    }
+  }
+  return w;
+}
+
+static inline Vec int_dot(const IntWeights& w, const IntTokens& x) {
+  int32_t lane[kLanes] = {};
+  for (int i = 0; i < kBlock; i += kLanes) {
+    for (int j = 0; j < kLanes; ++j) lane[j] += static_cast<int32_t>(w.q[i + j]) * x.q[i + j];
+  }
+  Int v;
+  std::memcpy(&v, lane, sizeof v);
+  return __builtin_convertvector(v, Vec);
+}
+
+// The 32 floats of a block.
+template <Format F>
+static inline void load_block(const uint8_t* p, Vec (&w)[kBlock / kLanes]) {
+  const float d = load_half(p);
+  float value[kBlock];
+  if constexpr (F == kQ8_0) {
+    for (int i = 0; i < kBlock; ++i) value[i] = d * static_cast<float>(static_cast<int8_t>(p[2 + i]));
+  } else {
+    for (int i = 0; i < 16; ++i) {
+      value[i] = d * static_cast<float>((p[2 + i] & 15) - 8);
+      value[16 + i] = d * static_cast<float>((p[2 + i] >> 4) - 8);
+    }
+  }
+  for (int i = 0; i < kBlock / kLanes; ++i) w[i] = load(value + i * kLanes);
+}
+
+}  // namespace thermocline::THERMOCLINE_ISA

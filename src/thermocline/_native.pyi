@@ -1,0 +1,87 @@
+"""Native kernels, thread pool and CPU dispatch; wrapped by thermocline.ops.cpu."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+_Floats = npt.NDArray[np.float32]
+_Ints = npt.NDArray[np.int32]
+_Bytes = npt.NDArray[np.uint8]
+
+def isa_levels() -> list[str]:
+    """Kernel levels that this CPU can run, weakest first."""
+
+def cpu_features() -> dict[str, bool]:
+    """Instruction set extensions that matter to the kernels, and whether this CPU and its system have them."""
+
+class Matrix:
+    """A matrix in a block format, on the bytes (rows, row_bytes) of an array that it keeps alive."""
+
+    def __init__(self, data: _Bytes, ggml_type: int, rows: int, cols: int) -> None: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def cols(self) -> int: ...
+    @property
+    def ggml_type(self) -> int: ...
+
+class Context:
+    """Threads, kernels and scratch memory of one engine. Calls from several threads run one after another."""
+
+    def __init__(self, threads: int, isa: str = "auto", pin: bool = True) -> None: ...
+    @property
+    def threads(self) -> int: ...
+    @property
+    def isa(self) -> str: ...
+    @property
+    def scratch_bytes(self) -> int: ...
+    def park(self) -> None:
+        """Send the worker threads to sleep at once; the next call wakes them."""
+
+    def embed(self, table: Matrix, tokens: _Ints, out: _Floats) -> None: ...
+    def rms_norm(self, x: _Floats, weight: _Floats, eps: float, out: _Floats) -> None: ...
+    def linear(
+        self,
+        x: _Floats,
+        matrices: tuple[Matrix, ...],
+        outs: tuple[_Floats, ...],
+        biases: tuple[_Floats | None, ...] | None,
+        add: bool,
+    ) -> None: ...
+    def rope(self, x: _Floats, table: _Floats, positions: _Ints, interleaved: bool) -> None: ...
+    def attention(
+        self,
+        q: _Floats,
+        k: _Floats,
+        v: _Floats,
+        keys: npt.NDArray[Any],
+        values: npt.NDArray[Any],
+        start: int,
+        scale: float,
+        window: int,
+        out: _Floats,
+    ) -> None: ...
+    def ffn(
+        self,
+        x: _Floats,
+        gate: Matrix | None,
+        up: Matrix,
+        down: Matrix,
+        records: bool,
+        activation: int,
+        both: bool,
+        threshold: float,
+        active: _Ints | None,
+        out: _Floats,
+        skip_zeros: bool,
+        hidden: _Floats | None,
+    ) -> tuple[int, int, int, int]: ...
+    def transpose_requantize(self, source: Matrix, out: _Bytes, ggml_type: int) -> tuple[float, float]:
+        """`source` transposed into `out` in another format; returns the largest and the RMS change of an element."""
+
+    def check_finite(self, matrix: Matrix) -> int:
+        """First row that holds a NaN or an infinity in a value or a block scale, or -1."""
+
+    def read_bandwidth(self, buffer: _Bytes) -> float:
+        """Bytes a second at which all threads together read `buffer` once."""

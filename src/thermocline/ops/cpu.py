@@ -1,0 +1,153 @@
+"""The arithmetic on the CPU: a thin typed face of the native kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from thermocline import _native
+from thermocline.errors import HardwareError, UsageError
+from thermocline.files.formats import BlockFormat
+from thermocline.files.weight import Bytes, Weight
+from thermocline.ops.contract import Activation, ActiveSet, Array, FfnWork, KVLayer, Matrix, NeuronBlock
+
+LEVELS = ("baseline", "avx2", "avx512")
+"""Every level that kernels exist for, weakest first."""
+
+_ACTIVATIONS = {Activation.SILU: 0, Activation.RELU: 1, Activation.RELU2: 2}
+
+
+class CpuOps:
+    """The contract over `thermocline._native`, with its own threads.
+
+    Results do not depend on the number of threads, on skipping, nor on which tokens share a batch, bit for bit.
+    They do depend on the instruction set. Where a weight is Q8_0 or Q4_0, activations are rounded to 8 bits
+    in blocks of 32 before they meet it (except in the down projection of neuron records).
+
+    Calls from several Python threads run one after another. Not usable in a forked child.
+    """
+
+    def __init__(self, threads: int, isa: str = "auto") -> None:
+        """Start `threads` threads (the caller is one of them) with the kernels of `isa`.
+
+        Raises:
+            UsageError: `threads` is not between 1 and 1024, or `isa` names no level.
+            HardwareError: this CPU lacks the level.
+        """
+        if not 1 <= threads <= 1024:
+            raise UsageError(f"threads is {threads}; allowed: 1 to 1024")
+        present = _native.isa_levels()
+        if isa not in ("auto", *LEVELS):
+            raise UsageError(f"isa is {isa!r}; allowed: auto, {', '.join(present)}")
+        if isa != "auto" and isa not in present:
+            raise HardwareError(f"this CPU lacks {isa}; it has {', '.join(present)}: choose one of them, or auto")
+        self._context = _native.Context(threads, isa)
+        self.name = f"cpu/{self._context.isa}"
+        """`cpu/` and the level of the kernels."""
+        self.threads = threads
+        """Threads that share an op, the caller included."""
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Bytes of scratch memory held; grows with the largest op so far."""
+        return self._context.scratch_bytes
+
+    def park(self) -> None:
+        """Send the threads to sleep now; left alone they spin for 2 ms after an op."""
+        self._context.park()
+
+    def place(self, weight: Weight) -> _native.Matrix:
+        """A handle on the weight's own bytes, which it keeps alive."""
+        return _native.Matrix(weight.data, weight.format.ggml_type, weight.rows, weight.columns)
+
+    def array(self, shape: tuple[int, ...], dtype: str = "float32") -> Array:
+        """A zeroed numpy array."""
+        return np.zeros(shape, dtype=dtype)
+
+    def to_host(self, array: Array) -> npt.NDArray[Any]:
+        """The array itself."""
+        return np.asarray(array)
+
+    def embed(self, table: Matrix, tokens: npt.NDArray[np.int32], out: Array) -> None:
+        """See the contract."""
+        self._context.embed(table, tokens, out)
+
+    def rms_norm(self, x: Array, weight: Array, eps: float, out: Array) -> None:
+        """See the contract; `x` has one to three axes."""
+        self._context.rms_norm(x, weight, eps, out)
+
+    def linear(
+        self,
+        x: Array,
+        matrices: tuple[Matrix, ...],
+        outs: tuple[Array, ...],
+        biases: tuple[Array | None, ...] | None = None,
+        *,
+        add: bool = False,
+    ) -> None:
+        """See the contract; at most 16 matrices."""
+        self._context.linear(x, matrices, outs, biases, add)
+
+    def rope(self, x: Array, table: Array, positions: npt.NDArray[np.int32], *, interleaved: bool) -> None:
+        """See the contract."""
+        self._context.rope(x, table, positions, interleaved)
+
+    def attention(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        cache: KVLayer,
+        start: int,
+        scale: float,
+        window: int,
+        out: Array,
+    ) -> None:
+        """See the contract."""
+        self._context.attention(q, k, v, cache.keys, cache.values, start, scale, window, out)
+
+    def ffn(
+        self,
+        x: Array,
+        block: NeuronBlock,
+        active: ActiveSet,
+        out: Array,
+        *,
+        skip_zeros: bool,
+        hidden: Array | None = None,
+    ) -> FfnWork:
+        """See the contract."""
+        kind = block.kind
+        return FfnWork(
+            *self._context.ffn(
+                x,
+                block.gate,
+                block.up,
+                block.down,
+                block.records,
+                _ACTIVATIONS[kind.activation],
+                kind.both,
+                kind.threshold,
+                active.indices,
+                out,
+                skip_zeros,
+                hidden,
+            )
+        )
+
+    def transpose_requantize(self, source: Weight, out: Bytes, fmt: BlockFormat) -> tuple[float, float]:
+        """Turn ffn_down (n_embd rows of n_ff) into neuron records: `out` (n_ff, row_bytes of n_embd) uint8, in `fmt`.
+
+        Rounds like `files.quantize`, bit for bit. Returns the largest and the root mean square change of an element.
+        """
+        return self._context.transpose_requantize(self.place(source), out, fmt.ggml_type)
+
+    def check_finite(self, weight: Weight) -> int:
+        """The first row that holds a NaN or an infinity in a value or a block scale, or -1."""
+        return self._context.check_finite(self.place(weight))
+
+    def read_bandwidth(self, buffer: Bytes) -> float:
+        """Bytes a second at which all threads together read `buffer` (n) once."""
+        return self._context.read_bandwidth(buffer)
