@@ -1,0 +1,146 @@
+"""What placement needs of a machine: its memories, what computes beside each, and what lies between them."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from bisect import bisect_right
+from dataclasses import dataclass
+from enum import StrEnum
+
+from thermocline.errors import HardwareError
+
+
+class Tier(StrEnum):
+    """A memory with a budget and a bandwidth, fastest first."""
+
+    VRAM = "vram"
+    RAM = "ram"
+    DISK = "disk"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Processor:
+    """A memory and what computes beside it.
+
+    `capacity` in bytes. `bandwidth` in bytes/s that kernels reach while the other side is idle,
+    `bandwidth_busy` while it works. `flops` in floating-point operations/s of matrix products over many tokens.
+    `launch` in seconds to start one kernel.
+
+    Raises:
+        HardwareError: a figure is not a positive number, or the busy bandwidth exceeds the idle one.
+    """
+
+    name: str
+    capacity: int
+    bandwidth: float
+    bandwidth_busy: float
+    flops: float
+    launch: float
+
+    def __post_init__(self) -> None:
+        for name in ("capacity", "bandwidth", "bandwidth_busy", "flops"):
+            _positive(self.name, name, getattr(self, name))
+        _seconds(self.name, "launch", self.launch)
+        if self.bandwidth_busy > self.bandwidth:
+            raise HardwareError(
+                f"{self.name}: {self.bandwidth_busy:.3g} bytes/s beside a busy neighbour are more than "
+                f"{self.bandwidth:.3g} alone; measure again"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class ReadCurve:
+    """Bandwidth against the size of one read: pairs (bytes, bytes/s) with several reads in flight, by rising size.
+
+    Raises:
+        HardwareError: no pair, a figure is not positive, or the sizes do not rise.
+    """
+
+    points: tuple[tuple[int, float], ...]
+
+    def __post_init__(self) -> None:
+        if not self.points:
+            raise HardwareError("a read curve needs at least one pair of size and bandwidth")
+        for size, rate in self.points:
+            _positive("read curve", "size", size)
+            _positive("read curve", "bandwidth", rate)
+        sizes = [size for size, _ in self.points]
+        if sorted(set(sizes)) != sizes:
+            raise HardwareError(f"the sizes of a read curve must rise: {sizes}")
+
+    def bandwidth(self, size: float) -> float:
+        """Bytes/s of reads of `size` bytes: a straight line between the logarithms, flat beyond the last point.
+
+        Below the first point a read takes as long as that point's: devices answer whole pages.
+        """
+        first, last = self.points[0], self.points[-1]
+        if size <= first[0]:
+            return first[1] * size / first[0]
+        if size >= last[0]:
+            return last[1]
+        right = bisect_right(self.points, size, key=lambda point: point[0])
+        (a, low), (b, high) = self.points[right - 1], self.points[right]
+        share = math.log(size / a) / math.log(b / a)
+        return low * math.exp(share * math.log(high / low))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Disk:
+    """A disk that holds the model's file, and what its uncached reads reach."""
+
+    name: str
+    curve: ReadCurve
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """One computer. `gpu` may be an emulated device; None means that everything runs on the CPU.
+
+    `link` is bytes/s from RAM to VRAM through pinned memory; `crossing` is the seconds that handing a small
+    vector to the other side costs, waiting included. `source` says where the figures come from.
+
+    Raises:
+        HardwareError: a figure is not a usable number.
+    """
+
+    name: str
+    cpu: Processor
+    gpu: Processor | None = None
+    disk: Disk | None = None
+    link: float = 1.0
+    crossing: float = 0.0
+    source: str = "measured"
+
+    def __post_init__(self) -> None:
+        _positive(self.name, "link", self.link)
+        _seconds(self.name, "crossing", self.crossing)
+
+    def processor(self, tier: Tier) -> Processor:
+        """What computes beside a tier; neurons on disk are computed by the CPU.
+
+        Raises:
+            HardwareError: there is no GPU.
+        """
+        if tier is not Tier.VRAM:
+            return self.cpu
+        if self.gpu is None:
+            raise HardwareError(f"{self.name} has no GPU; plan with RAM and disk, or use --device emulated")
+        return self.gpu
+
+    @property
+    def fingerprint(self) -> str:
+        """Names and capacities as a hash: the same computer keeps it, however noisy its bandwidths are."""
+        gpu = (self.gpu.name, self.gpu.capacity) if self.gpu else None
+        identity = repr((self.cpu.name, self.cpu.capacity, gpu, self.disk.name if self.disk else None))
+        return hashlib.sha256(identity.encode()).hexdigest()
+
+
+def _positive(owner: str, name: str, value: float) -> None:
+    if not (math.isfinite(value) and value > 0):
+        raise HardwareError(f"{owner}: {name} is {value}; wanted is a positive number")
+
+
+def _seconds(owner: str, name: str, value: float) -> None:
+    if not (math.isfinite(value) and value >= 0):
+        raise HardwareError(f"{owner}: {name} is {value}; wanted is a number of seconds, 0 or more")

@@ -1,0 +1,1 @@
+"""Who lives where: budgets, ledger, cost model, solver and plan."""

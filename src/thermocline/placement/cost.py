@@ -1,0 +1,383 @@
+"""Predicted time of every layer, for decode and prefill, whatever its placement.
+
+Times are the larger of bytes over bandwidth and operations over rate (the roofline), summed where things follow one
+another and maximised where the two sides overlap. Reading happens at the bandwidth measured while the other side
+works wherever both do. Neuron records are counted by clusters, and a side's share of a layer is a difference of
+two prefix sums: any depth is priced in constant time, and whole tables of depths at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from thermocline.config import Mode
+from thermocline.errors import UsageError
+from thermocline.hardware.machine import Machine, Processor, Tier
+from thermocline.placement.footprint import Footprint
+from thermocline.placement.workload import Workload
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+ATTENTION_KERNELS = 7
+"""Two norms, projections, rotation, cache and attention, output projection, residual."""
+FFN_KERNELS = 3
+"""Gate and up, activation, down; on each side that works."""
+PREDICTOR_KERNELS = 3
+"""Two products and the selection of the active set."""
+HEAD_KERNELS = 2
+"""Norm and product."""
+WORTH_PREDICTING = 0.8
+"""Share of the neurons that the union over a prompt's tokens may reach before the predictor is left out."""
+ACTIVATION_BYTES = 4
+"""Of one number of the residual stream."""
+
+LARGEST_CLUSTER, SMALLEST_CLUSTER = 256, 64
+
+
+class FfnMode(StrEnum):
+    """How the FFN of a placed model computes: all neurons, gate first, or those that the predictor selects."""
+
+    DENSE = "dense"
+    EXACT = "exact"
+    PREDICTED = "predicted"
+
+
+def ffn_mode(mode: Mode | str) -> FfnMode:
+    """The mode to price; `auto` must have been resolved before.
+
+    Raises:
+        UsageError: not one of dense, exact and predicted.
+    """
+    if str(mode) not in list(FfnMode):
+        raise UsageError(f"cannot price the mode {mode}; allowed: {', '.join(FfnMode)}")
+    return FfnMode(str(mode))
+
+
+class LayerTime(NamedTuple):
+    """Seconds of one pass through a layer; each an array over the depths asked for.
+
+    `hot` and `cold` overlap. `disk` is the part of `cold` that waits for reads. `run` is the neurons of one
+    disk read. `streamed` tells that cold weights travel to the GPU instead (prefill); `hot` is then all of it.
+    """
+
+    attention: float
+    predictor: float
+    crossing: Floats
+    hot: Floats
+    cold: Floats
+    disk: Floats
+    run: Ints
+    streamed: npt.NDArray[np.bool_]
+
+    @property
+    def total(self) -> Floats:
+        """The layer's time: sums, and the longer of the two sides."""
+        total: Floats = self.attention + self.predictor + self.crossing + np.maximum(self.hot, self.cold)
+        return total
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """A kind of pass: `tokens` of it at once, from `sequences` caches of `position` tokens.
+
+    `weight` is passes per token of output. `mode` is how its FFN computes.
+    """
+
+    name: str
+    tokens: int
+    sequences: int
+    position: int
+    weight: float
+    mode: FfnMode
+
+
+class CostModel:
+    """Prices placements of one model on one machine for one workload.
+
+    `temperatures` is (n_layer, n_ff): how often each neuron fires, hottest first. None means unknown: every
+    neuron is then taken to fire always, so that no sparsity is promised that nobody has measured. In mode
+    `predicted` they should be how often the predictor selects each neuron. A batch unites the active sets of
+    its tokens, taken as independent: 1 - (1 - p)^tokens. The cost of a cache of clusters read from disk
+    before is not counted: reads are priced as if each were the first.
+
+    Raises:
+        UsageError: temperatures do not fit the model, are not probabilities or not hottest first; or the
+            cluster is not 1 to 256 neurons.
+    """
+
+    def __init__(
+        self,
+        footprint: Footprint,
+        machine: Machine,
+        workload: Workload,
+        mode: FfnMode,
+        temperatures: npt.NDArray[np.floating] | None = None,
+        cluster: int = LARGEST_CLUSTER,
+    ) -> None:
+        if not 1 <= cluster <= LARGEST_CLUSTER:
+            raise UsageError(
+                f"a cluster of {cluster} neurons; allowed: 1 to {LARGEST_CLUSTER}, useful: {SMALLEST_CLUSTER} or more"
+            )
+        if mode is FfnMode.PREDICTED and not any(footprint.predictor):
+            raise UsageError(f"{footprint.name} has no predictor; use --mode exact or dense, or train one")
+        self.footprint = footprint
+        self.machine = machine
+        self.workload = workload
+        self.mode = mode
+        self.cluster = cluster
+        self.known = temperatures is not None
+        self.clusters = -(-footprint.n_ff // cluster)
+        self.bounds: Ints = np.minimum(np.arange(self.clusters + 1, dtype=np.int64) * cluster, footprint.n_ff)
+        self.record_bytes = [sum(record) for record in footprint.records]
+        p = _checked(temperatures, footprint)
+        self.phases = self._phases(p)
+        self._tables = {phase.name: self._table(phase, p) for phase in self.phases}
+        self.share = self._share(p)
+
+    @property
+    def decode(self) -> Phase:
+        """One step of all sequences."""
+        return self.phases[0]
+
+    def hot_share(self, layer: int, hot: int) -> float:
+        """Share of the layer's activations that its first `hot` clusters own."""
+        return float(self.share[layer, hot])
+
+    def layer(
+        self, phase: Phase, layer: int, home: Tier, predictor: Tier, hot: npt.ArrayLike, warm: npt.ArrayLike
+    ) -> LayerTime:
+        """Seconds of one pass through `layer`.
+
+        Attention and its cache are on `home`. Clusters up to `hot` are in VRAM, from there to `warm` in RAM, the
+        rest on disk; both may be arrays of one shape. The residual stream comes from `home` and returns there.
+        """
+        hot, warm = np.broadcast_arrays(np.asarray(hot, np.int64), np.asarray(warm, np.int64))
+        table, last, gpu = self._tables[phase.name], self.clusters, self.machine.gpu
+        works_hot, works_cold = hot > 0, hot < last
+        both = works_hot & works_cold
+        cpu, busy = table.cpu[layer], table.cpu_busy[layer]
+        computed = np.where(both, busy[last] - busy[hot], cpu[last] - cpu[hot])
+        disk = table.disk[layer, warm]
+        cold = np.maximum(computed, disk) + works_cold * FFN_KERNELS * self.machine.cpu.launch
+        vram = np.zeros_like(cold)
+        if gpu is not None and table.gpu is not None and table.gpu_busy is not None:
+            read = np.where(both, table.gpu_busy[layer, hot], table.gpu[layer, hot])
+            vram = read + works_hot * FFN_KERNELS * gpu.launch
+        scored = self._predictor(phase, layer, predictor)
+        crossing = self._crossings(home, predictor, scored > 0, works_hot, works_cold) * self._crossing(phase)
+        time = LayerTime(
+            self.attention(phase, layer, home), scored, crossing, vram, cold, disk, table.run[layer, warm], hot < 0
+        )
+        return time if phase is self.decode or gpu is None else self._streamed(phase, layer, home, hot, time)
+
+    def attention(self, phase: Phase, layer: int, home: Tier) -> float:
+        """Seconds of a layer's attention with its cache: weights, cached keys and values, launches."""
+        f, side = self.footprint, self.machine.processor(home)
+        window = f.windows[layer]
+        seen = min(phase.position, window) if window else phase.position
+        flops = phase.tokens * (2.0 * f.attention_params + 4.0 * seen * f.n_q)
+        nbytes = f.attention[layer] + f.kv_token * seen * phase.sequences
+        return _roofline(side, nbytes, flops) + ATTENTION_KERNELS * side.launch
+
+    def embedding(self, tier: Tier, phases: Sequence[Phase] | None = None) -> float:
+        """Seconds per token of output to fetch the embeddings, in some phases or in all."""
+        side, f = self.machine.processor(tier), self.footprint
+        row = f.embedding / f.n_vocab
+        # Token ids come from the CPU: a table in VRAM does not save the crossing, only the bytes on the link.
+        ids = self.machine.crossing if tier is Tier.VRAM else 0.0
+        return sum(p.weight * (p.tokens * row / side.bandwidth + side.launch + ids) for p in phases or self.phases)
+
+    def head(self, tier: Tier) -> float:
+        """Seconds per token of output for logits and their way to the sampler, which is on the CPU."""
+        side, f, batch = self.machine.processor(tier), self.footprint, self.workload.batch
+        flops = 2.0 * f.n_vocab * f.n_embd * batch
+        time = _roofline(side, f.head, flops) + HEAD_KERNELS * side.launch
+        if tier is Tier.VRAM:
+            time += self.machine.crossing + f.n_vocab * ACTIVATION_BYTES * batch / self.machine.link
+        return time * self.decode.weight
+
+    def edge(self, here: Tier, there: Tier) -> float:
+        """Seconds per token of output to take the residual stream from one layer's home to the next one's."""
+        if here is there:
+            return 0.0
+        return sum(p.weight * self._crossing(p) for p in self.phases)
+
+    def edge_of(self, phase: Phase, here: Tier, there: Tier) -> float:
+        """Seconds of one pass for the same."""
+        return 0.0 if here is there else self._crossing(phase)
+
+    def _phases(self, p: Floats | None) -> tuple[Phase, ...]:
+        w = self.workload
+        decode = Phase("decode", w.batch, w.batch, w.position, 1 / w.batch, self.mode)
+        if not w.prompt:
+            return (decode,)
+        tokens, mode = min(w.prompt, w.ubatch), self.mode
+        if mode is FfnMode.PREDICTED:
+            union, every = self._rows(p, tokens, mode).sum(), self._rows(None, tokens, mode).sum()
+            mode = mode if union < WORTH_PREDICTING * every else FfnMode.DENSE
+        return decode, Phase("prefill", tokens, 1, max(1, w.prompt // 2), w.prompt / tokens / w.output, mode)
+
+    def _rows(self, p: Floats | None, tokens: int, mode: FfnMode) -> Floats:
+        """Expected gate, up and down rows that one pass computes: (n_layer, clusters, 3)."""
+        f, sizes = self.footprint, np.diff(self.bounds).astype(np.float64)
+        every = np.broadcast_to(sizes, (f.n_layer, self.clusters))
+        if p is None or mode is FfnMode.DENSE:
+            return np.stack([every * f.gated, every, every], axis=-1)
+        with np.errstate(divide="ignore"):  # log 0 = -inf is the neuron that always fires
+            union = p if tokens == 1 else -np.expm1(tokens * np.log1p(-p))
+        fired = np.add.reduceat(union, self.bounds[:-1], axis=1)
+        if mode is FfnMode.PREDICTED:
+            return np.stack([fired * f.gated, fired, fired], axis=-1)
+        return np.stack([every, fired, fired] if f.gated else [every * 0, every, fired], axis=-1)
+
+    def _table(self, phase: Phase, p: Floats | None) -> _Table:
+        f, gpu, cpu = self.footprint, self.machine.gpu, self.machine.cpu
+        rows = self._rows(p, phase.tokens, phase.mode)
+        nbytes: Floats = np.einsum("lct,lt->lc", rows, np.asarray(f.records, np.float64))
+        flops: Floats = rows.sum(axis=-1) * 2.0 * f.n_embd * phase.tokens
+
+        def prefix(side: Processor, bandwidth: float) -> Floats:
+            return _prefix(np.maximum(nbytes / bandwidth, flops / side.flops))
+
+        disk, run = self._disk(phase, rows)
+        return _Table(
+            cpu=prefix(cpu, cpu.bandwidth),
+            cpu_busy=prefix(cpu, cpu.bandwidth_busy),
+            gpu=None if gpu is None else prefix(gpu, gpu.bandwidth),
+            gpu_busy=None if gpu is None else prefix(gpu, gpu.bandwidth_busy),
+            gpu_dense=None if gpu is None else phase.tokens * 2.0 * f.n_embd * f.n_ff * (2 + f.gated) / gpu.flops,
+            disk=disk,
+            run=run,
+        )
+
+    def _disk(self, phase: Phase, rows: Floats) -> tuple[Floats, Ints]:
+        """Seconds to read what a pass needs of the clusters from each depth on, and the best size of a read.
+
+        Both (n_layer, clusters + 1). A read fetches a run of neighbouring records if any of them is active: short
+        runs fetch less, long ones faster. Gates that are always computed are read in one piece.
+        """
+        f, layers = self.footprint, self.footprint.n_layer
+        time = np.zeros((layers, self.clusters + 1))
+        runs = np.ones((layers, self.clusters + 1), np.int64)
+        if self.machine.disk is None:
+            return time, runs
+        curve = self.machine.disk.curve
+        sizes = np.diff(self.bounds).astype(np.float64)
+        below = f.n_ff - self.bounds
+        candidates = [1 << i for i in range(f.n_ff.bit_length()) if 1 << i < f.n_ff] + [f.n_ff]
+        for layer, record in enumerate(f.records):
+            always = [t for t in range(3) if np.array_equal(rows[layer, :, t], sizes)]
+            fixed = float(sum(record[t] for t in always))
+            bundle = float(sum(record)) - fixed
+            piece = below * fixed
+            sequential = np.array([0.0 if b == 0 else b / curve.bandwidth(b) for b in piece])
+            q = np.clip(rows[layer, :, 2] / sizes, 0.0, 1.0)
+            best = np.full(self.clusters + 1, np.inf if bundle else 0.0)
+            for run in candidates if bundle else ():
+                rate = curve.bandwidth(run * bundle)
+                hit = -np.expm1(run * np.log1p(-np.minimum(q, 1 - 1e-12)))
+                suffix = _suffix(sizes * hit * bundle / rate)
+                better = suffix < best
+                best, runs[layer] = np.where(better, suffix, best), np.where(better, run, runs[layer])
+            time[layer] = sequential + best
+        return time, runs
+
+    def _predictor(self, phase: Phase, layer: int, tier: Tier) -> float:
+        nbytes = self.footprint.predictor[layer]
+        if phase.mode is not FfnMode.PREDICTED or not nbytes:
+            return 0.0
+        side, f = self.machine.processor(tier), self.footprint
+        record = self.record_bytes[layer] / (f.n_embd * (2 + f.gated))  # bytes of a number in this model's format
+        flops = 2.0 * nbytes / record * phase.tokens
+        return _roofline(side, nbytes, flops) + PREDICTOR_KERNELS * side.launch
+
+    @staticmethod
+    def _crossings(
+        home: Tier, predictor: Tier, scored: bool, works_hot: npt.NDArray[np.bool_], works_cold: npt.NDArray[np.bool_]
+    ) -> Floats:
+        """How often something is handed over: the input out, its partial sum back, scores to the other side."""
+        at_home, away = (works_hot, works_cold) if home is Tier.VRAM else (works_cold, works_hot)
+        far_predictor = scored and predictor is not home
+        scores_back = at_home if far_predictor else np.zeros_like(at_home)
+        return (away | far_predictor).astype(np.float64) + away + scores_back
+
+    def _crossing(self, phase: Phase) -> float:
+        return self.machine.crossing + phase.tokens * self.footprint.n_embd * ACTIVATION_BYTES / self.machine.link
+
+    def _streamed(self, phase: Phase, layer: int, home: Tier, hot: Ints, split: LayerTime) -> LayerTime:
+        """The split, or sending the cold records to the GPU in pieces while it computes, where that is faster."""
+        gpu, table, f = self.machine.gpu, self._tables[phase.name], self.footprint
+        if gpu is None or table.gpu_dense is None:
+            return split
+        bytes_sent = self.record_bytes[layer] * (f.n_ff - self.bounds[hot]).astype(np.float64)
+        whole = f.n_ff * self.record_bytes[layer] / gpu.bandwidth
+        computed = max(table.gpu_dense, whole) + FFN_KERNELS * gpu.launch
+        stream = np.maximum(np.maximum(bytes_sent / self.machine.link, split.disk), computed)
+        crossing = np.full_like(stream, 0.0 if home is Tier.VRAM else 2 * self._crossing(phase))
+        faster = (hot < self.clusters) & (stream + crossing < np.maximum(split.hot, split.cold) + split.crossing)
+        return split._replace(
+            crossing=np.where(faster, crossing, split.crossing),
+            hot=np.where(faster, stream, split.hot),
+            cold=np.where(faster, 0.0, split.cold),
+            streamed=faster,
+        )
+
+    def _share(self, p: Floats | None) -> Floats:
+        """Share of a layer's activations above each depth: (n_layer, clusters + 1)."""
+        mass = self._rows(p, 1, FfnMode.PREDICTED)[..., 2]
+        sums = _prefix(mass)
+        whole = sums[:, -1:]
+        plain = np.broadcast_to(self.bounds / self.footprint.n_ff, sums.shape).copy()
+        share: Floats = np.divide(sums, whole, out=plain, where=whole > 0)
+        return share
+
+
+@dataclass(frozen=True, slots=True)
+class _Table:
+    """Prefix sums of seconds over clusters, (n_layer, clusters + 1): each side alone and beside a busy one.
+
+    `disk` and `run` are over suffixes: what lies from a depth on.
+    """
+
+    cpu: Floats
+    cpu_busy: Floats
+    gpu: Floats | None
+    gpu_busy: Floats | None
+    gpu_dense: float | None
+    disk: Floats
+    run: Ints
+
+
+def _roofline(side: Processor, nbytes: float, flops: float) -> float:
+    return max(nbytes / side.bandwidth, flops / side.flops)
+
+
+def _prefix(values: Floats) -> Floats:
+    sums = np.zeros((values.shape[0], values.shape[1] + 1))
+    np.cumsum(values, axis=1, out=sums[:, 1:])
+    return sums
+
+
+def _suffix(values: Floats) -> Floats:
+    return np.append(np.cumsum(values[::-1])[::-1], 0.0)
+
+
+def _checked(temperatures: npt.NDArray[np.floating] | None, footprint: Footprint) -> Floats | None:
+    if temperatures is None:
+        return None
+    p = np.asarray(temperatures, np.float64)
+    wanted = (footprint.n_layer, footprint.n_ff)
+    if p.shape != wanted:
+        raise UsageError(f"temperatures are {p.shape}, but {footprint.name} needs {wanted} (layers, neurons)")
+    if not (np.isfinite(p).all() and p.min() >= 0 and p.max() <= 1):
+        raise UsageError(f"temperatures of {footprint.name} are not all probabilities from 0 to 1")
+    if (np.diff(p, axis=1) > 0).any():
+        raise UsageError(f"temperatures of {footprint.name} are not ordered hottest first")
+    return p

@@ -1,0 +1,158 @@
+"""What is to be placed, where, and under which budgets; and what any placement of it takes and costs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from thermocline.errors import UsageError
+from thermocline.hardware.machine import Machine, Tier
+from thermocline.placement.cost import LARGEST_CLUSTER, CostModel, FfnMode, Phase
+from thermocline.placement.footprint import Footprint
+from thermocline.placement.ledger import Demand, Ledger, Purpose
+from thermocline.placement.workload import Overheads, Workload
+
+
+class LayerPlace(NamedTuple):
+    """Where one layer lives: `home` of attention and cache, the predictor's tier, depths in clusters.
+
+    Clusters before `hot` are in VRAM, from there to `warm` in RAM, the rest on disk.
+    """
+
+    home: Tier
+    predictor: Tier
+    hot: int
+    warm: int
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where everything lives."""
+
+    embedding: Tier
+    head: Tier
+    layers: tuple[LayerPlace, ...]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A model to be placed on a machine for a workload.
+
+    `budgets` are bytes of VRAM and RAM; a tier that is not named may be used whole. `temperatures` is
+    (n_layer, n_ff), hottest first, or None for unknown (see `CostModel`).
+
+    Raises:
+        UsageError: a budget is not a whole number of bytes or names a tier without one.
+    """
+
+    footprint: Footprint
+    machine: Machine
+    workload: Workload
+    mode: FfnMode
+    temperatures: npt.NDArray[np.floating] | None = None
+    budgets: Mapping[Tier, int] = field(default_factory=dict)
+    overheads: Overheads = field(default_factory=Overheads)
+    cluster: int = LARGEST_CLUSTER
+
+    def __post_init__(self) -> None:
+        for tier in self.budgets:
+            if tier not in (Tier.VRAM, Tier.RAM):
+                raise UsageError(f"a budget for {tier} has no meaning; allowed: vram and ram")
+        self.ledger()  # refuses budgets that are no numbers of bytes
+
+    @cached_property
+    def cost(self) -> CostModel:
+        """The model of time."""
+        return CostModel(self.footprint, self.machine, self.workload, self.mode, self.temperatures, self.cluster)
+
+    @property
+    def limits(self) -> dict[Tier, int]:
+        """Bytes of each tier: the budget, or else the whole memory."""
+        gpu = self.machine.gpu
+        whole = {Tier.RAM: self.machine.cpu.capacity} | ({Tier.VRAM: gpu.capacity} if gpu else {})
+        return {tier: self.budgets.get(tier, size) for tier, size in whole.items()}
+
+    def ledger(self) -> Ledger:
+        """An empty account with this problem's limits."""
+        return Ledger(self.limits)
+
+    def fixed(self, tier: Tier) -> list[Demand]:
+        """What a tier takes beside weights and cache as soon as anything is computed there."""
+        f, w, o = self.footprint, self.workload, self.overheads
+        tokens = max(min(w.ubatch, w.context), w.batch)
+        token = 4 * (2 * f.n_embd + 4 * f.n_q + f.n_ff * (1 + f.gated))
+        outputs = 4 * w.batch * (f.n_embd + f.n_vocab)
+        # Products over many tokens unpack one matrix at a time on the GPU.
+        unpacked = 2 * f.n_ff * f.n_embd if tier is Tier.VRAM else 0
+        size = tokens * token + outputs + unpacked
+        demands = [
+            Demand(tier, Purpose.ACTIVATIONS, size, "--ubatch-size", tokens, token),
+            Demand(tier, Purpose.MARGIN, o.margin_vram if tier is Tier.VRAM else o.margin_ram),
+        ]
+        if self.machine.gpu is not None or self.machine.disk is not None:
+            demands.append(Demand(tier, Purpose.STAGING, o.staging))
+        if tier is Tier.VRAM:
+            demands.append(Demand(tier, Purpose.GRAPHS, o.graphs))
+        return demands
+
+    def room(self, tier: Tier) -> int:
+        """Bytes left for weights and cache; negative where even the fixed part does not fit."""
+        return self.limits.get(tier, 0) - sum(d.nbytes for d in self.fixed(tier))
+
+    def placed(self, placement: Placement) -> list[Demand]:
+        """What a placement takes for weights, predictors and caches."""
+        f, w, bounds = self.footprint, self.workload, self.cost.bounds
+        sums: dict[tuple[Tier, Purpose], int] = {}
+
+        def add(tier: Tier, purpose: Purpose, nbytes: int) -> None:
+            sums[tier, purpose] = sums.get((tier, purpose), 0) + int(nbytes)
+
+        if not f.tied or placement.embedding is not placement.head:
+            add(placement.embedding, Purpose.EMBEDDING, f.embedding)
+        add(placement.head, Purpose.OUTPUT, f.head)
+        for layer, place in enumerate(placement.layers):
+            add(place.home, Purpose.ATTENTION, f.attention[layer])
+            add(place.home, Purpose.KV, f.kv_layer(w.context, w.batch))
+            if self.mode is FfnMode.PREDICTED:
+                add(place.predictor, Purpose.PREDICTOR, f.predictor[layer])
+            add(Tier.VRAM, Purpose.FFN, self.cost.record_bytes[layer] * int(bounds[place.hot]))
+            warm = int(bounds[place.warm] - bounds[place.hot])
+            add(Tier.RAM, Purpose.FFN, self.cost.record_bytes[layer] * warm)
+        step = f.kv_token * w.batch
+        homes = [place.home for place in placement.layers]
+        return [
+            Demand(t, p, n, "--ctx-size", w.context, step * homes.count(t)) if p is Purpose.KV else Demand(t, p, n)
+            for (t, p), n in sums.items()
+            if n
+        ]
+
+    def demands(self, placement: Placement) -> list[Demand]:
+        """Everything that a placement takes, the fixed part of each side that is used included."""
+        placed = self.placed(placement)
+        used = [tier for tier in self.limits if tier is Tier.RAM or any(d.tier is tier for d in placed)]
+        return placed + [d for tier in used for d in self.fixed(tier)]
+
+    def seconds(self, placement: Placement) -> float:
+        """Predicted seconds per token of output, its share of the prompt included."""
+        cost = self.cost
+        time = cost.embedding(placement.embedding) + cost.head(placement.head)
+        for layer, place in enumerate(placement.layers):
+            time += sum(p.weight * float(cost.layer(p, layer, *place).total) for p in cost.phases)
+        homes = [placement.embedding, *(place.home for place in placement.layers), placement.head]
+        return time + sum(cost.edge(a, b) for a, b in pairwise(homes))
+
+    def phase_seconds(self, placement: Placement, phase: Phase) -> float:
+        """Predicted seconds of one pass; embedding and head are counted with decode only."""
+        cost = self.cost
+        time = sum(float(cost.layer(phase, layer, *place).total) for layer, place in enumerate(placement.layers))
+        homes = [placement.embedding, *(place.home for place in placement.layers), placement.head]
+        time += sum(cost.edge_of(phase, a, b) for a, b in pairwise(homes))
+        if phase is cost.decode:
+            time += (cost.embedding(placement.embedding, (phase,)) + cost.head(placement.head)) / phase.weight
+        return time

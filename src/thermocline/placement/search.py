@@ -1,0 +1,177 @@
+"""From the bound to a placement: what the prices leave open is searched, exactly where it is little enough."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from thermocline.placement.choices import Choices
+from thermocline.placement.prices import Path, Relaxed, path_of, slack
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+OPTIONS = 96
+"""Most options of a part that are looked at, nearest to the bound first."""
+LABELS = 40_000
+"""Partial placements kept at once, over all parts."""
+FEWEST_LABELS = 400
+CLOSE = 1e-6
+"""A relative gap that needs no search."""
+
+
+@dataclass(frozen=True, slots=True)
+class Open:
+    """A part's options that can still matter: homes, options, seconds, bytes, all (k)."""
+
+    home: Ints
+    option: Ints
+    cost: Floats
+    vram: Floats
+    ram: Floats
+
+
+@dataclass(frozen=True, slots=True)
+class _Labels:
+    """Partial placements that end at the same part: what they cost and take, and how they came about."""
+
+    home: Ints
+    cost: Floats
+    vram: Floats
+    ram: Floats
+    parent: Ints
+    pick: Ints
+
+    def cut(self, keep: Ints) -> _Labels:
+        return _Labels(
+            self.home[keep], self.cost[keep], self.vram[keep], self.ram[keep], self.parent[keep], self.pick[keep]
+        )
+
+
+def search(choices: Choices, relaxed: Relaxed) -> tuple[Path | None, bool]:
+    """The best placement found, and whether nothing was left out on the way: then it is the optimum."""
+    slacks, after = slack(choices, relaxed)
+    best = relaxed.path
+    parts, whole = open_options(choices, slacks, best, relaxed.bound)
+    if best is not None:
+        best = _fill(choices, parts, best)
+        if best.cost - relaxed.bound <= CLOSE * best.cost:
+            return best, False
+        parts, whole = open_options(choices, slacks, best, relaxed.bound)
+    found, complete = _labels(choices, relaxed, parts, after, best)
+    return (best if found is None else found), whole and complete
+
+
+def open_options(
+    choices: Choices, slacks: Floats, best: Path | None, bound: float, most: int = OPTIONS
+) -> tuple[list[Open], bool]:
+    """The options of each part whose slack is within the gap, and whether these are all of them."""
+    gap = np.inf if best is None else best.cost - bound
+    parts, whole = [], True
+    for i, table in enumerate(slacks):
+        home, option = np.nonzero(np.isfinite(table) & (table <= gap + 1e-9 * abs(bound)))
+        if len(home) > most:
+            nearest = np.argsort(table[home, option], kind="stable")[:most]
+            home, option, whole = home[nearest], option[nearest], False
+        at = (np.full_like(home, i), home, option)
+        parts.append(Open(home, option, choices.cost[at], choices.vram[at], choices.ram[at]))
+    return parts, whole
+
+
+def _fill(choices: Choices, parts: list[Open], path: Path) -> Path:
+    """Change one part at a time for the largest saving that fits, until nothing saves."""
+    limit_v, limit_r = choices.limits
+    owner = np.concatenate([np.full(len(p.home), i) for i, p in enumerate(parts)])
+    home, option, cost, vram, ram = (
+        np.concatenate([getattr(p, name) for p in parts]) for name in ("home", "option", "cost", "vram", "ram")
+    )
+    edge, last = choices.edge, len(parts) - 1
+    for _ in range(4 * len(parts)):
+        here = path.homes
+        at = (np.arange(last + 1), here, path.options)
+        left = np.where(owner > 0, edge[here[np.maximum(owner - 1, 0)], home], 0.0)
+        right = np.where(owner < last, edge[home, here[np.minimum(owner + 1, last)]], 0.0)
+        own_left = np.append(0.0, edge[here[:-1], here[1:]])
+        own_right = np.append(edge[here[:-1], here[1:]], 0.0)
+        change = cost + left + right - (choices.cost[at] + own_left + own_right)[owner]
+        fits = (path.vram + vram - choices.vram[at][owner] <= limit_v) & (
+            path.ram + ram - choices.ram[at][owner] <= limit_r
+        )
+        change = np.where(fits, change, np.inf)
+        best = int(change.argmin())
+        if change[best] >= -1e-12 * path.cost:
+            break
+        homes, options = path.homes.copy(), path.options.copy()
+        homes[owner[best]], options[owner[best]] = home[best], option[best]
+        path = path_of(choices, homes, options)
+    return path
+
+
+def _labels(
+    choices: Choices, relaxed: Relaxed, parts: list[Open], after: Floats, best: Path | None
+) -> tuple[Path | None, bool]:
+    """Label-setting dynamic programme over the chain, pruned by the bound; a beam where labels are too many."""
+    limit_v, limit_r = choices.limits
+    room = relaxed.bound + relaxed.price_vram * limit_v + relaxed.price_ram * limit_r
+    gap = np.inf if best is None else best.cost - relaxed.bound
+    rest_v = np.append(np.cumsum([p.vram.min() for p in parts][::-1])[::-1][1:], 0.0)
+    rest_r = np.append(np.cumsum([p.ram.min() for p in parts][::-1])[::-1][1:], 0.0)
+    roomy = sum(p.ram.max() for p in parts) <= limit_r
+    most, complete = max(FEWEST_LABELS, LABELS // len(parts)), True
+    trail: list[_Labels] = []
+    for i, part in enumerate(parts):
+        grown = _grow(trail[-1] if trail else None, part, choices.edge)
+        priced = grown.cost + relaxed.price_vram * grown.vram + relaxed.price_ram * grown.ram + after[i, grown.home]
+        ok = (grown.vram + rest_v[i] <= limit_v) & (grown.ram + rest_r[i] <= limit_r)
+        ok &= priced - room < gap - 1e-12 * abs(relaxed.bound)
+        keep = np.flatnonzero(ok)
+        keep = keep[_undominated(grown.cut(keep), roomy)]
+        if len(keep) > most:
+            keep, complete = keep[np.argsort(priced[keep], kind="stable")[:most]], False
+        if not len(keep):
+            return None, complete
+        trail.append(grown.cut(keep))
+    return _traced(choices, parts, trail), complete
+
+
+def _grow(labels: _Labels | None, part: Open, edge: Floats) -> _Labels:
+    """Every label with every option of the next part."""
+    if labels is None:
+        zero = np.zeros(len(part.home), np.int64)
+        return _Labels(part.home, part.cost, part.vram, part.ram, zero, np.arange(len(part.home)))
+    parent = np.repeat(np.arange(len(labels.home)), len(part.home))
+    pick = np.tile(np.arange(len(part.home)), len(labels.home))
+    home = part.home[pick]
+    cost = labels.cost[parent] + edge[labels.home[parent], home] + part.cost[pick]
+    return _Labels(home, cost, labels.vram[parent] + part.vram[pick], labels.ram[parent] + part.ram[pick], parent, pick)
+
+
+def _undominated(labels: _Labels, roomy: bool) -> Ints:
+    """Labels that no other of the same home beats in time at the same or, where RAM is no matter, less VRAM."""
+    keep = []
+    for home in np.unique(labels.home):
+        mine = np.flatnonzero(labels.home == home)
+        cost, vram, ram = labels.cost[mine], labels.vram[mine], labels.ram[mine]
+        if roomy:
+            order = np.lexsort((cost, vram))
+            running = np.minimum.accumulate(cost[order])
+            first = np.append(True, running[1:] < running[:-1])
+        else:
+            order = np.lexsort((cost, vram, ram))
+            first = np.append(True, (np.diff(vram[order]) != 0) | (np.diff(ram[order]) != 0))
+        keep.append(mine[order[first]])
+    return np.sort(np.concatenate(keep)) if keep else np.empty(0, np.int64)
+
+
+def _traced(choices: Choices, parts: list[Open], trail: list[_Labels]) -> Path:
+    """The cheapest finished label, followed back to the start."""
+    here = int(trail[-1].cost.argmin())
+    homes, options = [], []
+    for part, labels in zip(reversed(parts), reversed(trail), strict=True):
+        pick = int(labels.pick[here])
+        homes.append(int(part.home[pick]))
+        options.append(int(part.option[pick]))
+        here = int(labels.parent[here])
+    return path_of(choices, np.array(homes[::-1], np.int64), np.array(options[::-1], np.int64))
