@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -249,8 +250,6 @@ def test_too_little_space_is_said_before_anything_is_made(
 
 def test_full_disk(target: tuple[Path, bytes | None]) -> None:
     """A real limit of the system, not a simulated one: files of at most 4 KiB."""
-    import resource
-
     old_limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     old_handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:

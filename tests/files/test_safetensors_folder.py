@@ -35,9 +35,7 @@ def sharded(make: SimpleNamespace, root: Path, **changes: Any) -> Path:
     """Tensors a and b in one shard, c in another; `changes` replaces parts of the index or whole files."""
     index = {
         "metadata": {"total_size": changes.pop("total_size", 48)},
-        "weight_map": changes.pop(
-            "weight_map", {"a": "m-1.safetensors", "b": "m-1.safetensors", "c": "m-2.safetensors"}
-        ),
+        "weight_map": changes.pop("weight_map", HOMES),
     }
     files: dict[str, Any] = {
         "config.json": CONFIG,
@@ -140,9 +138,7 @@ def one(data: int = 16, **fields: object) -> Callable[[SimpleNamespace], bytes]:
 
 
 def two(*offsets: tuple[int, int], data: int = 32) -> Callable[[SimpleNamespace], bytes]:
-    return lambda m: m.safetensors(
-        {name: m.tensor(offsets=o) for name, o in zip("ab", offsets, strict=True)}, bytes(data)
-    )
+    return lambda m: m.safetensors({n: m.tensor(offsets=o) for n, o in zip("ab", offsets, strict=True)}, bytes(data))
 
 
 GOOD = '"a":{"dtype":"F32","shape":[2,2],"data_offsets":[0,16]}'
