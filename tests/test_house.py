@@ -12,7 +12,7 @@ ROOMS = [
     "errors", "config", "hardware", "files", "text", "ops", "model", "activity", "placement", "memory",
     "runtime", "api",
 ]  # fmt: skip
-FACES = {"cli": {"api", "config", "errors", "cli"}, "serve": {"api", "config", "errors", "serve"}}
+FACES = {"__main__": {"cli"}, "cli": {"api", "config", "errors", "cli"}, "serve": {"api", "config", "errors", "serve"}}
 MODULES = sorted(p for p in SOURCE.rglob("*.py") if p.name != "__init__.py" or p.parent != SOURCE)
 
 

@@ -5,15 +5,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "LoadSettings", "SamplingSettings", "ThermoclineError", "__version__"]
+__all__ = [
+    "LLM", "LoadSettings", "SamplingSettings", "ThermoclineError", "__version__", "describe", "examine",
+    "shipped_model",
+]  # fmt: skip
 
 if TYPE_CHECKING:
-    from thermocline.api import LLM
+    from thermocline.api import LLM, describe, examine, shipped_model
     from thermocline.config import LoadSettings, SamplingSettings
     from thermocline.errors import ThermoclineError
 
 _HOMES = {
     "LLM": "thermocline.api",
+    "describe": "thermocline.api",
+    "examine": "thermocline.api",
+    "shipped_model": "thermocline.api",
     "LoadSettings": "thermocline.config",
     "SamplingSettings": "thermocline.config",
     "ThermoclineError": "thermocline.errors",

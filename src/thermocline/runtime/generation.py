@@ -43,11 +43,12 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """A whole text. `tokens` includes an end-of-sequence token if one was generated."""
+    """A whole text. `tokens` includes an end-of-sequence token if one was generated; `top` is as in the items."""
 
     text: str
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]
+    top: tuple[tuple[tuple[int, float], ...], ...]
     finish_reason: FinishReason | None
     report: RunReport
 
@@ -129,6 +130,7 @@ class Stream:
             text="".join(item.text for item in items),
             tokens=tuple(item.token for item in items),
             logprobs=tuple(item.logprob for item in items),
+            top=tuple(item.top for item in items),
             finish_reason=self.finish_reason,
             report=self.report,
         )

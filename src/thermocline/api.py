@@ -1,0 +1,235 @@
+"""READ FIRST: load a model, generate, stream, chat; ask what a file is, what this machine has, how fast it runs.
+
+    from thermocline import LLM
+
+    with LLM.load("model.gguf") as llm:
+        for item in llm.stream("def quicksort(items):", max_tokens=64):
+            print(item.text, end="", flush=True)
+
+`load` opens the file (`files`), reads its tokenizer (`text`) and its network (`model`), places the weights
+(`memory`, `ops`), and hands all of it to an engine (`runtime`), which prefills and decodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from thermocline.config import LoadSettings, SamplingSettings
+from thermocline.errors import ThermoclineError, UsageError, printable
+from thermocline.files.open import open_model
+from thermocline.files.source import ModelSource
+from thermocline.hardware.survey import Survey, examine
+from thermocline.model.spec import ModelSpec
+from thermocline.runtime.bench import BenchRow, run_bench
+from thermocline.runtime.describe import ModelInfo
+from thermocline.runtime.describe import describe as describe_source
+from thermocline.runtime.generation import FinishReason, Generation, Item, Stream
+from thermocline.runtime.loading import LoadedModel, load_model
+from thermocline.runtime.report import RunReport
+from thermocline.text.chat import ChatTemplate
+
+__all__ = [
+    "LLM", "BenchRow", "FinishReason", "Generation", "Item", "LoadSettings", "ModelInfo", "RunReport",
+    "SamplingSettings", "Stream", "Survey", "ThermoclineError", "describe", "examine", "shipped_model",
+]  # fmt: skip
+
+Settings = TypeVar("Settings", LoadSettings, SamplingSettings)
+Messages = Sequence[Mapping[str, Any]]
+
+SHIPPED = Path(__file__).parent / "shipped" / "epilimnion.q8_0.gguf"
+"""The model that comes with the package: small, trained on the Python standard library's sources."""
+
+
+class LLM:
+    """A loaded model. Make one with `LLM.load`; close it, or use it in a `with` block. Not safe between threads."""
+
+    def __init__(self, model: LoadedModel, source: ModelSource) -> None:
+        self._model: LoadedModel | None = model
+        self._source = source
+        self._template: ChatTemplate | None = None
+
+    @classmethod
+    def load(cls, model: str | Path | None = None, settings: LoadSettings | None = None, **overrides: Any) -> LLM:
+        """Load a GGUF file or a Hugging Face folder; without `model`, the one that comes with the package.
+
+        `overrides` are single fields of `LoadSettings`: `LLM.load("m.gguf", ctx_size=4096)`.
+
+        Raises:
+            ThermoclineError: the file, the machine or a setting does not allow it; the subclass says which.
+        """
+        settings = _settings(LoadSettings, settings, overrides)
+        source = open_model(shipped_model() if model is None else model)
+        try:
+            return cls(load_model(source, settings), source)
+        except BaseException:
+            source.close()
+            raise
+
+    @property
+    def spec(self) -> ModelSpec:
+        """Sizes and settings of the network."""
+        return self._loaded.transformer.spec
+
+    @property
+    def n_ctx(self) -> int:
+        """Context length in tokens."""
+        return self._loaded.engine.n_ctx
+
+    @property
+    def mode(self) -> str:
+        """How the FFN is computed: `dense` or `exact`."""
+        return self._loaded.transformer.mode.value
+
+    @property
+    def ops(self) -> str:
+        """Which implementation computes, such as `cpu/avx512`."""
+        return self._loaded.transformer.ops.name
+
+    @property
+    def threads(self) -> int:
+        """CPU threads that compute."""
+        return self._loaded.threads
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights, mapped and made."""
+        return self._loaded.report.mapped_bytes + self._loaded.report.resident_bytes
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What was odd about the model or was decided while loading, one line each."""
+        return self._loaded.notices
+
+    @property
+    def load_seconds(self) -> float:
+        """What loading took."""
+        return self._loaded.seconds
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether `chat` can be used."""
+        return self._loaded.tokenizer.chat_template is not None
+
+    def tokenize(self, text: str, *, add_special: bool = True, parse_special: bool = False) -> list[int]:
+        """The ids of `text`, with the model's bos and eos tokens around it unless `add_special` is off.
+
+        `parse_special` reads the spelling of special tokens, such as <|im_end|>, as these tokens.
+        """
+        return self._loaded.tokenizer.encode(text, add_special=add_special, parse_special=parse_special)
+
+    def detokenize(self, tokens: Sequence[int]) -> str:
+        """The text of token ids; special tokens have none."""
+        return self._loaded.tokenizer.decode(tokens)
+
+    def stream(self, prompt: str | Sequence[int], sampling: SamplingSettings | None = None, **overrides: Any) -> Stream:
+        """Continue `prompt` (a text, or token ids as they are), token by token.
+
+        `overrides` are single fields of `SamplingSettings`: `llm.stream("Hi", temperature=0, max_tokens=64)`.
+        Starting a stream ends the streams that were started before.
+
+        Raises:
+            ContextError: the prompt does not fit the context.
+            SamplingError: a setting is out of its range.
+        """
+        tokens = self._prompt(prompt) if isinstance(prompt, str) else list(prompt)
+        return self._stream(tokens, _settings(SamplingSettings, sampling, overrides))
+
+    def generate(
+        self, prompt: str | Sequence[int], sampling: SamplingSettings | None = None, **overrides: Any
+    ) -> Generation:
+        """Continue `prompt` to the end; see `stream`."""
+        with self.stream(prompt, sampling, **overrides) as stream:
+            return stream.collect()
+
+    def stream_chat(self, messages: Messages, sampling: SamplingSettings | None = None, **overrides: Any) -> Stream:
+        """Answer `messages` ({"role": ..., "content": ...}) by the model's own chat template.
+
+        What the messages have in common with those of the last call is not computed again.
+
+        Raises:
+            ChatTemplateError: the model has no template, or the template refuses the messages.
+            ContextError, SamplingError: as for `stream`.
+        """
+        if self._template is None:
+            self._template = ChatTemplate.of(self._loaded.tokenizer)
+        tokens = self.tokenize(self._template.render(messages), add_special=False, parse_special=True)
+        return self._stream(tokens, _settings(SamplingSettings, sampling, overrides), chat=True)
+
+    def chat(self, messages: Messages, sampling: SamplingSettings | None = None, **overrides: Any) -> Generation:
+        """Answer `messages` to the end; see `stream_chat`."""
+        with self.stream_chat(messages, sampling, **overrides) as stream:
+            return stream.collect()
+
+    def bench(self, *, prompt: int = 512, generate: int = 128, repetitions: int = 5) -> Iterator[BenchRow]:
+        """Measure prefill and decode speed; one row each, as they are done."""
+        return run_bench(self._loaded.engine, prompt=prompt, generate=generate, repetitions=repetitions)
+
+    def close(self) -> None:
+        """Let go of the files and the memory; twice does no harm."""
+        if self._template is not None:
+            self._template.close()
+        self._model = self._template = None
+        self._source.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def _loaded(self) -> LoadedModel:
+        if self._model is None:
+            raise UsageError("this model is closed; load it again")
+        return self._model
+
+    def _prompt(self, text: str) -> list[int]:
+        """Tokens to continue: `text` with what the model puts before a text, and not what it puts after one."""
+        tokenizer = self._loaded.tokenizer
+        return [*tokenizer.prefix, *tokenizer.encode(text, add_special=False)]
+
+    def _stream(self, tokens: list[int], settings: SamplingSettings, *, chat: bool = False) -> Stream:
+        loaded = self._loaded
+        return Stream(
+            loaded.engine, loaded.tokenizer, tokens, settings, reuse=chat, chat=chat, load_seconds=loaded.seconds
+        )
+
+
+def shipped_model() -> Path:
+    """The file of the model that comes with the package.
+
+    Raises:
+        UsageError: this installation lacks it.
+    """
+    if not SHIPPED.is_file():
+        raise UsageError("this installation has no model of its own; name one with -m/--model FILE")
+    return SHIPPED
+
+
+def describe(model: str | Path | None = None) -> ModelInfo:
+    """Say what a model file is, without loading it.
+
+    Raises:
+        ModelFormatError: it is none.
+    """
+    source = open_model(shipped_model() if model is None else model)
+    try:
+        return describe_source(source)
+    finally:
+        source.close()
+
+
+def _settings(kind: type[Settings], given: Settings | None, overrides: Mapping[str, Any]) -> Settings:
+    """`given`, or the defaults, with `overrides`.
+
+    Raises:
+        UsageError: there is no such setting, or a value is out of its range.
+    """
+    known = [field.name for field in fields(kind)]
+    for name in overrides:
+        if name not in known:
+            raise UsageError(f"{printable(name)} is no setting; known are {', '.join(known)}")
+    return replace(given if given is not None else kind(), **overrides)

@@ -1,0 +1,180 @@
+"""Flags made from the settings classes: names here, types, defaults and help there."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, Field, fields
+from typing import Annotated, Any, get_type_hints
+
+from cyclopts import Group, Parameter, Token
+
+from thermocline.config import LoadSettings, Mode, SamplingSettings
+from thermocline.errors import SamplingError, UsageError, printable
+
+NAMES: dict[str, tuple[str, ...]] = {
+    "ctx_size": ("--ctx-size", "-c"),
+    "threads": ("--threads", "-t"),
+    "ubatch": ("--ubatch-size", "-ub"),
+    "cache_type_k": ("--cache-type-k", "-ctk"),
+    "cache_type_v": ("--cache-type-v", "-ctv"),
+    "mode": ("--mode", "--sparsity"),
+    "temperature": ("--temperature", "--temp"),
+    "logit_bias": ("--logit-bias", "-l"),
+    "seed": ("--seed", "-s"),
+    "max_tokens": ("--n-predict", "--max-tokens", "-n"),
+}
+"""Names as llama.cpp has them, where they are not the field's. The first gives the environment variable's name."""
+
+NOT_YET: dict[tuple[str, ...], str] = {
+    ("--n-gpu-layers", "--gpu-layers", "-ngl"): "this version computes on the CPU only",
+    ("--vram-budget",): "this version computes on the CPU only",
+    ("--hf-repo", "-hf", "-hfr"): "download the model yourself and give its file or folder with -m",
+    ("--lora",): "adapters are not implemented; merge it into the model",
+    ("--model-draft", "-md"): "speculative decoding is not implemented",
+    ("--batch-size", "-b"): "prompts are computed in passes of --ubatch-size (-ub) tokens",
+    ("--threads-batch", "-tb"): "prompt and answer use the same --threads (-t)",
+    ("--flash-attn", "-fa"): "there is one implementation of attention",
+    ("--override-tensor", "-ot"): "every tensor stays in the CPU's memory",
+    ("--grammar", "--grammar-file"): "constrained output is not implemented",
+    ("--json-schema", "-j"): "constrained output is not implemented",
+    ("--chat-template", "--chat-template-file"): "only the template in the model's own file is used",
+}
+"""Flags of other engines that people will try, and what to do instead. They are refused, never ignored."""
+
+
+def flag(*names: str, help: str, hyphen: bool = False) -> Parameter:  # noqa: A002
+    """A flag's names and help; `hyphen` lets its value begin with one."""
+    return Parameter(name=names, negative=(), help=help, allow_leading_hyphen=hyphen)
+
+
+MODEL_HELP = "GGUF file or Hugging Face folder; without it, the small model that comes with thermocline."
+VERBOSE_HELP = "Tell measurements and notices even where standard error is no terminal."
+
+ModelFlag = Annotated[str | None, flag("--model", "-m", help=MODEL_HELP)]
+JsonFlag = Annotated[bool, flag("--json", help="Print one JSON object instead.")]
+VerboseFlag = Annotated[bool, flag("--verbose", "-v", help=VERBOSE_HELP)]
+
+Verb = Callable[..., int]
+
+
+def with_settings(verb: Verb) -> Verb:
+    """Give `verb` one flag for each field of its parameters that are settings, and refuse the flags in NOT_YET.
+
+    A parameter annotated `LoadSettings` or `SamplingSettings` becomes flags; the verb gets the finished object.
+    """
+    hints = get_type_hints(verb, include_extras=True)
+    own = inspect.signature(verb).parameters
+    settings = {name: hints[name] for name in own if hints[name] in (LoadSettings, SamplingSettings)}
+    parameters = [p.replace(annotation=hints[name]) for name, p in own.items() if name not in settings]
+    owners: dict[str, str] = {}
+    for name, kind in settings.items():
+        for parameter in _flags(kind):
+            owners[parameter.name] = name
+            parameters.append(parameter)
+    refused = {_identifier(names): (names, why) for names, why in NOT_YET.items()}
+    parameters += [_refused_flag(name, names) for name, (names, _) in refused.items()]
+
+    @functools.wraps(verb)
+    def run(**values: Any) -> int:
+        for name, (names, why) in refused.items():
+            if values.pop(name, None) is not None:
+                raise UsageError(f"{names[0]} is not available: {why}")
+        given: dict[str, dict[str, Any]] = {name: {} for name in settings}
+        for flag, owner in owners.items():
+            if flag in values:
+                value = values.pop(flag)
+                given[owner][flag] = dict(map(_bias, value)) if flag == "logit_bias" else value
+        return verb(**values, **{name: kind(**given[name]) for name, kind in settings.items()})
+
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    del run.__wrapped__  # inspect would look through to the verb's own signature
+    return run
+
+
+def _flags(kind: type[LoadSettings] | type[SamplingSettings]) -> list[inspect.Parameter]:
+    """One keyword-only parameter for each field."""
+    hints, docs = get_type_hints(kind), field_docs(kind)
+    group = Group("Loading" if kind is LoadSettings else "Sampling", sort_key=1 if kind is LoadSettings else 2)
+    flags = []
+    for field in fields(kind):
+        hint, default, extra = hints[field.name], _default(field), SPECIAL.get(field.name, {})
+        if field.name == "logit_bias":
+            hint, default = tuple[str, ...], ()
+        names = NAMES.get(field.name, (f"--{field.name.replace('_', '-')}",))
+        help_text = f"{docs[field.name]} {_extra_help(field.name)}".rstrip()
+        about = Parameter(name=names, negative=(), help=help_text, group=group, **extra)
+        flags.append(_keyword(field.name, Annotated[hint, about], default))
+    return flags
+
+
+def _refused_flag(name: str, names: tuple[str, ...]) -> inspect.Parameter:
+    about = Parameter(name=names, show=False, allow_leading_hyphen=True)
+    return _keyword(name, Annotated[str | None, about], None)
+
+
+def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _default(field: Field[Any]) -> Any:
+    return field.default_factory() if field.default_factory is not MISSING else field.default
+
+
+def _whole(_: Any, value: str, *, delimiter: str | None = None) -> list[str]:
+    return [value]
+
+
+def _identifier(names: tuple[str, ...]) -> str:
+    return names[0].lstrip("-").replace("-", "_")
+
+
+def _extra_help(name: str) -> str:
+    if name == "logit_bias":
+        return "Written 15043+1 or 15043-inf; repeat the flag for more tokens."
+    if name == "mode":
+        return "auto is exact where the activation gives zeros, else dense."
+    return "Repeat the flag for more than one." if name == "stop" else ""
+
+
+def field_docs(kind: type) -> dict[str, str]:
+    """The string under each field of a dataclass."""
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
+    assert isinstance(definition, ast.ClassDef)
+    docs = {}
+    for field, text in zip(definition.body, definition.body[1:], strict=False):
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr):
+            docs[field.target.id] = str(ast.literal_eval(text.value))
+    return docs
+
+
+def _mode(_: Any, tokens: Sequence[Token]) -> Mode:
+    word = tokens[-1].value.lower()
+    if word == "off":  # as in --sparsity off
+        return Mode.DENSE
+    if word not in list(Mode):
+        raise UsageError(f"--mode is {printable(word)}; allowed: {', '.join(Mode)}")
+    return Mode(word)
+
+
+def _bias(text: str) -> tuple[int, float]:
+    """`15043+1`, `15043-0.5`, `15043-inf`, as llama.cpp writes them."""
+    place = next((i for i, character in enumerate(text) if i and character in "+-"), len(text))
+    try:
+        return int(text[:place]), float(text[place:])
+    except ValueError:
+        raise SamplingError(
+            f"logit-bias is {printable(text)}; wanted a token id, a sign and a number, such as 15043+1 or 15043-inf"
+        ) from None
+
+
+SPECIAL: dict[str, dict[str, Any]] = {
+    "mode": {"converter": _mode, "n_tokens": 1},
+    "logit_bias": {"allow_leading_hyphen": True},
+    "stop": {"allow_leading_hyphen": True, "env_var_split": _whole},
+}
+"""What else cyclopts has to know about a flag."""

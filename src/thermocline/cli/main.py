@@ -1,0 +1,110 @@
+"""Entry point: finds the verb, and turns errors into one line and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
+from cyclopts.config import Env
+
+from thermocline import __version__
+from thermocline.errors import ThermoclineError, printable
+
+USAGE = 2
+INTERRUPTED = 130
+PIPE_CLOSED = 141
+"""What a shell reports for a program that SIGPIPE or SIGINT ended."""
+
+VERBS = {
+    "run": "Complete a prompt.",
+    "chat": "Talk with a model.",
+    "show": "Say what a model file is.",
+    "bench": "Measure how fast a model runs here.",
+    "doctor": "Say what this machine has and which kernels will run.",
+}
+
+INTRODUCTION = """Runs large language models by computing only the neurons that fire.
+
+For example:
+
+  thermocline run -p 'def quicksort(items):' -n 128
+
+  thermocline run -m model.gguf -f prompt.txt --temp 0
+
+  thermocline show model.gguf
+
+'thermocline VERB --help' tells a verb's flags. Every flag can also be set in the environment: --ctx-size is
+THERMOCLINE_CTX_SIZE. The command line comes first."""
+
+
+def build_app(verb: str = "") -> App:
+    """The command line. Only `verb` is imported, and tells its own help; of the others there is one line."""
+    app = App(
+        name="thermocline",
+        help=INTRODUCTION,
+        help_format="plaintext",
+        version=__version__,
+        config=Env("THERMOCLINE_", command=False),
+        result_action="return_value",
+        default_parameter=Parameter(show_env_var=False),
+    )
+    for name, summary in VERBS.items():
+        app.command(f"thermocline.cli.{name}:{name}", name=name, help=None if name == verb else summary)
+    return app
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit code.
+
+    0: done. 1: the model, the machine or the disk refused. 2: the command line is wrong. 130: interrupted.
+    141: whoever read our output stopped reading.
+    """
+    try:
+        code = _dispatch(list(sys.argv[1:] if arguments is None else arguments))
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        _silence_stdout()
+        return PIPE_CLOSED
+    except KeyboardInterrupt:
+        complain("interrupted")
+        return INTERRUPTED
+    except UnusedCliTokensError as error:
+        extra = error.unused_tokens[0] if error.unused_tokens else ""
+        complain(f"error: unexpected argument {printable(extra)!r}; a prompt is given with -p, a model with -m")
+        return USAGE
+    except CycloptsError as error:
+        complain(f"error: {' '.join(str(error).split())}")
+        return USAGE
+    except ThermoclineError as error:
+        complain(f"error: {error}")
+        return error.exit_code
+    except OSError as error:
+        complain(f"error: {error}")
+        _silence_stdout()
+        return 1
+    except MemoryError:
+        complain("error: out of memory; use a smaller --ctx-size or a smaller model")
+        return 1
+
+
+def complain(line: str) -> None:
+    """One line on standard error."""
+    if sys.stderr is not None:
+        print(line, file=sys.stderr)
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if sys.stdout is None:
+        raise OSError("standard output is closed; nothing could be shown")
+    result = build_app(*arguments[:1])(arguments, exit_on_error=False, print_error=False)
+    return result if isinstance(result, int) else 0
+
+
+def _silence_stdout() -> None:
+    """Let the interpreter's last flush of standard output go nowhere instead of failing again."""
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,77 @@
+"""What goes where: text and results to standard output, what is said about them to standard error."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from thermocline.api import LLM, Stream
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
+DIM, PLAIN = "\x1b[2m", "\x1b[0m"
+
+
+class Written(NamedTuple):
+    """A text that was written as it came, and whether Ctrl-C cut it short."""
+
+    text: str
+    interrupted: bool
+
+
+def status(line: str, *, always: bool = False) -> None:
+    """Say `line` on standard error if a person is reading it, or `always`."""
+    if sys.stderr is None:
+        return
+    if sys.stderr.isatty():
+        print(f"{DIM}{line}{PLAIN}", file=sys.stderr, flush=True)
+    elif always:
+        print(line, file=sys.stderr, flush=True)
+
+
+def notices(llm: LLM, *, always: bool = False) -> None:
+    """Say what is odd about a model, or what was decided while it was loaded."""
+    for notice in llm.notices:
+        status(f"note: {notice}", always=always)
+
+
+def echo(prompt: str) -> None:
+    """Show a prompt before its continuation, to a person only: standard output gets nothing but the new text."""
+    if sys.stderr is not None and sys.stderr.isatty() and sys.stdout.isatty():
+        sys.stderr.write(f"{DIM}{prompt}{PLAIN}")
+        sys.stderr.flush()
+
+
+def write_stream(stream: Stream) -> Written:
+    """Write the text of `stream` to standard output as it comes, and end the line. Ctrl-C stops it."""
+    text, interrupted = "", False
+    try:
+        for item in stream:
+            text += item.text
+            _write(item.text)
+    except KeyboardInterrupt:
+        interrupted = True
+    if not text.endswith("\n"):
+        _write("\n")
+    return Written(text, interrupted)
+
+
+def write_json(record: object) -> None:
+    """One JSON object on standard output."""
+    _write(json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False, default=_plain) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    """What JSON makes of our own types: numpy numbers, sets, paths."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return sorted(value) if isinstance(value, set | frozenset) else str(value)
+
+
+def _write(text: str) -> None:
+    # The terminal may know fewer characters than the model.
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
+    sys.stdout.flush()

@@ -1,0 +1,99 @@
+"""What a model file is, without loading it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+from thermocline.errors import ThermoclineError
+from thermocline.files.source import ModelSource
+from thermocline.model.families import family_of
+from thermocline.model.spec import ModelSpec
+from thermocline.text.load import load_tokenizer
+from thermocline.text.tokenizer import Tokenizer
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class TypeCount:
+    """How many tensors of a file have one format, and their bytes."""
+
+    format: str
+    tensors: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInfo:
+    """A model file in words and numbers.
+
+    `spec` and `tokenizer` are None where `problems` say why the model cannot be run.
+    """
+
+    path: str
+    kind: str
+    name: str
+    spec: ModelSpec | None
+    types: tuple[TypeCount, ...]
+    tokenizer: str | None
+    bos: int | None
+    eos: tuple[int, ...]
+    chat_template: str | None
+    fingerprint: str
+    warnings: tuple[str, ...]
+    problems: tuple[str, ...]
+
+    @property
+    def tensors(self) -> int:
+        """Number of tensors."""
+        return sum(t.tensors for t in self.types)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(t.bytes for t in self.types)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        parameters = self.spec.parameters if self.spec else None
+        return asdict(self) | {"tensors": self.tensors, "bytes": self.bytes, "parameters": parameters}
+
+
+def describe(source: ModelSource) -> ModelInfo:
+    """Read what `source` says about itself. What cannot be run is described as far as it goes."""
+    problems: list[str] = []
+    spec: ModelSpec | None = _attempt(lambda: family_of(source).spec(source), problems)
+    tokenizer: Tokenizer | None = _attempt(lambda: load_tokenizer(source), problems)
+    return ModelInfo(
+        path=str(source.path),
+        kind=source.kind,
+        name=spec.name if spec else source.path.name,
+        spec=spec,
+        types=_count_types(source),
+        tokenizer=tokenizer.kind if tokenizer else None,
+        bos=tokenizer.bos_id if tokenizer else None,
+        eos=tuple(sorted(tokenizer.eos_ids)) if tokenizer else (),
+        chat_template=tokenizer.chat_template if tokenizer else None,
+        fingerprint=source.fingerprint,
+        warnings=source.warnings + (tokenizer.warnings if tokenizer else ()),
+        problems=tuple(problems),
+    )
+
+
+def _count_types(source: ModelSource) -> tuple[TypeCount, ...]:
+    counts: dict[str, tuple[int, int]] = {}
+    for tensor in source.tensors.values():
+        tensors, size = counts.get(tensor.format.name, (0, 0))
+        counts[tensor.format.name] = tensors + 1, size + len(tensor.data)
+    ordered = sorted(counts.items(), key=lambda item: -item[1][1])
+    return tuple(TypeCount(name, tensors, size) for name, (tensors, size) in ordered)
+
+
+def _attempt(read: Callable[[], T], problems: list[str]) -> T | None:
+    try:
+        return read()
+    except ThermoclineError as error:
+        problems.append(str(error))
+        return None
