@@ -368,7 +368,7 @@ def test_files_of_a_megabyte_cost_a_second_and_64_megabytes_at_most(
 @pytest.mark.parametrize(
     "kind", ["pipe", "folder", "zero-device", "socket", "link-to-pipe", "missing", "dangling-link"]
 )
-def test_only_regular_files_are_opened(kind: str, tmp_path: Path) -> None:
+def test_only_regular_files_are_opened(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "odd"
     expected = {"missing": "does not exist", "dangling-link": "does not exist"}.get(kind, f"is a {kind.split('-')[-1]}")
     match kind:
@@ -379,7 +379,9 @@ def test_only_regular_files_are_opened(kind: str, tmp_path: Path) -> None:
         case "zero-device":
             path = Path("/dev/zero")
         case "socket":
-            socket.socket(socket.AF_UNIX).bind(str(path))
+            monkeypatch.chdir(tmp_path)  # a socket's path has room for 107 bytes
+            with socket.socket(socket.AF_UNIX) as listener:
+                listener.bind(path.name)
         case "link-to-pipe":
             os.mkfifo(tmp_path / "pipe")
             path.symlink_to("pipe")
