@@ -136,11 +136,14 @@ class Tokenizer:
         token into that token; without it, such a spelling is plain text, which is what a user's words must be.
 
         Raises:
-            UsageError: `text` is not a string, has a lone surrogate, or a byte the vocabulary cannot spell.
+            UsageError: `text` is not a string, has a lone surrogate or a byte the vocabulary cannot spell, or is
+                more than the word expression can search, such as ten million spaces in a row.
         """
         backend = self._backend if parse_special else self._plain
         self._check_text(text)
-        ids: list[int] = _guarded(lambda: backend.encode(text, add_special_tokens=False).ids, UsageError)
+        ids: list[int] = _guarded(
+            lambda: backend.encode(text, add_special_tokens=False).ids, UsageError, "this text cannot be encoded: "
+        )
         return [*self.prefix, *ids, *self.suffix] if add_special else ids
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
