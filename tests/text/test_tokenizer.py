@@ -115,7 +115,7 @@ def test_long_text_is_quick_enough(tokenizer: Ours) -> None:
 
 def test_a_panic_of_the_library_is_an_error_of_ours(bpe_metadata: Build) -> None:
     """Its regular expressions give up on a match of more than ten million steps, and panic."""
-    with pytest.raises(UsageError, match="this text cannot be encoded: .*retry-limit"):
+    with pytest.raises(UsageError, match=r"this text cannot be encoded: .*retry-limit"):
         tokenizer_from_gguf(bpe_metadata("qwen2")).encode(" " * 11_000_000)
 
 
