@@ -14,9 +14,11 @@ std::string shape_text(size_t ndim, const int64_t* shape) {
 }
 
 bool contiguous(size_t ndim, const int64_t* shape, const int64_t* strides) {
+  for (size_t i = 0; i < ndim; ++i) {
+    if (shape[i] == 0) return true;
+  }
   int64_t expected = 1;
   for (size_t i = ndim; i-- > 0;) {
-    if (shape[i] == 0) return true;
     if (shape[i] != 1 && strides[i] != expected) return false;
     expected *= shape[i];
   }

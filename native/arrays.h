@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <initializer_list>
 #include <string>
+#include <type_traits>
 
 #include "matrix.h"
 
@@ -48,6 +49,17 @@ auto* data_of(const Array& array, const char* name, std::initializer_list<int64_
   } else {
     return static_cast<T*>(array.data());
   }
+}
+
+// An element of a tuple as the array that it must be.
+template <class Array>
+Array array_of(nanobind::handle object, const char* name) {
+  Array array;
+  if (!nanobind::try_cast(object, array)) {
+    require(false, name,
+            std::is_same_v<Array, Output> ? "holds what is no writable array" : "holds what is no array");
+  }
+  return array;
 }
 
 // A matrix with the array that owns its bytes.

@@ -37,7 +37,7 @@ auto run(Context& context, Op&& op) {
 int64_t length(const Input& array, size_t axis) { return static_cast<int64_t>(array.shape(axis)); }
 
 const float* optional_vector(nb::handle object, const char* name, int64_t n) {
-  return object.is_none() ? nullptr : data_of<float>(nb::cast<Input>(object), name, {n});
+  return object.is_none() ? nullptr : data_of<float>(array_of<Input>(object, name), name, {n});
 }
 
 void check_range(const int32_t* ids, int64_t n, int64_t end, const char* name) {
@@ -86,7 +86,7 @@ void bind_linear(Context& context, const Input& x, const nb::tuple& matrices, co
   for (size_t i = 0; i < count; ++i) {
     const Matrix& matrix = nb::cast<const MatrixHandle&>(matrices[i]).matrix;
     require(matrix.cols == columns, "matrices", "have other columns than x");
-    parts[i] = {matrix, data_of<float>(nb::cast<Output>(outs[i]), "outs", {tokens, matrix.rows}),
+    parts[i] = {matrix, data_of<float>(array_of<Output>(outs[i], "outs"), "outs", {tokens, matrix.rows}),
                 biases ? optional_vector((*biases)[i], "biases", matrix.rows) : nullptr};
   }
   run(context, [&] { linear(context, from, tokens, columns, parts, static_cast<int64_t>(count), add); });
@@ -262,8 +262,9 @@ NB_MODULE(_native, m) {
           [](Context& self, const MatrixHandle& matrix) {
             return run(self, [&] { return first_nonfinite_row(self, matrix.matrix); });
           },
-          nb::arg("matrix"))
-      .def("read_bandwidth", &bind_read_bandwidth, nb::arg("buffer"));
+          nb::arg("matrix"));
+
+  m.def("read_bandwidth", &bind_read_bandwidth, nb::arg("context"), nb::arg("buffer"));
 }
 
 }  // namespace thermocline

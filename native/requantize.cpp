@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 
 #include "half.h"
 
@@ -21,7 +22,11 @@ uint16_t bfloat_of_float(float value) {
 // The sum in double is exact, so that cutting it off rounds half away from zero.
 int round_away(float x) { return static_cast<int>(static_cast<double>(x) + (x < 0 ? -0.5 : 0.5)); }
 
-float inverse_of(float scale) { return scale == 0.0f ? 0.0f : 1.0f / scale; }
+// 0 where there is none: a block of zeros, or of numbers too small to have one.
+float inverse_of(float scale) {
+  const float inverse = 1.0f / scale;
+  return std::isfinite(inverse) ? inverse : 0.0f;
+}
 
 void encode_q8_0(const float* x, uint8_t* out) {
   float peak = 0.0f;
@@ -39,10 +44,8 @@ void encode_q4_0(const float* x, uint8_t* out) {
     if (std::fabs(x[i]) > std::fabs(extreme)) extreme = x[i];
   }
   const float scale = extreme / -8.0f;
-  const double inverse = static_cast<double>(inverse_of(scale));
-  const auto step = [&](float value) {
-    return std::clamp(static_cast<int>(static_cast<double>(value) * inverse + 8.5), 0, 15);
-  };
+  const float inverse = inverse_of(scale);
+  const auto step = [&](float value) { return std::clamp(static_cast<int>(value * inverse + 8.5f), 0, 15); };
   store_u16(out, half_of_float(scale));
   for (int i = 0; i < 16; ++i) out[2 + i] = static_cast<uint8_t>(step(x[i]) | step(x[16 + i]) << 4);
 }
@@ -125,6 +128,7 @@ RequantizeError transpose_requantize(Context& context, const Matrix& source, For
   }
   const double elements = static_cast<double>(source.rows) * static_cast<double>(source.cols);
   total.rms = elements > 0 ? std::sqrt(total.rms / elements) : 0.0;
+  if (!std::isfinite(total.rms)) total.max_abs = std::numeric_limits<double>::infinity();
   return total;
 }
 

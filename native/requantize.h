@@ -8,7 +8,8 @@
 
 namespace thermocline {
 
-// What storing in the new format changed, over all elements.
+// What storing in the new format changed, over all elements; the largest is infinite if anything is not
+// finite or does not fit the format.
 struct RequantizeError {
   double max_abs, rms;
 };

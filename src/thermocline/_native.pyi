@@ -83,5 +83,5 @@ class Context:
     def check_finite(self, matrix: Matrix) -> int:
         """First row that holds a NaN or an infinity in a value or a block scale, or -1."""
 
-    def read_bandwidth(self, buffer: _Bytes) -> float:
-        """Bytes a second at which all threads together read `buffer` once."""
+def read_bandwidth(context: Context, buffer: _Bytes) -> float:
+    """Bytes a second at which all threads of `context` together read `buffer` once."""

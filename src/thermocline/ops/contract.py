@@ -169,6 +169,7 @@ class Ops(Protocol):
         """Add the block's part of the FFN of `x` (T, n_embd) to `out` (T, n_embd).
 
         Only neurons in `active` are computed. With `skip_zeros` (records only) a neuron whose gate is zero
-        costs neither its up row nor its down row. `hidden` (T, neurons), if given, receives the activations.
+        for every token costs no up row, and one whose activation is zero for every token costs no down row.
+        `hidden` (T, neurons), if given, receives the activations.
         The sum does not depend on `skip_zeros` nor on threads, bit for bit.
         """

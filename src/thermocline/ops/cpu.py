@@ -137,17 +137,14 @@ class CpuOps:
             )
         )
 
-    def transpose_requantize(self, source: Weight, out: Bytes, fmt: BlockFormat) -> tuple[float, float]:
+    def transpose_requantize(self, matrix: Matrix, out: Bytes, fmt: BlockFormat) -> tuple[float, float]:
         """Turn ffn_down (n_embd rows of n_ff) into neuron records: `out` (n_ff, row_bytes of n_embd) uint8, in `fmt`.
 
-        Rounds like `files.quantize`, bit for bit. Returns the largest and the root mean square change of an element.
+        Rounds like `files.quantize`, bit for bit. Returns the largest and the root mean square change of an element;
+        the largest is infinite if something is not finite or beyond the range of `fmt`.
         """
-        return self._context.transpose_requantize(self.place(source), out, fmt.ggml_type)
+        return self._context.transpose_requantize(matrix, out, fmt.ggml_type)
 
-    def check_finite(self, weight: Weight) -> int:
+    def check_finite(self, matrix: Matrix) -> int:
         """The first row that holds a NaN or an infinity in a value or a block scale, or -1."""
-        return self._context.check_finite(self.place(weight))
-
-    def read_bandwidth(self, buffer: Bytes) -> float:
-        """Bytes a second at which all threads together read `buffer` (n) once."""
-        return self._context.read_bandwidth(buffer)
+        return self._context.check_finite(matrix)

@@ -134,11 +134,10 @@ def _work(
     skip_zeros: bool,
 ) -> FfnWork:
     rows = int(computed.sum())
-    touched = int((computed & opened.any(axis=0)).sum()) if skip_zeros and block.records else rows
-    fired = int(np.count_nonzero(h))
-    if block.gate is None:
-        return FfnWork(0, rows, touched, fired)
-    return FfnWork(rows, touched, touched, fired)
+    skip = skip_zeros and block.records
+    up = int((computed & opened.any(axis=0)).sum()) if skip and block.gate is not None else rows
+    down = int((h != 0).any(axis=0).sum()) if skip else rows
+    return FfnWork(rows if block.gate is not None else 0, up, down, int(np.count_nonzero(h)))
 
 
 def _neuron(gate: npt.NDArray[np.float64], up: npt.NDArray[np.float64], kind: FfnKind) -> npt.NDArray[np.float64]:

@@ -1,0 +1,124 @@
+"""Every implementation of the ops beside its slow twin, and the weights that they are compared on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+
+from thermocline import _native
+from thermocline.files.formats import BlockFormat
+from thermocline.files.quantize import quantize
+from thermocline.files.weight import Weight
+from thermocline.ops.cpu import CpuOps
+from thermocline.ops.reference import ReferenceOps
+
+THREADS = (1, 2, 3)
+
+
+@cache
+def cpu_ops(isa: str, threads: int) -> CpuOps:
+    return CpuOps(threads, isa)
+
+
+@pytest.fixture(params=[f"{isa}-{threads}" for isa in _native.isa_levels() for threads in THREADS])
+def ops(request: pytest.FixtureRequest) -> CpuOps:
+    """Every level that this CPU has, with one, two and three threads."""
+    isa, threads = request.param.split("-")
+    return cpu_ops(isa, int(threads))
+
+
+@pytest.fixture(params=_native.isa_levels())
+def team(request: pytest.FixtureRequest) -> list[CpuOps]:
+    """One level with one, two and three threads: all must agree bit for bit."""
+    return [cpu_ops(request.param, threads) for threads in THREADS]
+
+
+@pytest.fixture
+def reference() -> ReferenceOps:
+    return ReferenceOps()
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(20240607)
+
+
+def _skewed(rng: np.random.Generator, shape: tuple[int, ...]) -> Any:
+    """Mostly ordinary numbers, with zeros, numbers below the smallest normal one and a few very large ones."""
+    x = rng.standard_normal(shape).astype(np.float32)
+    kind = rng.integers(0, 40, shape)
+    x[kind == 0] = 0
+    x[kind == 1] *= 1e-40
+    x[kind == 2] *= 300
+    return x
+
+
+def _weight(x: Any, fmt: BlockFormat, offset: int = 1) -> Weight:
+    """`x` in `fmt`, its bytes at an odd address unless `offset` is even, and nothing but 0xFF after them."""
+    packed = quantize(x, fmt)
+    room = np.full(packed.size + offset + 64, 0xFF, np.uint8)
+    data = room[offset : offset + packed.size].reshape(packed.shape)
+    data[...] = packed
+    return Weight("w", fmt, x.shape, data)
+
+
+class Fence:
+    """A float array inside a larger one, whose ends must stay as they are."""
+
+    SENTINEL = 777.25
+    MARGIN = 32
+
+    def __init__(self, shape: tuple[int, ...], fill: float = 0.0) -> None:
+        size = int(np.prod(shape))
+        self.room = np.full(size + 2 * self.MARGIN, self.SENTINEL, np.float32)
+        self.array = self.room[self.MARGIN : self.MARGIN + size].reshape(shape)
+        self.array[...] = fill
+
+    def check(self) -> Any:
+        assert (self.room[: self.MARGIN] == self.SENTINEL).all()
+        assert (self.room[-self.MARGIN :] == self.SENTINEL).all()
+        return self.array
+
+
+@pytest.fixture
+def skewed(rng: np.random.Generator) -> Callable[[tuple[int, ...]], Any]:
+    return lambda shape: _skewed(rng, shape)
+
+
+@pytest.fixture
+def weight() -> Callable[..., Weight]:
+    return _weight
+
+
+@pytest.fixture
+def fence() -> type[Fence]:
+    return Fence
+
+
+EPS = 2.0**-24
+"""Largest relative error of rounding once to float32."""
+
+
+def _linear_bound(x: Any, w: Any, fmt: BlockFormat) -> Any:
+    """How far a product may be off (T, rows), beside an exact one.
+
+    n products and sums in float32 are off by at most (n + 3) eps times the sum of their magnitudes. Integer formats
+    round x to steps of a 127th of its block's largest magnitude: half a step an element at most. What underflows
+    is below the smallest normal float an element, and blocks below 1e-35 are taken as zero.
+    """
+    x, w = np.abs(x.astype(np.float64)), np.abs(w.astype(np.float64))
+    bound = (x.shape[1] + 3) * EPS * (x @ w.T) + x.shape[1] * 2.0**-126
+    if fmt.block > 1:
+        blocks = x.reshape(x.shape[0], -1, fmt.block)
+        step = (blocks.max(axis=2) / 127)[:, :, None] * np.ones(fmt.block)
+        bound += (0.501 * step.reshape(x.shape) + 1e-35) @ w.T
+    return bound
+
+
+@pytest.fixture
+def linear_bound() -> Callable[[Any, Any, BlockFormat], Any]:
+    return _linear_bound

@@ -1,0 +1,122 @@
+import numpy as np
+import pytest
+
+from thermocline.ops.contract import KVLayer
+
+EPS = 2.0**-24
+
+
+def make_cache(rng, heads, room, dim, key_type, value_type):
+    return KVLayer(
+        rng.standard_normal((heads, room, dim)).astype(key_type),
+        rng.standard_normal((heads, room, dim)).astype(value_type),
+    )
+
+
+def copy(cache):
+    return KVLayer(cache.keys.copy(), cache.values.copy())
+
+
+def make_tokens(rng, tokens, heads, kv_heads, dim):
+    return (
+        rng.standard_normal((tokens, heads, dim)).astype(np.float32),
+        rng.standard_normal((tokens, kv_heads, dim)).astype(np.float32),
+        rng.standard_normal((tokens, kv_heads, dim)).astype(np.float32),
+    )
+
+
+def bound(q, cache, stop, scale):
+    """How far an output may be off.
+
+    A score is off by (dim + 4) eps of the magnitudes it sums, which changes its weight by that factor; weights and the
+    sum over n values add (n + 16) eps; an output is a mean of values.
+    """
+    keys, values = np.abs(cache.keys[:, :stop].astype(np.float64)), np.abs(cache.values[:, :stop].astype(np.float64))
+    score = scale * np.abs(q.astype(np.float64)).max() * keys.sum(axis=-1).max(initial=0) * (q.shape[-1] + 4) * EPS
+    return (4 * score + (stop + 16) * EPS) * values.max(initial=0)
+
+
+@pytest.mark.parametrize("types", [("f2", "f2"), ("f4", "f4"), ("f2", "f4"), ("f4", "f2")], ids="/".join)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(1, 1, 1), (2, 2, 16), (6, 2, 33), (9, 1, 15), (4, 4, 64)])
+def test_attention_agrees_with_reference(ops, reference, rng, fence, types, heads, kv_heads, dim):
+    room = 600
+    for start, tokens, window in [
+        (0, 1, 0),
+        (0, 5, 0),
+        (255, 2, 0),
+        (512, 1, 0),
+        (300, 9, 40),
+        (590, 1, 300),
+        (3, 0, 0),
+    ]:
+        q, k, v = make_tokens(rng, tokens, heads, kv_heads, dim)
+        cache = make_cache(rng, kv_heads, room, dim, *types)
+        expected_cache = copy(cache)
+        out, expected = fence(q.shape), np.empty_like(q)
+        ops.attention(q, k, v, cache, start, 0.3, window, out.array)
+        reference.attention(q, k, v, expected_cache, start, 0.3, window, expected)
+        assert cache.keys.tobytes() == expected_cache.keys.tobytes()
+        assert cache.values.tobytes() == expected_cache.values.tobytes()
+        if tokens:
+            limit = bound(q, cache, start + tokens, 0.3)
+            assert np.abs(out.check() - expected).max() <= limit, (start, tokens, window)
+
+
+def test_a_long_prompt_with_many_heads(ops, reference, rng):
+    q, k, v = make_tokens(rng, 70, 12, 3, 32)
+    for start, window in [(0, 0), (200, 0), (200, 25), (200, 300)]:
+        cache = make_cache(rng, 3, 300, 32, np.float16, np.float16)
+        expected_cache, out, expected = copy(cache), np.empty_like(q), np.empty_like(q)
+        ops.attention(q, k, v, cache, start, 0.2, window, out)
+        reference.attention(q, k, v, expected_cache, start, 0.2, window, expected)
+        assert np.abs(out - expected).max() <= bound(q, cache, start + 70, 0.2)
+
+
+def test_scores_of_any_size_give_weights(ops, reference, rng):
+    """One key outweighs all others beyond what exp can hold, on either side."""
+    q, k, v = make_tokens(rng, 1, 2, 1, 16)
+    cache = make_cache(rng, 1, 400, 16, np.float32, np.float32)
+    cache.keys[0, 100] = q[0, 0] * 50
+    cache.keys[0, 300] = q[0, 1] * 50
+    expected_cache, out, expected = copy(cache), np.empty_like(q), np.empty_like(q)
+    ops.attention(q, k, v, cache, 399, 1.0, 0, out)
+    reference.attention(q, k, v, expected_cache, 399, 1.0, 0, expected)
+    assert np.isfinite(out).all()
+    assert np.abs(out - expected).max() <= bound(q, cache, 400, 1.0)
+
+
+@pytest.mark.parametrize("window", [0, 50, 290])
+def test_attention_is_the_same_whatever_the_threads_and_the_batch(team, rng, window):
+    q, k, v = make_tokens(rng, 40, 6, 2, 40)
+    cache = make_cache(rng, 2, 700, 40, np.float16, np.float16)
+    results = []
+    for ops in team:
+        out, single = np.empty_like(q), np.empty_like(q)
+        ops.attention(q, k, v, copy(cache), 600, 0.25, window, out)
+        # The same tokens one at a time, and in two batches that the split falls into differently.
+        alone = copy(cache)
+        for t in range(40):
+            now = slice(t, t + 1)
+            ops.attention(q[now], k[now], v[now], alone, 600 + t, 0.25, window, single[now])
+        assert single.tobytes() == out.tobytes()
+        parts = copy(cache)
+        for now in (slice(0, 3), slice(3, 40)):
+            ops.attention(q[now], k[now], v[now], parts, 600 + now.start, 0.25, window, single[now])
+        assert single.tobytes() == out.tobytes()
+        results.append(out.tobytes())
+    assert results[0] == results[1] == results[2]
+
+
+def test_a_cache_may_be_part_of_a_larger_one(ops, reference, rng):
+    whole = make_cache(rng, 5, 40, 8, np.float16, np.float32)
+    part = KVLayer(whole.keys[1:4, 8:], whole.values[1:4, 8:])
+    q, k, v = make_tokens(rng, 2, 3, 3, 8)
+    expected_cache, before = copy(part), copy(whole)
+    out, expected = np.empty_like(q), np.empty_like(q)
+    ops.attention(q, k, v, part, 10, 0.4, 0, out)
+    reference.attention(q, k, v, expected_cache, 10, 0.4, 0, expected)
+    assert np.abs(out - expected).max() <= bound(q, part, 12, 0.4)
+    assert (part.keys == expected_cache.keys).all()
+    assert (part.values == expected_cache.values).all()
+    assert (whole.keys[:, :8] == before.keys[:, :8]).all()
+    assert (whole.values[4] == before.values[4]).all()

@@ -1,0 +1,218 @@
+import numpy as np
+import pytest
+
+from thermocline.files.formats import BF16, BY_NAME, F16, F32, Q4_0, Q8_0
+from thermocline.files.quantize import to_float
+from thermocline.ops.contract import ALL, Activation, ActiveSet, FfnKind, NeuronBlock
+
+EPS = 2.0**-24
+KINDS = {
+    "swiglu": FfnKind(Activation.SILU, gated=True),
+    "reglu": FfnKind(Activation.RELU, gated=True),
+    "fatrelu": FfnKind(Activation.RELU, gated=True, threshold=0.5),
+    "drelu": FfnKind(Activation.RELU, gated=True, both=True),
+    "relu": FfnKind(Activation.RELU, gated=False),
+    "relu2": FfnKind(Activation.RELU2, gated=False),
+    "silu": FfnKind(Activation.SILU, gated=False),
+    "relu2 gated": FfnKind(Activation.RELU2, gated=True, threshold=0.2),
+}
+
+
+def make_block(weight, make, fmt, neurons, width, kind, *, records=True, down=None):
+    """Weights of a block; `make` gives its values by shape."""
+    shape = (neurons, width)
+    return NeuronBlock(
+        gate=weight(make(shape), fmt) if kind.gated else None,
+        up=weight(make(shape), fmt),
+        down=weight(make(shape if records else shape[::-1]), down or fmt),
+        records=records,
+        kind=kind,
+        neurons=neurons,
+    )
+
+
+def placed(ops, block):
+    gate = None if block.gate is None else ops.place(block.gate)
+    return NeuronBlock(gate, ops.place(block.up), ops.place(block.down), block.records, block.kind, block.neurons)
+
+
+def act(x, error, kind):
+    """The activation, and how far it may be off where its argument is off by `error`."""
+    if kind.activation is Activation.SILU:
+        # Its slope is at most 1.1; exponential, sum and division round a few times.
+        return x / (1 + np.exp(-x)), 1.1 * error + 8 * EPS * np.abs(x)
+    kept = np.where(x > kind.threshold, x, 0)
+    # Where the argument may fall on the other side of the threshold, the value may jump by all of it.
+    off = error + np.where(np.abs(x - kind.threshold) <= error, kind.threshold, 0)
+    if kind.activation is Activation.RELU:
+        return kept, off
+    return kept**2, (2 * np.abs(kept) + off) * off + 2 * EPS * kept**2
+
+
+def product(a, da, b, db):
+    return np.abs(a) * db + np.abs(b) * da + da * db + 2 * EPS * np.abs(a * b)
+
+
+def ffn_bound(linear_bound, x, block, hidden):
+    """How far outputs (T, width) and activations (T, neurons) may be off, from the bounds of their three products."""
+    wide = x.astype(np.float64)
+    up = to_float(block.up).astype(np.float64)
+    u, du = wide @ up.T, linear_bound(x, up, block.up.format)
+    if block.gate is None:
+        h, dh = act(u, du, block.kind)
+    else:
+        gate = to_float(block.gate).astype(np.float64)
+        g, dg = act(wide @ gate.T, linear_bound(x, gate, block.gate.format), block.kind)
+        if block.kind.both:
+            u, du = act(u, du, block.kind)
+        h, dh = g * u, product(g, dg, u, du)
+    dh = np.where(hidden == 0, np.minimum(dh, np.abs(h) + dh), dh)
+    down = to_float(block.down).astype(np.float64)
+    rows = down.T if block.records else down
+    # Records are summed in float32 whatever their format; a standard matrix rounds h like any other input.
+    fmt = F32 if block.records else block.down.format
+    reach = np.abs(h) + dh
+    return dh @ np.abs(rows).T + linear_bound(reach, rows, fmt), dh
+
+
+def check(ops, reference, fence, linear_bound, x, block, active, *, skip):
+    tokens, width = x.shape
+    out, hidden = fence((tokens, width), fill=0.25), fence((tokens, block.neurons), fill=9)
+    expected, expected_hidden = np.full((tokens, width), 0.25, np.float32), np.empty_like(hidden.array)
+    work = ops.ffn(x, placed(ops, block), active, out.array, skip_zeros=skip, hidden=hidden.array)
+    reference.ffn(x, block, active, expected, skip_zeros=skip, hidden=expected_hidden)
+    limit, hidden_limit = ffn_bound(linear_bound, x, block, expected_hidden)
+    assert (np.abs(hidden.check() - expected_hidden) <= hidden_limit + EPS * np.abs(expected_hidden)).all()
+    assert (np.abs(out.check() - expected) <= limit + 2 * EPS * (np.abs(expected) + 0.25)).all()
+    return work, hidden.array
+
+
+def count(work, hidden, block, active, skip):
+    """Fired and down rows follow from the activations."""
+    rows = block.neurons if active.indices is None else len(active.indices)
+    assert work.gate_rows == (rows if block.gate is not None else 0)
+    assert work.fired == np.count_nonzero(hidden)
+    touched = int((hidden != 0).any(axis=0).sum())
+    assert work.down_rows == (touched if skip and block.records else rows)
+    if not skip or block.gate is None:
+        assert work.up_rows == rows
+    else:
+        assert touched <= work.up_rows <= rows
+
+
+@pytest.mark.parametrize("fmt", BY_NAME.values(), ids=lambda f: f.name)
+@pytest.mark.parametrize("name", KINDS)
+def test_records_agree_with_reference(ops, reference, rng, weight, fence, linear_bound, fmt, name):
+    def make(shape):
+        return rng.standard_normal(shape).astype(np.float32)
+
+    kind = KINDS[name]
+    for neurons, width, tokens in [(1, 32, 1), (17, 64, 3), (300, 96, 1), (290, 160, 5)]:
+        block = make_block(weight, make, fmt, neurons, width, kind)
+        some = ActiveSet(np.flatnonzero(rng.random(neurons) < 0.4).astype(np.int32))
+        x = make((tokens, width))
+        for active in (ALL, some):
+            for skip in (False, True):
+                work, hidden = check(ops, reference, fence, linear_bound, x, block, active, skip=skip)
+                count(work, hidden, block, active, skip)
+
+
+@pytest.mark.parametrize("fmt", BY_NAME.values(), ids=lambda f: f.name)
+@pytest.mark.parametrize("name", ["swiglu", "relu"])
+def test_the_standard_layout_agrees_with_reference(ops, reference, rng, weight, fence, linear_bound, fmt, name):
+    def make(shape):
+        return rng.standard_normal(shape).astype(np.float32)
+
+    for neurons, width, tokens in [(32, 32, 1), (288, 96, 1), (96, 64, 9)]:
+        block = make_block(weight, make, fmt, neurons, width, KINDS[name], records=False)
+        some = ActiveSet(np.arange(0, neurons, 3, dtype=np.int32))
+        x = make((tokens, width))
+        for active in (ALL, some):
+            work, hidden = check(ops, reference, fence, linear_bound, x, block, active, skip=True)
+            count(work, hidden, block, active, skip=False)
+
+
+def test_odd_widths_and_mixed_formats(ops, reference, skewed, weight, fence, linear_bound):
+    for width in (1, 15, 17, 37):
+        block = make_block(weight, skewed, F16, 40, width, KINDS["reglu"], down=F32)
+        check(ops, reference, fence, linear_bound, skewed((2, width)), block, ALL, skip=True)
+    for up, down in [(Q4_0, Q8_0), (BF16, Q4_0), (Q8_0, F16)]:
+        block = make_block(weight, skewed, up, 70, 64, KINDS["reglu"], down=down)
+        check(ops, reference, fence, linear_bound, skewed((3, 64)), block, ALL, skip=True)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 3])
+def test_nobody_active_changes_nothing(ops, rng, weight, tokens):
+    make = lambda shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
+    nobody = ActiveSet(np.empty(0, np.int32))
+    for records in (True, False):
+        block = make_block(weight, make, F32, 32, 32, KINDS["reglu"], records=records)
+        out, hidden = np.full((tokens, 32), 1.5, np.float32), np.ones((tokens, 32), np.float32)
+        work = ops.ffn(make((tokens, 32)), placed(ops, block), nobody, out, skip_zeros=True, hidden=hidden)
+        assert work == (0, 0, 0, 0)
+        assert (out == 1.5).all()
+        assert not hidden.any()
+
+
+@pytest.mark.parametrize("fmt", BY_NAME.values(), ids=lambda f: f.name)
+def test_counts_are_exact_where_the_arithmetic_is(ops, reference, rng, weight, fmt):
+    """Small whole numbers, with 127 in every block, survive every rounding: even the reference's counts agree."""
+
+    def whole(shape):
+        values = rng.integers(-7, 8, shape).astype(np.float32)
+        values[..., ::32] = 127 if fmt is Q8_0 else -8
+        return values
+
+    for name in ("reglu", "drelu", "relu", "relu2"):
+        block = make_block(weight, whole, fmt, 200, 64, KINDS[name])
+        for tokens in (1, 4):
+            x = whole((tokens, 64))
+            x[:, ::32] = 127 * rng.choice([-1, 1], (tokens, 2))
+            for active in (ALL, ActiveSet(np.arange(5, 150, 2, dtype=np.int32))):
+                for skip in (False, True):
+                    out, expected = np.zeros((tokens, 64), np.float32), np.zeros((tokens, 64), np.float32)
+                    work = ops.ffn(x, placed(ops, block), active, out, skip_zeros=skip)
+                    assert work == reference.ffn(x, block, active, expected, skip_zeros=skip)
+
+
+@pytest.mark.parametrize("fmt", BY_NAME.values(), ids=lambda f: f.name)
+@pytest.mark.parametrize("name", ["reglu", "drelu", "relu2", "fatrelu"])
+def test_the_sum_is_the_same_whatever_is_skipped_and_shared(team, skewed, weight, fmt, name):
+    neurons, width, tokens = 700, 288, 35
+    block = make_block(weight, skewed, fmt, neurons, width, KINDS[name])
+    x = skewed((tokens, width))
+    for active in (ALL, ActiveSet(np.arange(0, neurons, 3, dtype=np.int32))):
+        results = set()
+        for ops in team:
+            at = placed(ops, block)
+            for skip in (False, True):
+                out, hidden = np.zeros((tokens, width), np.float32), np.empty((tokens, neurons), np.float32)
+                ops.ffn(x, at, active, out, skip_zeros=skip, hidden=hidden)
+                results.add(out.tobytes() + hidden.tobytes())
+                for t in (0, 20):
+                    single = np.zeros((1, width), np.float32)
+                    ops.ffn(x[t : t + 1], at, active, single, skip_zeros=skip)
+                    assert single.tobytes() == out[t].tobytes()
+        assert len(results) == 1
+
+
+def test_a_batch_beyond_one_slice(team, rng, weight):
+    """More tokens than fit the scratch at once are cut; sums and counts do not show where."""
+    neurons, width, tokens = 1 << 19, 1, 20  # 16 tokens of 2^19 neurons fill 64 MiB
+    make = lambda shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
+    ops = team[1]
+    at = placed(ops, make_block(weight, make, F16, neurons, width, KINDS["reglu"]))
+    x, out = make((tokens, width)), np.zeros((tokens, width), np.float32)
+    work = ops.ffn(x, at, ALL, out, skip_zeros=True)
+    single, fired, opened = np.zeros((1, width), np.float32), 0, 0
+    for t in (0, tokens - 1):
+        single[...] = 0
+        ops.ffn(x[t : t + 1], at, ALL, single, skip_zeros=True)
+        assert single.tobytes() == out[t].tobytes()
+    for sign in (1, -1):
+        probe = np.full((1, 1), sign, np.float32)
+        part = ops.ffn(probe, at, ALL, np.zeros((1, 1), np.float32), skip_zeros=True)
+        fired += part.fired * int((np.sign(x) == sign).sum())
+        opened += part.up_rows
+    assert work.fired == fired
+    assert work.up_rows == opened

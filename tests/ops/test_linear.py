@@ -1,0 +1,99 @@
+import ctypes
+import mmap
+
+import numpy as np
+import pytest
+
+from thermocline.files.formats import BF16, BY_NAME, F16, F32, Q4_0, Q8_0
+from thermocline.files.quantize import quantize, to_float
+from thermocline.files.weight import Weight
+
+ROWS = (0, 1, 3, 4, 5, 33)
+WIDTHS = {1: (0, 1, 15, 16, 17, 33, 100), 32: (0, 32, 64, 96, 160)}
+"""Round a vector's lanes of any level; block formats come in whole blocks, odd numbers of them too."""
+TOKENS = (1, 2, 3, 6, 7, 9)
+
+
+@pytest.mark.parametrize("fmt", BY_NAME.values(), ids=lambda f: f.name)
+def test_linear_agrees_with_reference(ops, reference, skewed, weight, fence, linear_bound, fmt):
+    for rows in ROWS:
+        for width in WIDTHS[fmt.block]:
+            w = weight(skewed((rows, width)), fmt)
+            for tokens in TOKENS if rows == 5 else (1, 4):
+                x = skewed((tokens, width))
+                out, expected = fence((tokens, rows)), np.zeros((tokens, rows), np.float32)
+                ops.linear(x, (ops.place(w),), (out.array,))
+                reference.linear(x, (w,), (expected,))
+                bound = linear_bound(x, to_float(w), fmt)
+                assert (np.abs(out.check() - expected) <= bound).all(), (rows, width, tokens)
+
+
+def test_linear_shares_x_among_formats_with_biases_and_sums(ops, reference, skewed, weight, fence, linear_bound):
+    formats = (F32, Q8_0, F16, Q4_0, BF16)
+    x = skewed((3, 96))
+    weights = [weight(skewed((rows, 96)), fmt) for rows, fmt in zip((7, 12, 1, 70, 33), formats, strict=True)]
+    biases = (skewed((7,)), None, skewed((1,)), skewed((70,)), None)
+    for add in (False, True):
+        outs = [fence((3, w.rows), fill=0.5) for w in weights]
+        expected = [np.full((3, w.rows), 0.5, np.float32) for w in weights]
+        ops.linear(x, tuple(map(ops.place, weights)), tuple(o.array for o in outs), biases, add=add)
+        reference.linear(x, tuple(weights), tuple(expected), biases, add=add)
+        for w, out, want, bias in zip(weights, outs, expected, biases, strict=True):
+            # Bias and old value are two more float32 sums.
+            extra = 3 * 2.0**-24 * (np.abs(want) + (np.abs(bias) if bias is not None else 0) + 0.5)
+            assert (np.abs(out.check() - want) <= linear_bound(x, to_float(w), w.format) + extra).all()
+
+
+@pytest.mark.parametrize("fmt", BY_NAME.values(), ids=lambda f: f.name)
+def test_linear_is_the_same_whatever_the_threads_and_the_batch(team, skewed, weight, fmt):
+    w = weight(skewed((230, 352)), fmt, offset=0)
+    x = skewed((70, 352))
+    results = []
+    for ops in team:
+        matrix = ops.place(w)
+        out, single = np.empty((70, 230), np.float32), np.empty((1, 230), np.float32)
+        ops.linear(x, (matrix,), (out,))
+        for token in (0, 41, 69):
+            ops.linear(x[token : token + 1], (matrix,), (single,))
+            assert single.tobytes() == out[token].tobytes()
+        results.append(out.tobytes())
+    assert results[0] == results[1] == results[2]
+
+
+@pytest.mark.parametrize("fmt", BY_NAME.values(), ids=lambda f: f.name)
+def test_nothing_is_read_past_the_last_row(ops, rng, fmt):
+    page = mmap.PAGESIZE
+    packed = quantize(rng.standard_normal((3, 96)).astype(np.float32), fmt)
+    room = mmap.mmap(-1, 2 * page)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(room))
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.mprotect(ctypes.c_void_p(address + page), ctypes.c_size_t(page), 0) == 0
+    data = np.frombuffer(room, np.uint8, count=packed.size, offset=page - packed.size).reshape(packed.shape)
+    data[...] = packed
+    w = Weight("w", fmt, (3, 96), data)
+    for tokens in (1, 2, 9):
+        x, out = rng.standard_normal((tokens, 96)).astype(np.float32), np.empty((tokens, 3), np.float32)
+        ops.linear(x, (ops.place(w),), (out,))
+        assert np.isfinite(out).all()
+    assert libc.mprotect(ctypes.c_void_p(address + page), ctypes.c_size_t(page), mmap.PROT_READ) == 0
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("fmt", [F32, Q8_0, Q4_0], ids=lambda f: f.name)
+def test_what_is_not_finite_does_not_vanish(ops, weight, fmt, bad):
+    x = np.ones((2, 64), np.float32)
+    x[1, 40] = bad
+    out = np.zeros((2, 5), np.float32)
+    ops.linear(x, (ops.place(weight(np.ones((5, 64), np.float32), fmt)),), (out,))
+    assert np.isfinite(out[0]).all()
+    assert not np.isfinite(out[1]).any()
+
+
+def test_extreme_steps_do_not_saturate(ops):
+    data = np.zeros((1, 34), np.uint8)
+    data[0, :2] = np.array([1], np.float16).view(np.uint8)
+    data[0, 2:] = 0x80  # -128, which ggml's quantiser never writes but a file may hold
+    for sign in (1, -1):
+        x, out = np.full((1, 32), 127 * sign, np.float32), np.empty((1, 1), np.float32)
+        ops.linear(x, (ops.place(Weight("w", Q8_0, (1, 32), data)),), (out,))
+        assert out[0, 0] == -128 * 127 * 32 * sign
