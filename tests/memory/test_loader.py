@@ -17,7 +17,8 @@ from thermocline.memory.loader import check_finite, load_transformer
 from thermocline.memory.reblock import transpose
 from thermocline.model.network import Outputs, Segment, Transformer
 from thermocline.model.workspace import Workspace
-from thermocline.ops.contract import Activation, FfnKind, Matrix
+from thermocline.ops.contract import Activation, FfnKind, Matrix, Ops
+from thermocline.ops.cpu import CpuOps
 from thermocline.ops.reference import ReferenceOps
 
 OPS = ReferenceOps()
@@ -103,26 +104,42 @@ def test_ops_that_transpose_natively_are_asked_to(make_source: Callable[..., Any
         load_transformer(make_source(Q8_0), ops)
 
 
+@FORMATS
+def test_the_native_transposition_is_the_same(make_source: Callable[..., Any], fmt: BlockFormat) -> None:
+    """The same bytes by either road, so that files of records do not depend on who wrote them."""
+    source, ops = make_source(fmt), CpuOps(2)
+    for name in ("blk.0.ffn_down.weight", "blk.1.ffn_down.weight"):
+        down = source.weights[name]
+        slow = np.empty((down.columns, fmt.row_bytes(down.rows)), dtype=np.uint8)
+        fast = np.empty_like(slow)
+        report = transpose(down, slow, fmt)
+        worst, rms = ops.transpose_requantize(ops.place(down), fast, fmt)
+        np.testing.assert_array_equal(fast, slow)
+        assert (worst, rms) == pytest.approx((report.max_abs_error, report.rms_error), rel=1e-9)
+
+
+@pytest.mark.parametrize("ops", [OPS, CpuOps(1)], ids=["reference", "cpu"])
 @pytest.mark.parametrize("name", ["output_norm.weight", "blk.1.ffn_norm.weight", "blk.0.ffn_down.weight"])
-def test_poison_is_found_while_loading(make_source: Callable[..., Any], name: str) -> None:
+def test_poison_is_found_while_loading(make_source: Callable[..., Any], ops: Ops, name: str) -> None:
     source = make_source(F16)
     weight = source.weights[name]
     values = weight.data.view(np.float32 if weight.format is F32 else np.float16)
     values[-1, 3] = np.inf
     with pytest.raises(NumericalError, match=name.replace(".", r"\.")):
-        load_transformer(source, OPS)
+        load_transformer(source, ops)
 
 
 @FORMATS
-def test_the_full_check_finds_one_number(make_source: Callable[..., Any], fmt: BlockFormat) -> None:
+@pytest.mark.parametrize("ops", [OPS, CpuOps(1)], ids=["reference", "cpu"])
+def test_the_full_check_finds_one_number(make_source: Callable[..., Any], ops: Ops, fmt: BlockFormat) -> None:
     """Of a block format, a scale: 0x7E00 is NaN in float16, as are the bytes in the others."""
     source = make_source(fmt)
-    check_finite(source.weights)
-    load_transformer(source, OPS, check=True)
+    check_finite(source.weights, OPS)
+    load_transformer(source, ops, check=True)
     data = source.weights["blk.1.attn_k.weight"].data
     data[-1, :2] = np.frombuffer(b"\x00\x7e", dtype=np.uint8)
     if fmt in (F32, BF16):
         data[-1, :4] = np.frombuffer(b"\xc0\x7f\xc0\x7f", dtype=np.uint8)
-    load_transformer(source, OPS)
+    load_transformer(source, ops)
     with pytest.raises(NumericalError, match=r"tensor blk\.1\.attn_k\.weight holds NaN"):
-        load_transformer(source, OPS, check=True)
+        load_transformer(source, ops, check=True)

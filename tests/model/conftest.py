@@ -12,7 +12,8 @@ import pytest
 import torch
 import transformers
 
-from thermocline.config import CacheType, Mode
+from thermocline.config import CacheType
+from thermocline.errors import HardwareError
 from thermocline.files.formats import F32
 from thermocline.files.metadata import Metadata
 from thermocline.files.quantize import from_float
@@ -21,6 +22,8 @@ from thermocline.memory.kv_cache import KVCache
 from thermocline.memory.loader import load_transformer
 from thermocline.model.network import Outputs, Segment, Transformer
 from thermocline.model.workspace import Workspace
+from thermocline.ops.contract import Ops
+from thermocline.ops.cpu import LEVELS, CpuOps
 from thermocline.ops.reference import ReferenceOps
 
 SIZES: dict[str, Any] = {
@@ -104,9 +107,9 @@ class Tiny:
     relative_error: Callable[..., float] = relative_error
     source: type[DictSource] = DictSource
 
-    def load(self, model: Any, mode: Mode = Mode.AUTO, **config: Any) -> Transformer:
-        """A Hugging Face model run by ReferenceOps."""
-        return load_transformer(source_of(model, **config), ReferenceOps(), mode=mode)[0]
+    def load(self, model: Any, ops: Ops | None = None, **config: Any) -> Transformer:
+        """A Hugging Face model run by `ops`, ReferenceOps unless given."""
+        return load_transformer(source_of(model, **config), ops or ReferenceOps())[0]
 
 
 @pytest.fixture(scope="session")
@@ -118,3 +121,20 @@ def tiny() -> Tiny:
 def prompt() -> np.ndarray:
     """Forty tokens, more than any sliding window of the tests."""
     return np.random.default_rng(3).integers(0, SIZES["vocab_size"], 40).astype(np.int32)
+
+
+@pytest.fixture(scope="session", params=["reference", *LEVELS])
+def ops(request: pytest.FixtureRequest) -> Ops:
+    """Every implementation of the arithmetic that this machine has."""
+    if request.param == "reference":
+        return ReferenceOps()
+    try:
+        return CpuOps(2, request.param)
+    except HardwareError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session", params=["reference", "cpu"])
+def usual_ops(request: pytest.FixtureRequest) -> Ops:
+    """Both implementations, the native one as it is used."""
+    return ReferenceOps() if request.param == "reference" else CpuOps(2)

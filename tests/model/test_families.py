@@ -281,3 +281,12 @@ def test_old_folders_hold_rotary_frequencies(tiny: Any) -> None:
         with pytest.raises(ThermoclineError, match=r"does not belong to this network|does not belong"):
             check_tensors("tiny", spec, family.weights(source, spec))
         del source.weights[stray]
+
+
+def test_a_head_beside_tied_embeddings_is_not_used(tiny: Any) -> None:
+    source = tiny.source_of(tiny.hugging_face("Llama", tie_word_embeddings=True))
+    put("lm_head.weight", 160, 64)(source.weights)
+    family = family_of(source)
+    spec = family.spec(source)
+    check_tensors("tiny", spec, family.weights(source, spec))
+    assert spec.tied_embeddings

@@ -13,7 +13,7 @@ from thermocline.memory.kv_cache import KVCache
 from thermocline.memory.loader import load_transformer
 from thermocline.model.network import Outputs, Segment, Transformer, resolve_mode
 from thermocline.model.workspace import Workspace, workspace_bytes
-from thermocline.ops.contract import Activation, Array, FfnKind
+from thermocline.ops.contract import Activation, Array, FfnKind, Ops
 from thermocline.ops.reference import ReferenceOps
 
 RELU = FfnKind(Activation.RELU, gated=True)
@@ -21,8 +21,8 @@ SILU = FfnKind(Activation.SILU, gated=True)
 
 
 @pytest.fixture(scope="module")
-def transformer(tiny: Any) -> Transformer:
-    return tiny.load(tiny.hugging_face("Llama", hidden_act="relu"))
+def transformer(tiny: Any, usual_ops: Ops) -> Transformer:
+    return tiny.load(tiny.hugging_face("Llama", hidden_act="relu"), usual_ops)
 
 
 def cache_of(transformer: Transformer, n_ctx: int = 40) -> KVCache:
@@ -72,6 +72,16 @@ def test_a_cut_cache_goes_on_as_if_nothing_had_followed(
     assert tiny.relative_error(logits, expected) <= 1e-6
 
 
+def test_a_step_may_start_before_the_end_of_its_cache(tiny: Any, transformer: Transformer, prompt: np.ndarray) -> None:
+    """What lay behind is overwritten and forgotten."""
+    workspace, cache = Workspace(transformer.spec, transformer.ops, 12), cache_of(transformer)
+    transformer.step(prompt[:12], (Segment(cache, 0, 12),), workspace)
+    logits = transformer.step(prompt[20:23], (Segment(cache, 5, 3),), workspace).logits
+    assert cache.length == 8
+    expected = tiny.logits_of(transformer, np.concatenate([prompt[:5], prompt[20:23]]))[-1:]
+    assert tiny.relative_error(logits, expected) <= 1e-6
+
+
 class Recorder:
     """An observer that keeps everything."""
 
@@ -86,13 +96,13 @@ class Recorder:
         self.hidden.append((layer, hidden.copy()))
 
 
-def test_an_observer_sees_every_ffn_and_changes_nothing(tiny: Any, prompt: np.ndarray) -> None:
+def test_an_observer_sees_every_ffn_and_changes_nothing(tiny: Any, usual_ops: Ops, prompt: np.ndarray) -> None:
     model = tiny.hugging_face("Llama", hidden_act="relu")
     seen: list[np.ndarray] = []
     for layer in model.model.layers:
         layer.mlp.down_proj.register_forward_pre_hook(lambda _, x: seen.append(x[0][0].numpy()))
     theirs = tiny.expected_logits(model, prompt[:9])
-    transformer = tiny.load(model)
+    transformer = tiny.load(model, usual_ops)
     workspace = Workspace(transformer.spec, transformer.ops, 9, observed=True)
     recorder = Recorder()
     segment = Segment(cache_of(transformer), 0, 9)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from thermocline.config import Mode
+from thermocline.ops.contract import Ops
 
 # Both sides accumulate in float32 at best: about 20 sums of 100 products in a row, each good to about
 # 100 * 2^-24 = 6e-6 in the worst case. The demand is the project's own, and leaves no room for a wrong formula.
@@ -54,10 +55,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_logits_are_those_of_transformers(tiny: Any, prompt: np.ndarray, name: str) -> None:
+def test_logits_are_those_of_transformers(tiny: Any, ops: Ops, prompt: np.ndarray, name: str) -> None:
     family, changes = MODELS[name]
     model = tiny.hugging_face(family, **changes)
-    ours = tiny.logits_of(tiny.load(model), prompt)
+    ours = tiny.logits_of(tiny.load(model, ops), prompt)
     assert tiny.relative_error(ours, tiny.expected_logits(model, prompt)) <= TOLERANCE
 
 
@@ -80,23 +81,23 @@ def patched(tiny: Any, gate: Any, up: Any) -> Any:
     return model
 
 
-def test_prosparse_keeps_gates_above_the_threshold(tiny: Any, prompt: np.ndarray) -> None:
+def test_prosparse_keeps_gates_above_the_threshold(tiny: Any, ops: Ops, prompt: np.ndarray) -> None:
     model = patched(tiny, torch.nn.Threshold(0.4, 0.0), torch.nn.Identity())
-    ours = tiny.load(model, hidden_act="fatrelu", hidden_act_param=0.4, model_type="sparsellama")
+    ours = tiny.load(model, ops, hidden_act="fatrelu", hidden_act_param=0.4, model_type="sparsellama")
     assert ours.spec.ffn.threshold == 0.4
     assert tiny.relative_error(tiny.logits_of(ours, prompt), tiny.expected_logits(model, prompt)) <= TOLERANCE
 
 
 @pytest.mark.parametrize("config", [{"model_type": "bamboo"}, {"hidden_act": "drelu"}], ids=["bamboo", "llama"])
-def test_drelu_is_relu_on_both_sides(tiny: Any, prompt: np.ndarray, config: dict[str, Any]) -> None:
+def test_drelu_is_relu_on_both_sides(tiny: Any, ops: Ops, prompt: np.ndarray, config: dict[str, Any]) -> None:
     model = patched(tiny, torch.nn.ReLU(), torch.nn.ReLU())
-    ours = tiny.load(model, sliding_window=None, **config)
+    ours = tiny.load(model, ops, sliding_window=None, **config)
     assert tiny.relative_error(tiny.logits_of(ours, prompt), tiny.expected_logits(model, prompt)) <= TOLERANCE
 
 
 @pytest.mark.parametrize("family", ["Llama", "Qwen3", "Arcee"])
-def test_prompt_split_at_every_position(tiny: Any, prompt: np.ndarray, family: str) -> None:
-    transformer = tiny.load(tiny.hugging_face(family))
+def test_prompt_split_at_every_position(tiny: Any, usual_ops: Ops, prompt: np.ndarray, family: str) -> None:
+    transformer = tiny.load(tiny.hugging_face(family), usual_ops)
     tokens = prompt[:12]
     whole = tiny.logits_of(transformer, tokens)
     for split in range(1, len(tokens)):
@@ -105,19 +106,19 @@ def test_prompt_split_at_every_position(tiny: Any, prompt: np.ndarray, family: s
     assert tiny.relative_error(one_by_one, whole) <= 1e-6
 
 
-def test_half_precision_cache_costs_little(tiny: Any, prompt: np.ndarray) -> None:
+def test_half_precision_cache_costs_little(tiny: Any, usual_ops: Ops, prompt: np.ndarray) -> None:
     """Keys and values rounded to 11 bits move each attention output by 2^-11 of its size, a few times over."""
     model = tiny.hugging_face("Llama")
     error = tiny.relative_error(
-        tiny.logits_of(tiny.load(model), prompt, cache_type="f16"), tiny.expected_logits(model, prompt)
+        tiny.logits_of(tiny.load(model, usual_ops), prompt, cache_type="f16"), tiny.expected_logits(model, prompt)
     )
     assert 1e-6 < error < 2 * model.config.num_hidden_layers * 2**-11 * 10
 
 
 @pytest.mark.parametrize("family", ["Llama", "Arcee"])
-def test_exact_and_dense_agree_to_the_bit(tiny: Any, prompt: np.ndarray, family: str) -> None:
+def test_exact_and_dense_agree_to_the_bit(tiny: Any, ops: Ops, prompt: np.ndarray, family: str) -> None:
     changes = {} if family == "Arcee" else {"hidden_act": "relu"}
-    exact = tiny.load(tiny.hugging_face(family, **changes))
+    exact = tiny.load(tiny.hugging_face(family, **changes), ops)
     assert exact.mode is Mode.EXACT
     dense = exact.with_mode(Mode.DENSE)
     np.testing.assert_array_equal(tiny.logits_of(exact, prompt), tiny.logits_of(dense, prompt))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +20,7 @@ from thermocline.model.rope import rope_table
 from thermocline.model.source import NetworkSource
 from thermocline.model.spec import ModelSpec
 from thermocline.model.tensors import check_tensors
-from thermocline.ops.contract import Array, NeuronBlock, Ops
+from thermocline.ops.contract import Array, Matrix, NeuronBlock, Ops
 
 CHECKED_ROWS = 1 << 20
 """Elements looked at together by the full check, so that it needs a few megabytes only."""
@@ -61,7 +62,7 @@ def load_transformer(
     weights = family.weights(source, spec)
     check_tensors(source.path, spec, weights)
     if check:
-        check_finite(weights)
+        check_finite(weights, ops)
     loading = _Loading(spec, ops, weights)
     n_ctx = n_ctx or spec.n_ctx_train
     transformer = Transformer(
@@ -78,14 +79,26 @@ def load_transformer(
     return transformer, loading.report(time.perf_counter() - began)
 
 
-def check_finite(weights: Mapping[str, Weight]) -> None:
+@runtime_checkable
+class FiniteChecker(Protocol):
+    """An implementation of ops that looks for NaN and infinity natively."""
+
+    def check_finite(self, matrix: Matrix) -> int:
+        """The first row that holds one, or -1."""
+
+
+def check_finite(weights: Mapping[str, Weight], ops: Ops) -> None:
     """Look at every weight (of block formats, at every scale).
 
     Raises:
         NumericalError: one is NaN or infinite; the tensor is named.
     """
     for name, weight in weights.items():
-        if not all(np.isfinite(numbers).all() for numbers in _numbers(weight)):
+        if isinstance(ops, FiniteChecker):
+            finite = ops.check_finite(ops.place(weight)) < 0
+        else:
+            finite = all(np.isfinite(numbers).all() for numbers in _numbers(weight))
+        if not finite:
             raise not_finite(name)
 
 
