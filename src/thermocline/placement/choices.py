@@ -109,8 +109,10 @@ def _layer(
     record = cost.record_bytes[layer]
     v[at, h] = record * cost.bounds[hot] + (trunk if homes[h] is Tier.VRAM else 0)
     r[at, h] = record * (cost.bounds[warm] - cost.bounds[hot]) + (trunk if homes[h] is Tier.RAM else 0)
-    for place in np.unique(predictor):
-        chosen, tier = predictor == place, homes[place]
+    for place, tier in enumerate(homes):
+        chosen = predictor == place
+        if not chosen.any():
+            continue
         times = (
             (phase, cost.layer(phase, layer, homes[h], tier, hot[chosen], warm[chosen]).total) for phase in cost.phases
         )

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from thermocline.config import Mode
-from thermocline.errors import UsageError
+from thermocline.errors import HardwareError, UsageError
 from thermocline.hardware.machine import Machine, Processor, Tier
 from thermocline.placement.footprint import Footprint
 from thermocline.placement.workload import Workload
@@ -137,8 +137,10 @@ class CostModel:
         self.bounds: Ints = np.minimum(np.arange(self.clusters + 1, dtype=np.int64) * cluster, footprint.n_ff)
         self.record_bytes = [sum(record) for record in footprint.records]
         p = _checked(temperatures, footprint)
+        self._unions: dict[int, Floats] = {}
         self.phases = self._phases(p)
         self._tables = {phase.name: self._table(phase, p) for phase in self.phases}
+        self._disk: dict[str, tuple[Floats, Ints]] = {}
         self.share = self._share(p)
 
     @property
@@ -164,7 +166,10 @@ class CostModel:
         both = works_hot & works_cold
         cpu, busy = table.cpu[layer], table.cpu_busy[layer]
         computed = np.where(both, busy[last] - busy[hot], cpu[last] - cpu[hot])
-        disk = table.disk[layer, warm]
+        disk, run = np.zeros(hot.shape), np.ones(hot.shape, np.int64)
+        if (warm < last).any():
+            reads, runs = self._reads(phase)
+            disk, run = reads[layer, warm], runs[layer, warm]
         cold = np.maximum(computed, disk) + works_cold * FFN_KERNELS * self.machine.cpu.launch
         vram = np.zeros_like(cold)
         if gpu is not None and table.gpu is not None and table.gpu_busy is not None:
@@ -172,9 +177,7 @@ class CostModel:
             vram = read + works_hot * FFN_KERNELS * gpu.launch
         scored = self._predictor(phase, layer, predictor)
         crossing = self._crossings(home, predictor, scored > 0, works_hot, works_cold) * self._crossing(phase)
-        time = LayerTime(
-            self.attention(phase, layer, home), scored, crossing, vram, cold, disk, table.run[layer, warm], hot < 0
-        )
+        time = LayerTime(self.attention(phase, layer, home), scored, crossing, vram, cold, disk, run, hot < 0)
         return time if phase is self.decode or gpu is None else self._streamed(phase, layer, home, hot, time)
 
     def attention(self, phase: Phase, layer: int, home: Tier) -> float:
@@ -230,12 +233,18 @@ class CostModel:
         every = np.broadcast_to(sizes, (f.n_layer, self.clusters))
         if p is None or mode is FfnMode.DENSE:
             return np.stack([every * f.gated, every, every], axis=-1)
-        with np.errstate(divide="ignore"):  # log 0 = -inf is the neuron that always fires
-            union = p if tokens == 1 else -np.expm1(tokens * np.log1p(-p))
-        fired = np.add.reduceat(union, self.bounds[:-1], axis=1)
+        fired = self._fired(p, tokens)
         if mode is FfnMode.PREDICTED:
             return np.stack([fired * f.gated, fired, fired], axis=-1)
         return np.stack([every, fired, fired] if f.gated else [every * 0, every, fired], axis=-1)
+
+    def _fired(self, p: Floats, tokens: int) -> Floats:
+        """Expected size of the union of `tokens` active sets in each cluster: (n_layer, clusters)."""
+        if tokens not in self._unions:
+            with np.errstate(divide="ignore"):  # log 0 = -inf is the neuron that always fires
+                union = p if tokens == 1 else -np.expm1(tokens * np.log1p(-p))
+            self._unions[tokens] = np.add.reduceat(union, self.bounds[:-1], axis=1)
+        return self._unions[tokens]
 
     def _table(self, phase: Phase, p: Floats | None) -> _Table:
         f, gpu, cpu = self.footprint, self.machine.gpu, self.machine.cpu
@@ -246,29 +255,28 @@ class CostModel:
         def prefix(side: Processor, bandwidth: float) -> Floats:
             return _prefix(np.maximum(nbytes / bandwidth, flops / side.flops))
 
-        disk, run = self._disk(phase, rows)
         return _Table(
+            rows=rows,
             cpu=prefix(cpu, cpu.bandwidth),
             cpu_busy=prefix(cpu, cpu.bandwidth_busy),
             gpu=None if gpu is None else prefix(gpu, gpu.bandwidth),
             gpu_busy=None if gpu is None else prefix(gpu, gpu.bandwidth_busy),
             gpu_dense=None if gpu is None else phase.tokens * 2.0 * f.n_embd * f.n_ff * (2 + f.gated) / gpu.flops,
-            disk=disk,
-            run=run,
         )
 
-    def _disk(self, phase: Phase, rows: Floats) -> tuple[Floats, Ints]:
+    def _reads(self, phase: Phase) -> tuple[Floats, Ints]:
         """Seconds to read what a pass needs of the clusters from each depth on, and the best size of a read.
 
         Both (n_layer, clusters + 1). A read fetches a run of neighbouring records if any of them is active: short
         runs fetch less, long ones faster. Gates that are always computed are read in one piece.
         """
-        f, layers = self.footprint, self.footprint.n_layer
-        time = np.zeros((layers, self.clusters + 1))
-        runs = np.ones((layers, self.clusters + 1), np.int64)
+        if phase.name in self._disk:
+            return self._disk[phase.name]
         if self.machine.disk is None:
-            return time, runs
-        curve = self.machine.disk.curve
+            raise HardwareError(f"{self.machine.name} has no disk tier; keep all neurons in RAM and VRAM")
+        f, rows, curve = self.footprint, self._tables[phase.name].rows, self.machine.disk.curve
+        time = np.zeros((f.n_layer, self.clusters + 1))
+        runs = np.ones((f.n_layer, self.clusters + 1), np.int64)
         sizes = np.diff(self.bounds).astype(np.float64)
         below = f.n_ff - self.bounds
         candidates = [1 << i for i in range(f.n_ff.bit_length()) if 1 << i < f.n_ff] + [f.n_ff]
@@ -287,7 +295,7 @@ class CostModel:
                 better = suffix < best
                 best, runs[layer] = np.where(better, suffix, best), np.where(better, run, runs[layer])
             time[layer] = sequential + best
-        return time, runs
+        return self._disk.setdefault(phase.name, (time, runs))
 
     def _predictor(self, phase: Phase, layer: int, tier: Tier) -> float:
         nbytes = self.footprint.predictor[layer]
@@ -343,16 +351,15 @@ class CostModel:
 class _Table:
     """Prefix sums of seconds over clusters, (n_layer, clusters + 1): each side alone and beside a busy one.
 
-    `disk` and `run` are over suffixes: what lies from a depth on.
+    `rows` are the expected gate, up and down rows of each cluster, (n_layer, clusters, 3).
     """
 
+    rows: Floats
     cpu: Floats
     cpu_busy: Floats
     gpu: Floats | None
     gpu_busy: Floats | None
     gpu_dense: float | None
-    disk: Floats
-    run: Ints
 
 
 def _roofline(side: Processor, nbytes: float, flops: float) -> float:

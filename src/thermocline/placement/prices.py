@@ -60,12 +60,16 @@ class Deal(Generic[Payload]):
 
 @dataclass(frozen=True, slots=True)
 class Relaxed:
-    """The relaxation's result: prices of VRAM and RAM, lower bound, and the best path that fits (None: none seen)."""
+    """The relaxation's result: prices of VRAM and RAM, lower bound, and the best path that fits (None: none seen).
+
+    `seen` are (part, home, option) of all paths that any price bought: the corners of time against bytes.
+    """
 
     price_vram: float
     price_ram: float
     bound: float
     path: Path | None
+    seen: frozenset[tuple[int, int, int]]
 
 
 def relax(choices: Choices) -> Relaxed | None:
@@ -146,6 +150,7 @@ class _Relaxation:
         self.vram = choices.vram[:, :, choices.starts]
         self.ends = np.append(choices.starts[1:], len(choices.hot))
         self.path: Path | None = None
+        self.seen: set[tuple[int, int, int]] = set()
         self.price_vram = 0.0
 
     def solve(self) -> Relaxed | None:
@@ -153,7 +158,7 @@ class _Relaxation:
         if deal is None:
             return None
         self._at_ram_price(deal.price)  # so that the prices belong together
-        return Relaxed(self.price_vram, deal.price, deal.bound, self.path)
+        return Relaxed(self.price_vram, deal.price, deal.bound, self.path, frozenset(self.seen))
 
     def _at_ram_price(self, price: float) -> Point[None]:
         """Cost and RAM of the mixture of placements that just fills the VRAM."""
@@ -181,6 +186,7 @@ class _Relaxation:
         for i in np.flatnonzero(last - first > 1):
             options[i] += int(priced[i, homes[i], first[i] : last[i]].argmin())
         path = path_of(self.choices, homes, options)
+        self.seen.update(zip(parts.tolist(), homes.tolist(), options.tolist(), strict=True))
         if path.vram <= self.choices.limits[0] and path.ram <= self.choices.limits[1]:
             self.path = path if self.path is None or path.cost < self.path.cost else self.path
         return Point(path.cost + price_ram * path.ram, path.vram, path)

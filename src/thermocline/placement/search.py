@@ -8,16 +8,19 @@ import numpy as np
 import numpy.typing as npt
 
 from thermocline.placement.choices import Choices
+from thermocline.placement.exchange import exchange, improve
 from thermocline.placement.prices import Path, Relaxed, path_of, slack
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 OPTIONS = 96
-"""Most options of a part that are looked at, nearest to the bound first."""
-LABELS = 40_000
-"""Partial placements kept at once, over all parts."""
-FEWEST_LABELS = 400
+"""Most options of a part that are looked at, nearest to the bound first, beside those that some price bought."""
+POOL = 192
+"""The same for exchanges of two parts."""
+WORK = 1_500_000
+"""Partial placements looked at in one search, over all parts."""
+FEWEST_LABELS = 32
 CLOSE = 1e-6
 """A relative gap that needs no search."""
 
@@ -54,59 +57,37 @@ def search(choices: Choices, relaxed: Relaxed) -> tuple[Path | None, bool]:
     """The best placement found, and whether nothing was left out on the way: then it is the optimum."""
     slacks, after = slack(choices, relaxed)
     best = relaxed.path
-    parts, whole = open_options(choices, slacks, best, relaxed.bound)
     if best is not None:
-        best = _fill(choices, parts, best)
+        best = improve(choices, relaxed, best)
+        pool, _ = open_options(choices, slacks, relaxed, best, POOL)
+        best = exchange(choices, [(p.home, p.option) for p in pool], best)
         if best.cost - relaxed.bound <= CLOSE * best.cost:
             return best, False
-        parts, whole = open_options(choices, slacks, best, relaxed.bound)
+    parts, whole = open_options(choices, slacks, relaxed, best)
     found, complete = _labels(choices, relaxed, parts, after, best)
-    return (best if found is None else found), whole and complete
+    # Labels are pruned by their priced cost: the cheapest that is left may waste room and lose to the known one.
+    if best is None or (found is not None and found.cost < best.cost):
+        best = found
+    return best, whole and complete
 
 
 def open_options(
-    choices: Choices, slacks: Floats, best: Path | None, bound: float, most: int = OPTIONS
+    choices: Choices, slacks: Floats, relaxed: Relaxed, best: Path | None, most: int = OPTIONS
 ) -> tuple[list[Open], bool]:
     """The options of each part whose slack is within the gap, and whether these are all of them."""
-    gap = np.inf if best is None else best.cost - bound
+    gap = np.inf if best is None else best.cost - relaxed.bound
+    bought = np.zeros(slacks.shape, bool)
+    bought[tuple(np.array(sorted(relaxed.seen)).T)] = True
     parts, whole = [], True
     for i, table in enumerate(slacks):
-        home, option = np.nonzero(np.isfinite(table) & (table <= gap + 1e-9 * abs(bound)))
+        home, option = np.nonzero(np.isfinite(table) & (table <= gap + 1e-9 * abs(relaxed.bound)))
         if len(home) > most:
-            nearest = np.argsort(table[home, option], kind="stable")[:most]
-            home, option, whole = home[nearest], option[nearest], False
+            order = np.argsort(table[home, option], kind="stable")
+            keep = np.union1d(order[:most], np.flatnonzero(bought[i, home, option]))
+            home, option, whole = home[keep], option[keep], False
         at = (np.full_like(home, i), home, option)
         parts.append(Open(home, option, choices.cost[at], choices.vram[at], choices.ram[at]))
     return parts, whole
-
-
-def _fill(choices: Choices, parts: list[Open], path: Path) -> Path:
-    """Change one part at a time for the largest saving that fits, until nothing saves."""
-    limit_v, limit_r = choices.limits
-    owner = np.concatenate([np.full(len(p.home), i) for i, p in enumerate(parts)])
-    home, option, cost, vram, ram = (
-        np.concatenate([getattr(p, name) for p in parts]) for name in ("home", "option", "cost", "vram", "ram")
-    )
-    edge, last = choices.edge, len(parts) - 1
-    for _ in range(4 * len(parts)):
-        here = path.homes
-        at = (np.arange(last + 1), here, path.options)
-        left = np.where(owner > 0, edge[here[np.maximum(owner - 1, 0)], home], 0.0)
-        right = np.where(owner < last, edge[home, here[np.minimum(owner + 1, last)]], 0.0)
-        own_left = np.append(0.0, edge[here[:-1], here[1:]])
-        own_right = np.append(edge[here[:-1], here[1:]], 0.0)
-        change = cost + left + right - (choices.cost[at] + own_left + own_right)[owner]
-        fits = (path.vram + vram - choices.vram[at][owner] <= limit_v) & (
-            path.ram + ram - choices.ram[at][owner] <= limit_r
-        )
-        change = np.where(fits, change, np.inf)
-        best = int(change.argmin())
-        if change[best] >= -1e-12 * path.cost:
-            break
-        homes, options = path.homes.copy(), path.options.copy()
-        homes[owner[best]], options[owner[best]] = home[best], option[best]
-        path = path_of(choices, homes, options)
-    return path
 
 
 def _labels(
@@ -119,15 +100,16 @@ def _labels(
     rest_v = np.append(np.cumsum([p.vram.min() for p in parts][::-1])[::-1][1:], 0.0)
     rest_r = np.append(np.cumsum([p.ram.min() for p in parts][::-1])[::-1][1:], 0.0)
     roomy = sum(p.ram.max() for p in parts) <= limit_r
-    most, complete = max(FEWEST_LABELS, LABELS // len(parts)), True
+    most = max(FEWEST_LABELS, WORK // sum(len(p.home) for p in parts))
     trail: list[_Labels] = []
+    complete = True
     for i, part in enumerate(parts):
         grown = _grow(trail[-1] if trail else None, part, choices.edge)
         priced = grown.cost + relaxed.price_vram * grown.vram + relaxed.price_ram * grown.ram + after[i, grown.home]
         ok = (grown.vram + rest_v[i] <= limit_v) & (grown.ram + rest_r[i] <= limit_r)
         ok &= priced - room < gap - 1e-12 * abs(relaxed.bound)
         keep = np.flatnonzero(ok)
-        keep = keep[_undominated(grown.cut(keep), roomy)]
+        keep = keep[_undominated(grown.cut(keep), len(choices.homes), roomy)]
         if len(keep) > most:
             keep, complete = keep[np.argsort(priced[keep], kind="stable")[:most]], False
         if not len(keep):
@@ -148,11 +130,13 @@ def _grow(labels: _Labels | None, part: Open, edge: Floats) -> _Labels:
     return _Labels(home, cost, labels.vram[parent] + part.vram[pick], labels.ram[parent] + part.ram[pick], parent, pick)
 
 
-def _undominated(labels: _Labels, roomy: bool) -> Ints:
+def _undominated(labels: _Labels, homes: int, roomy: bool) -> Ints:
     """Labels that no other of the same home beats in time at the same or, where RAM is no matter, less VRAM."""
     keep = []
-    for home in np.unique(labels.home):
+    for home in range(homes):
         mine = np.flatnonzero(labels.home == home)
+        if not len(mine):
+            continue
         cost, vram, ram = labels.cost[mine], labels.vram[mine], labels.ram[mine]
         if roomy:
             order = np.lexsort((cost, vram))

@@ -151,7 +151,7 @@ def _highs(choices: Choices, relaxed: Relaxed, known: Path | None) -> tuple[Path
     count = int(np.isfinite(choices.cost).sum())
     everything = count <= MILP_OPTIONS or known is None
     slacks, _ = slack(choices, relaxed)
-    parts, _ = open_options(choices, slacks, None if everything else known, relaxed.bound, most=count)
+    parts, _ = open_options(choices, slacks, relaxed, None if everything else known, most=count)
     path, bound = solve_milp(choices, parts, seconds=MILP_SECONDS, gap=MILP_GAP)
     if path is None or (known is not None and known.cost < path.cost):
         path = known

@@ -1,0 +1,165 @@
+"""Repairs what prices alone leave unused: moves of one part, then exchanges between two."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from thermocline.placement.choices import Choices
+from thermocline.placement.prices import Path, Relaxed, path_of
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+EXCHANGES = 200
+CORNER = 1e-3
+"""Weight of the saving itself among moves that are worth the same at the prices."""
+WORTH = 1e-12
+"""Relative saving below which a move is rounding."""
+
+
+class _Move(NamedTuple):
+    """A change of one part: its new home and option, and a score below 0 if it is worth making."""
+
+    home: int
+    option: int
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Moves:
+    """Every change of one part of a path: its owner, new home and option, and what changes: seconds and bytes."""
+
+    owner: Ints
+    home: Ints
+    option: Ints
+    cost: Floats
+    vram: Floats
+    ram: Floats
+
+
+def improve(choices: Choices, relaxed: Relaxed, path: Path) -> Path:
+    """A path no slower than `path`, by moves of one part.
+
+    First those that are worth their bytes at the found prices, most of them corners of the relaxation; then
+    whatever saves time in the room that is left.
+    """
+    path = _climb(choices, path, (relaxed.price_vram, relaxed.price_ram))
+    return _climb(choices, path, (0.0, 0.0))
+
+
+def exchange(choices: Choices, pools: list[tuple[Ints, Ints]], path: Path) -> Path:
+    """A path no slower than `path`, by pairs of moves to the parts' pools (homes, options): one gives, one takes."""
+    owner = np.concatenate([np.full(len(home), i) for i, (home, _) in enumerate(pools)])
+    home, option = (np.concatenate([pool[i] for pool in pools]) for i in (0, 1))
+    pool = (owner, home, option)
+    for _ in range(EXCHANGES):
+        better = _exchange(choices, pool, path)
+        if better is None:
+            break
+        path = _climb(choices, better, (0.0, 0.0))
+    return path
+
+
+def _climb(choices: Choices, path: Path, prices: tuple[float, float]) -> Path:
+    """Take the move with the largest saving at these prices as long as one saves time and fits."""
+    parts = range(len(path.homes))
+    best = [_best_move(choices, path, i, prices) for i in parts]
+    for _ in range(8 * len(parts)):
+        i = min(parts, key=lambda part: best[part].score)
+        move = best[i]
+        if move.score >= 0:
+            break
+        homes, options = path.homes.copy(), path.options.copy()
+        homes[i], options[i] = move.home, move.option
+        moved = path_of(choices, homes, options)
+        if moved.vram > choices.limits[0] or moved.ram > choices.limits[1]:
+            best[i] = _best_move(choices, path, i, prices)  # the room has shrunk since it was found
+            continue
+        path = moved
+        for near in range(max(0, i - 1), min(len(parts), i + 2)):
+            best[near] = _best_move(choices, path, near, prices)
+    return path
+
+
+def _best_move(choices: Choices, path: Path, part: int, prices: tuple[float, float]) -> _Move:
+    """The best change of one part among all its options."""
+    here = (path.homes[part], path.options[part])
+    edges = np.zeros(len(choices.homes))
+    if part > 0:
+        edges += choices.edge[path.homes[part - 1]]
+    if part + 1 < len(path.homes):
+        edges += choices.edge[:, path.homes[part + 1]]
+    cost = choices.cost[part] + edges[:, None]
+    vram, ram = choices.vram[part], choices.ram[part]
+    change = cost - cost[here]
+    fits = (vram <= choices.limits[0] - path.vram + vram[here]) & (ram <= choices.limits[1] - path.ram + ram[here])
+    score = change
+    if any(prices):
+        # Corners of the relaxation are worth exactly their price: among equals, the larger saving.
+        priced = change + prices[0] * (vram - vram[here]) + prices[1] * (ram - ram[here])
+        score = np.maximum(priced, -WORTH * path.cost) + CORNER * change
+    score = np.where(fits & (change < -WORTH * path.cost), score, np.inf)
+    home, option = np.unravel_index(int(score.argmin()), score.shape)
+    value = float(score[home, option])
+    return _Move(int(home), int(option), value if value < 0 else np.inf)
+
+
+def _exchange(choices: Choices, pool: tuple[Ints, Ints, Ints], path: Path) -> Path | None:
+    """The pair of moves of two parts that saves most together; None if no pair saves."""
+    moves = _moves(choices, pool, path)
+    order = np.argsort(moves.vram, kind="stable")
+    cost, owner = moves.cost[order], moves.owner[order]
+    # How many of the moves, by rising VRAM, may join each one without going over.
+    reach = np.searchsorted(moves.vram[order], choices.limits[0] - path.vram - moves.vram[order], side="right")
+    total, partner = np.full(len(cost), np.inf), np.zeros(len(cost), np.int64)
+    for bit in range(len(path.homes).bit_length()):  # the numbers of two different parts differ in some bit
+        for side in (0, 1):
+            there = owner >> bit & 1 == side
+            sums, best = _running_best(np.where(there, cost, np.inf))
+            sums = np.where(there, np.inf, cost + sums[reach])
+            total, partner = np.minimum(total, sums), np.where(sums < total, best[reach], partner)
+    for one in np.argsort(total, kind="stable")[:8]:
+        if total[one] >= -WORTH * path.cost:
+            break
+        candidate = _moved(choices, moves, path, [int(order[one]), int(order[partner[one]])])
+        fits = candidate.vram <= choices.limits[0] and candidate.ram <= choices.limits[1]
+        if fits and candidate.cost < path.cost * (1 - WORTH):
+            return candidate
+    return None
+
+
+def _running_best(cost: Floats) -> tuple[Floats, Ints]:
+    """The smallest of the first 0, 1, ... n costs (infinite for none), and where it is."""
+    smallest = np.append(np.inf, np.minimum.accumulate(cost))
+    fresh = np.flatnonzero(smallest[1:] < smallest[:-1])
+    where = np.zeros(len(smallest), np.int64)
+    where[fresh + 1] = fresh
+    return smallest, np.maximum.accumulate(where)
+
+
+def _moves(choices: Choices, pool: tuple[Ints, Ints, Ints], path: Path) -> _Moves:
+    owner, home, option = pool
+    edge, here, last = choices.edge, path.homes, len(path.homes) - 1
+    now = (np.arange(last + 1), here, path.options)
+    left = np.where(owner > 0, edge[here[np.maximum(owner - 1, 0)], home], 0.0)
+    right = np.where(owner < last, edge[home, here[np.minimum(owner + 1, last)]], 0.0)
+    between = edge[here[:-1], here[1:]]
+    own = choices.cost[now] + np.append(0.0, between) + np.append(between, 0.0)
+    return _Moves(
+        owner,
+        home,
+        option,
+        choices.cost[pool] + left + right - own[owner],
+        choices.vram[pool] - choices.vram[now][owner],
+        choices.ram[pool] - choices.ram[now][owner],
+    )
+
+
+def _moved(choices: Choices, moves: _Moves, path: Path, which: list[int]) -> Path:
+    homes, options = path.homes.copy(), path.options.copy()
+    homes[moves.owner[which]], options[moves.owner[which]] = moves.home[which], moves.option[which]
+    return path_of(choices, homes, options)
