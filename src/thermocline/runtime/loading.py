@@ -25,6 +25,8 @@ from thermocline.text.tokenizer import Tokenizer, check_vocabulary
 
 CACHE_SHARE = 0.5
 """Most of the free memory that the KV cache takes where the context length is left to us."""
+ROTATION = 4
+"""Bytes of a rotated dimension at one position: half a cosine and half a sine, in float32."""
 GIB = 1 << 30
 
 
@@ -74,21 +76,20 @@ def _context(spec: ModelSpec, settings: LoadSettings) -> tuple[int, list[str]]:
         BudgetError: the one asked for takes more memory than is free.
     """
     wanted = settings.ctx_size or spec.n_ctx_train
-    position = kv_bytes(spec, 1, settings.cache_type_k, settings.cache_type_v)
+    position = kv_bytes(spec, 1, settings.cache_type_k, settings.cache_type_v) + ROTATION * spec.rope.rotary_dim
     memory = find_memory()
-    free = min(memory.available, memory.usable)
-    fits = int(free * CACHE_SHARE) // position
+    free = min(memory.available, memory.usable) - workspace_bytes(spec, settings.ubatch, 1)
     if not settings.ctx_size:
-        if wanted <= fits:
+        chosen = max(1, int(free * CACHE_SHARE) // position)
+        if wanted <= chosen:
             return wanted, []
-        chosen = max(1, fits)
         return chosen, [
-            f"the model's context of {wanted} tokens needs {wanted * position / GIB:.1f} GiB of KV cache with "
+            f"the model's context of {wanted} tokens needs {wanted * position / GIB:.1f} GiB with "
             f"{free / GIB:.1f} GiB free; using {chosen} tokens (choose with --ctx-size)"
         ]
-    needed = wanted * position + workspace_bytes(spec, min(settings.ubatch, wanted), 1)
-    if needed > free:
-        raise BudgetError("memory", needed - free, f"use --ctx-size {max(1, fits)} or less")
+    if wanted * position > free:
+        fits = max(1, free // position)
+        raise BudgetError("memory", wanted * position - free, f"use --ctx-size {fits} or less")
     if wanted > spec.n_ctx_train:
         return wanted, [f"a context of {wanted} tokens is longer than the {spec.n_ctx_train} the model was trained on"]
     return wanted, []

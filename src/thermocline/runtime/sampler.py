@@ -79,7 +79,7 @@ class Sampler:
             NumericalError: a logit is not finite.
             SamplingError: the logit bias forbids every token.
         """
-        likeliest, log_total = self._log_total(logits)
+        total = self._log_total(logits)
         np.copyto(self._work, logits)
         self._work[self._biased] += self._bias
         self._penalize()
@@ -87,11 +87,10 @@ class Sampler:
         if self._work[token] == -math.inf:
             raise SamplingError("logit_bias forbids every token; leave at least one")
         self.accept((token,))
-        top = self._top(logits, log_total) if self.settings.logprobs else ()
-        return Sampled(token, float(logits[token]) - likeliest - log_total, tuple((i, p - likeliest) for i, p in top))
+        return Sampled(token, float(logits[token]) - total, self._top(logits, total) if self.settings.logprobs else ())
 
-    def _log_total(self, logits: Logits) -> tuple[float, float]:
-        """The largest logit, and the logarithm of the sum of exponentials relative to it."""
+    def _log_total(self, logits: Logits) -> float:
+        """The logarithm of the sum of the logits' exponentials."""
         largest = float(logits.max())
         if not (math.isfinite(largest) and math.isfinite(float(logits.min()))):
             bad = np.flatnonzero(~np.isfinite(logits))
@@ -101,11 +100,11 @@ class Sampler:
             )
         np.subtract(logits, largest, out=self._scratch)
         np.exp(self._scratch, out=self._scratch)
-        return largest, math.log(float(self._scratch.sum(dtype=np.float64)))
+        return largest + math.log(float(self._scratch.sum(dtype=np.float64)))
 
-    def _top(self, logits: Logits, log_total: float) -> list[tuple[int, float]]:
+    def _top(self, logits: Logits, total: float) -> tuple[tuple[int, float], ...]:
         ids = self._likeliest(logits, self.settings.logprobs)
-        return [(int(i), float(logits[i]) - log_total) for i in ids]
+        return tuple((int(i), float(logits[i]) - total) for i in ids)
 
     def _penalize(self) -> None:
         s = self.settings

@@ -1,0 +1,97 @@
+"""A tiny random model with a byte tokenizer, for tests that need a whole file."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from thermocline.files.formats import F32, Q8_0
+from thermocline.files.gguf_writer import write_gguf
+from thermocline.files.quantize import from_float
+from thermocline.files.weight import Weight
+from thermocline.text.tokenizer import CHARACTER_OF_BYTE
+
+LAYERS, WIDTH, NEURONS, HEADS, KV_HEADS, CONTEXT = 2, 64, 96, 4, 2, 128
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+PIECES = [CHARACTER_OF_BYTE[b] for b in range(256)] + ["he", *SPECIAL]
+END = PIECES.index("<|endoftext|>")
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def write_tiny(path: Path, *, architecture: str = "arcee", chat: bool = True, n_ctx: int = CONTEXT) -> Path:
+    """A random network (ReLU² without gate, or SwiGLU for `llama`) whose tokens are bytes, as GGUF."""
+    random = np.random.default_rng(5)
+    gated = architecture == "llama"
+
+    def weight(name: str, rows: int, columns: int) -> Weight:
+        if rows == 1:
+            return from_float(name, np.ones((1, columns), np.float32), F32)
+        return from_float(name, random.normal(0, 0.3, (rows, columns)).astype(np.float32), Q8_0)
+
+    head = WIDTH // HEADS
+    weights = [weight("token_embd.weight", len(PIECES), WIDTH)]
+    for i in range(LAYERS):
+        shapes = {
+            "attn_norm": (1, WIDTH), "attn_q": (WIDTH, WIDTH), "attn_k": (KV_HEADS * head, WIDTH),
+            "attn_v": (KV_HEADS * head, WIDTH), "attn_output": (WIDTH, WIDTH), "ffn_norm": (1, WIDTH),
+            **({"ffn_gate": (NEURONS, WIDTH)} if gated else {}),
+            "ffn_up": (NEURONS, WIDTH), "ffn_down": (WIDTH, NEURONS),
+        }  # fmt: skip
+        weights += [weight(f"blk.{i}.{name}.weight", *shape) for name, shape in shapes.items()]
+    weights += [weight("output_norm.weight", 1, WIDTH), weight("output.weight", len(PIECES), WIDTH)]
+    metadata: dict[str, Any] = {
+        "general.architecture": architecture,
+        "general.name": "tiny",
+        f"{architecture}.block_count": LAYERS,
+        f"{architecture}.embedding_length": WIDTH,
+        f"{architecture}.feed_forward_length": NEURONS,
+        f"{architecture}.attention.head_count": HEADS,
+        f"{architecture}.attention.head_count_kv": KV_HEADS,
+        f"{architecture}.attention.layer_norm_rms_epsilon": 1e-5,
+        f"{architecture}.rope.dimension_count": head,
+        f"{architecture}.rope.freq_base": 10000.0,
+        f"{architecture}.context_length": n_ctx,
+        f"{architecture}.vocab_size": len(PIECES),
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.tokens": PIECES,
+        "tokenizer.ggml.token_type": np.array([3 if p in SPECIAL else 1 for p in PIECES], np.int32),
+        "tokenizer.ggml.merges": ["h e"],
+        "tokenizer.ggml.eos_token_id": np.uint32(END),
+        "tokenizer.ggml.bos_token_id": np.uint32(END),
+        "tokenizer.ggml.add_bos_token": False,
+    }
+    if chat:
+        metadata["tokenizer.chat_template"] = TEMPLATE
+    write_gguf(path, metadata, weights)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ReLU² model with a chat template."""
+    return write_tiny(tmp_path_factory.mktemp("tiny") / "tiny.gguf")
+
+
+@pytest.fixture(scope="session")
+def tiny_plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same without a chat template."""
+    return write_tiny(tmp_path_factory.mktemp("tiny") / "plain.gguf", chat=False)
+
+
+@pytest.fixture(scope="session")
+def tiny_silu(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SwiGLU model, no neuron of which is ever zero."""
+    return write_tiny(tmp_path_factory.mktemp("tiny") / "silu.gguf", architecture="llama")
+
+
+def one_line(text: str) -> bool:
+    """Whether `text` is a single line, as every error must be."""
+    return re.fullmatch(r"[^\n]+\n?", text) is not None
