@@ -26,6 +26,8 @@ from thermocline.ops.contract import Ops
 from thermocline.ops.cpu import LEVELS, CpuOps
 from thermocline.ops.reference import ReferenceOps
 
+torch.set_num_threads(1)  # the models are too small to share
+
 SIZES: dict[str, Any] = {
     "vocab_size": 160,
     "hidden_size": 64,
@@ -129,7 +131,7 @@ def ops(request: pytest.FixtureRequest) -> Ops:
     if request.param == "reference":
         return ReferenceOps()
     try:
-        return CpuOps(2, request.param)
+        return CpuOps(1, request.param)
     except HardwareError as error:
         pytest.skip(str(error))
 
