@@ -34,6 +34,9 @@ Floats = npt.NDArray[np.float32]
 GATE_RANK = 255
 CALIBRATION_TOKENS = 512
 NORM_EPS = 1e-5
+RESIDUAL_SHARE = 0.25
+"""What all layers add to the residual stream, against the embedding. It keeps the state of a token near what the
+offsets were fitted on, even where a greedy text repeats itself and attention adds up."""
 ROPE_BASE = 10000.0
 
 
@@ -91,7 +94,8 @@ class Generator:
         self.shape, self.active = shape, active
         self.rng = np.random.default_rng(seed)
         self.u = self._unit(self._normal(1, shape.n_embd))[0]
-        self.embedding = self._unit(self._off_u(self._normal(shape.n_vocab, shape.n_embd))) + self.u
+        random = self._unit(self._off_u(self._normal(shape.n_vocab, shape.n_embd)))
+        self.embedding = (random + self.u) * np.float32(np.sqrt(shape.n_embd))
         tokens = self.rng.integers(0, shape.n_vocab, CALIBRATION_TOKENS)
         self.x = self.embedding[tokens]
         self.measured: list[float] = []
@@ -109,15 +113,16 @@ class Generator:
         s = self.shape
         ones = np.ones((1, s.n_embd), np.float32)
         spread = np.float32(1 / np.sqrt(s.n_embd))
+        share = np.float32(RESIDUAL_SHARE / np.sqrt(s.n_layer))
         q = self._normal(s.n_head * s.head_dim, s.n_embd) * spread
         k, v = (self._normal(s.n_head_kv * s.head_dim, s.n_embd) * spread for _ in range(2))
-        o = self._off_u((self._normal(s.n_embd, s.n_head * s.head_dim) * spread / s.n_layer**0.5).T).T
+        o = self._off_u((self._normal(s.n_embd, s.n_head * s.head_dim) * spread * share).T).T
         self.x += self._attention(_norm(self.x), q, k, v) @ o.T
         h = _norm(self.x)
         factors = self._gate_factors(h)
         gate = factors.a @ factors.basis - np.outer(factors.b, factors.u)
         up = self._normal(s.n_ff, s.n_embd) * spread
-        down = self._off_u(self._normal(s.n_ff, s.n_embd) * np.float32(1 / np.sqrt(s.n_ff * s.n_layer)))
+        down = self._off_u(self._normal(s.n_ff, s.n_embd) * share / np.float32(np.sqrt(s.n_ff)))
         fired = np.maximum(h @ gate.T, 0)
         self.measured.append(float((fired > 0).mean()))
         self.x += (fired * (h @ up.T)) @ down

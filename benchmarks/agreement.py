@@ -1,0 +1,102 @@
+"""Compares the logits of thermocline and llama.cpp on the very same GGUF file, token by token.
+
+    pip install llama-cpp-python
+    python -m benchmarks.agreement
+
+The text is what the shipped model never saw: the held-out files of the standard library. Both engines read
+the same token ids in windows of the same length; thermocline runs them once in prefill and once through the
+decode path, one token at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from thermocline.api import shipped_model
+from thermocline.config import LoadSettings, Mode
+from thermocline.files.open import open_model
+from thermocline.memory.kv_cache import KVCache
+from thermocline.model.network import Outputs, Segment
+from thermocline.model.workspace import Workspace
+from thermocline.runtime.loading import LoadedModel, load_model
+from training.data import collect, is_held_out, standard_library
+
+Logits = npt.NDArray[np.float32]
+
+
+def held_out_text() -> str:
+    """The held-out files, one after another."""
+    return "".join(s.text for s in collect(standard_library()) if is_held_out(s.path))
+
+
+def ours(model: LoadedModel, window: list[int], *, decode: bool) -> Logits:
+    """Logits (tokens, vocabulary) of a window; by single tokens if `decode`, else in one batch."""
+    network = model.transformer
+    cache = KVCache(network.spec, network.ops, len(window))
+    workspace = Workspace(network.spec, network.ops, 1 if decode else len(window))
+    size = 1 if decode else len(window)
+    rows = []
+    for start in range(0, len(window), size):
+        tokens = np.asarray(window[start : start + size], np.int32)
+        result = network.step(tokens, (Segment(cache, start, len(tokens)),), workspace, Outputs.ALL)
+        rows.append(network.ops.to_host(result.logits).copy())
+    return np.concatenate(rows)
+
+
+def theirs(path: Path, windows: list[list[int]]) -> list[Logits]:
+    """llama.cpp's logits of the same windows."""
+    from llama_cpp import Llama
+
+    llama = Llama(str(path), n_ctx=len(windows[0]), n_batch=len(windows[0]), logits_all=True, verbose=False)
+    results = []
+    for window in windows:
+        llama.reset()
+        llama.eval(window)
+        results.append(np.array(llama.scores[: len(window)], np.float32))
+    return results
+
+
+def compare(a: Logits, b: Logits) -> dict[str, float]:
+    """Agreement of `a` with the reference `b`: same likeliest token, and KL(b || a) in nats."""
+    log_a, log_b = (x - np.logaddexp.reduce(x.astype(np.float64), axis=1, keepdims=True) for x in (a, b))
+    divergence = (np.exp(log_b) * (log_b - log_a)).sum(axis=1)
+    return {
+        "top1": float((a.argmax(axis=1) == b.argmax(axis=1)).mean()),
+        "kl_mean": float(divergence.mean()),
+        "kl_99": float(np.quantile(divergence, 0.99)),
+        "kl_max": float(divergence.max()),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-m", "--model", type=Path, default=None, help="a GGUF file (default: the shipped model)")
+    parser.add_argument("--windows", type=int, default=4)
+    parser.add_argument("--length", type=int, default=512, help="tokens of a window")
+    parser.add_argument("-o", "--output", type=Path, help="write the result as JSON")
+    args = parser.parse_args()
+    path = args.model or shipped_model()
+    with open_model(path) as source:
+        models = {mode: load_model(source, LoadSettings(mode=mode)) for mode in (Mode.DENSE, Mode.EXACT)}
+        ids = models[Mode.EXACT].tokenizer.encode(held_out_text(), add_special=False)
+        windows = [ids[i * args.length : (i + 1) * args.length] for i in range(args.windows)]
+        reference = np.concatenate(theirs(path, windows))
+        result = {
+            f"{name}/{mode}": compare(np.concatenate([ours(m, w, decode=decode) for w in windows]), reference)
+            for mode, m in models.items()
+            for name, decode in (("prefill", False), ("decode", True))
+        }
+    print(f"{args.windows * args.length} held-out tokens of {path.name}, thermocline against llama.cpp")
+    for name, row in result.items():
+        print(f"{name:16}" + "  ".join(f"{key} {value:.6f}" for key, value in row.items()))
+    if args.output:
+        args.output.write_text(json.dumps({"model": path.name, "tokens": len(reference), **result}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
