@@ -164,7 +164,7 @@ def test_a_cache_beyond_the_memory_is_refused_with_a_size_that_fits(tiny_model: 
     monkeypatch.setattr(
         "thermocline.runtime.loading.find_memory", lambda: type(small)(1 << 30, 1 << 20, None, 4096, "never")
     )
-    with pytest.raises(BudgetError, match="use --ctx-size (\\d+) or less") as caught:
+    with pytest.raises(BudgetError, match=r"use --ctx-size \d+ or less") as caught:
         LLM.load(tiny_model, ctx_size=16384)
     fits = int(re.search(r"--ctx-size (\d+)", str(caught.value))[1])
     with LLM.load(tiny_model, ctx_size=fits) as loaded:

@@ -41,7 +41,7 @@ def test_mean_and_deviation() -> None:
 def test_impossible_numbers_are_refused(saying, numbers: dict[str, int], words: str) -> None:
     engine, _ = saying("a", n_ctx=64)
     with pytest.raises(UsageError, match=words):
-        list(run_bench(engine, **{"prompt": 8, "generate": 8, "repetitions": 1, **numbers}))
+        run_bench(engine, **{"prompt": 8, "generate": 8, "repetitions": 1, **numbers})
 
 
 @pytest.mark.parametrize(("numbers", "names"), [({"prompt": 0}, ["tg8"]), ({"generate": 0}, ["pp8"])])

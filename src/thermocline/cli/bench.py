@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from rich.table import Table
 
 import thermocline
-from thermocline.cli.flags import JsonFlag, ModelFlag, VerboseFlag, flag, with_settings
+from thermocline.cli.flags import JsonFlag, ModelFlag, VerboseFlag, count, with_settings
 from thermocline.cli.output import notices, status, write_json
 from thermocline.cli.tables import facts, print_tables, size_of
 from thermocline.config import LoadSettings
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 def bench(
     *,
     model: ModelFlag = None,
-    n_prompt: Annotated[int, flag("--n-prompt", "-p", help="Tokens of the prompt; 0 leaves the test out.")] = 512,
-    n_gen: Annotated[int, flag("--n-gen", "-n", help="Tokens to decode; 0 leaves the test out.")] = 128,
-    repetitions: Annotated[int, flag("--repetitions", "-r", help="How often each test is run.")] = 5,
+    n_prompt: Annotated[int, count("--n-prompt", "-p", help="Tokens of the prompt; 0 leaves the test out.")] = 512,
+    n_gen: Annotated[int, count("--n-gen", "-n", help="Tokens to decode; 0 leaves the test out.")] = 128,
+    repetitions: Annotated[int, count("--repetitions", "-r", help="How often each test is run.")] = 5,
     as_json: JsonFlag = False,
     verbose: VerboseFlag = False,
     load: LoadSettings,
@@ -46,9 +46,10 @@ def bench(
         if not load.ctx_size and n_prompt == 512 and n_gen == 128 and room < n_prompt:
             n_prompt, n_gen = room, min(n_gen, room)
             status(f"the model's context is {llm.n_ctx} tokens: measuring pp{n_prompt}", always=verbose)
+        tests = llm.bench(prompt=n_prompt, generate=n_gen, repetitions=repetitions)
         before = _read_rate(load.threads)
         rows = []
-        for row in llm.bench(prompt=n_prompt, generate=n_gen, repetitions=repetitions):
+        for row in tests:
             status(f"{row.test}: {row.mean:.1f} tokens/s", always=verbose)
             rows.append(row)
         peak = max(before, _read_rate(load.threads))

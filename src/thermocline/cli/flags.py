@@ -51,6 +51,20 @@ def flag(*names: str, help: str, hyphen: bool = False) -> Parameter:  # noqa: A0
     return Parameter(name=names, negative=(), help=help, allow_leading_hyphen=hyphen)
 
 
+def count(*names: str, help: str) -> Parameter:  # noqa: A002
+    """The same for a flag that takes a whole number."""
+    return Parameter(name=names, help=help, converter=whole_number)
+
+
+def whole_number(_: Any, tokens: Sequence[Token]) -> int:
+    """Reads an int flag; cyclopts would round 1.5 without a word."""
+    token = tokens[-1]
+    try:
+        return int(token.value)
+    except ValueError:
+        raise UsageError(f"{token.keyword} is {printable(token.value)}; allowed: whole numbers") from None
+
+
 MODEL_HELP = "GGUF file or Hugging Face folder; without it, the small model that comes with thermocline."
 VERBOSE_HELP = "Tell measurements and notices even where standard error is no terminal."
 
@@ -103,6 +117,8 @@ def _flags(kind: type[LoadSettings] | type[SamplingSettings]) -> list[inspect.Pa
     flags = []
     for field in fields(kind):
         hint, default, extra = hints[field.name], _default(field), SPECIAL.get(field.name, {})
+        if hint is int:
+            extra = {"converter": whole_number}
         if field.name == "logit_bias":
             hint, default = tuple[str, ...], ()
         names = NAMES.get(field.name, (f"--{field.name.replace('_', '-')}",))

@@ -48,6 +48,7 @@ def build_app(verb: str = "") -> App:
         version=__version__,
         config=Env("THERMOCLINE_", command=False),
         result_action="return_value",
+        suppress_keyboard_interrupt=False,
         default_parameter=Parameter(show_env_var=False),
     )
     for name, summary in VERBS.items():

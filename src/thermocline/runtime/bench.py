@@ -68,6 +68,10 @@ def run_bench(engine: Engine, *, prompt: int, generate: int, repetitions: int) -
             raise UsageError(f"{name} is {value}; allowed: {low} to {high}{remedy}")
     if not prompt and not generate:
         raise UsageError("both -p and -n are 0; there is nothing to measure")
+    return _rows(engine, prompt, generate, repetitions)
+
+
+def _rows(engine: Engine, prompt: int, generate: int, repetitions: int) -> Iterator[BenchRow]:
     if prompt:
         yield _prefill(engine, prompt, repetitions)
     if generate:
