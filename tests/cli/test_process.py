@@ -30,11 +30,9 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_has_examples(verb: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "thermocline", verb, "--help"], capture_output=True, text=True, check=True
-    )
-    assert "For example:" in done.stdout
-    assert f"thermocline {verb}" in done.stdout
+    call = [sys.executable, "-m", "thermocline", verb, "--help"]
+    done = subprocess.run(call, capture_output=True, text=True, check=True)
+    assert f"thermocline {verb}" in done.stdout.partition("For example:")[2]
 
 
 def test_help_lists_the_verbs_and_the_version_is_told(spawn) -> None:

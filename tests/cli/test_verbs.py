@@ -88,14 +88,18 @@ def test_the_command_line_comes_before_the_environment(command, tiny_model) -> N
     assert outcome.out == completion(tiny_model, "x", 3)
 
 
-def test_modes_and_their_alias(command, tiny_model) -> None:
-    for flags, mode in (
+@pytest.mark.parametrize(
+    ("flags", "mode"),
+    [
         (("--mode", "dense"), "dense"),
         (("--sparsity", "off"), "dense"),
         (("--sparsity", "exact"), "exact"),
-    ):
-        record = json.loads(command("run", "-m", tiny_model, "-p", "x", "-n", 2, "--json", *flags).out)
-        assert record["mode"] == mode
+        (("--mode", "auto"), "exact"),
+    ],
+)
+def test_modes_and_their_alias(command, tiny_model, flags, mode) -> None:
+    record = json.loads(command("run", "-m", tiny_model, "-p", "x", "-n", 2, "--json", *flags).out)
+    assert record["mode"] == mode
 
 
 def test_several_biases_and_stops_are_taken(command, tiny_model) -> None:
@@ -160,7 +164,7 @@ def test_show_says_why_a_model_cannot_be_run(command, tiny_model, tmp_path) -> N
 
 
 def test_show_escapes_what_a_hostile_file_says(command, tiny_model, tmp_path) -> None:
-    hostile = tiny_model.read_bytes().replace(b"assistant\n", b"\x1b]0;boo\x07\x1b")
+    hostile = tiny_model.read_bytes().replace(b"assistant\n", b"\x1b]0;boom\x07\x1b")
     (tmp_path / "odd.gguf").write_bytes(hostile)
     outcome = command("show", "odd.gguf")
     assert "\x1b" not in outcome.out
