@@ -1,39 +1,34 @@
 """Turn a checkpoint into a Hugging Face folder, and that folder into a Q8_0 GGUF file.
 
-    python -m training.export --run build/epilimnion --hf build/epilimnion/hf --gguf epilimnion.q8_0.gguf
+    python -m training.export --run build/epilimnion --gguf src/thermocline/shipped/epilimnion.q8_0.gguf
 
-The GGUF file follows llama.cpp's conventions: its tensor names, its metadata keys, and the rows of q
-and k reordered from Hugging Face's half-split rotary pairing to neighbouring pairs.
+The GGUF file has the layout that other engines expect of an `arcee` model.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
 
-import numpy as np
-import numpy.typing as npt
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
+from thermocline.files.gguf import GgufFile
+from thermocline.files.gguf_writer import NewTensor, write_gguf
+from thermocline.files.open import open_model
+from thermocline.memory.convert import convert
 from training.data import END_OF_TEXT, end_of_text
 from training.evaluate import load
 
-NAME = "epilimnion"
-Floats = npt.NDArray[np.float32]
-
-GGUF_NAMES = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
+PROVENANCE = {
+    "general.type": "model",
+    "general.name": "epilimnion",
+    "general.description": "Writes Python; trained from scratch on Python's standard library",
+    "general.license": "psf-2.0",
 }
 
 
@@ -89,62 +84,27 @@ def export_hf(run: Path, folder: Path) -> None:
     write_json(folder / "tokenizer_config.json", tokenizer_config)
 
 
-def metadata(folder: Path) -> dict[str, Any]:
-    """GGUF's description of the folder's model and tokenizer."""
-    config = json.loads((folder / "config.json").read_text())
-    tokenizer = json.loads((folder / "tokenizer.json").read_text())
-    vocabulary: dict[str, int] = tokenizer["model"]["vocab"]
-    tokens = sorted(vocabulary, key=vocabulary.__getitem__)
-    normal, control = 1, 3
-    return {
-        "general.architecture": "arcee",
-        "general.type": "model",
-        "general.name": NAME,
-        "general.description": "Predicts Python; trained from scratch on Python's standard library",
-        "general.license": "psf-2.0",
-        "general.quantization_version": 2,
-        "general.file_type": 7,  # mostly Q8_0
-        "arcee.vocab_size": config["vocab_size"],
-        "arcee.context_length": config["max_position_embeddings"],
-        "arcee.embedding_length": config["hidden_size"],
-        "arcee.block_count": config["num_hidden_layers"],
-        "arcee.feed_forward_length": config["intermediate_size"],
-        "arcee.attention.head_count": config["num_attention_heads"],
-        "arcee.attention.head_count_kv": config["num_key_value_heads"],
-        "arcee.attention.key_length": config["head_dim"],
-        "arcee.attention.value_length": config["head_dim"],
-        "arcee.attention.layer_norm_rms_epsilon": config["rms_norm_eps"],
-        "arcee.rope.dimension_count": config["head_dim"],
-        "arcee.rope.freq_base": config["rope_theta"],
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "gpt-2",
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": [control if token == END_OF_TEXT else normal for token in tokens],
-        "tokenizer.ggml.merges": [" ".join(pair) for pair in tokenizer["model"]["merges"]],
-        "tokenizer.ggml.bos_token_id": config["bos_token_id"],
-        "tokenizer.ggml.eos_token_id": config["eos_token_id"],
-        "tokenizer.ggml.add_bos_token": True,
-    }
+def export_gguf(folder: Path, path: Path) -> int:
+    """The folder as a Q8_0 GGUF file that says where it comes from; returns its size."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=path.parent) as temporary:
+        plain = Path(temporary) / path.name
+        convert(open_model(folder), plain, "q8_0")
+        with GgufFile.open(plain) as file:
+            tensors = [NewTensor(t.name, t.format, t.shape, partial(getattr, t, "data")) for t in file.tensors.values()]
+            return write_gguf(path, file.typed_metadata() | PROVENANCE, tensors)
 
 
-def pair_neighbours(weight: Floats, heads: int) -> Floats:
-    """Rows (i, i + half) of each head become rows (2i, 2i + 1)."""
-    rows, columns = weight.shape
-    return weight.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--hf", type=Path, help="Hugging Face folder to write (default: hf in the run's)")
+    parser.add_argument("--gguf", type=Path, required=True, help="GGUF file to write")
+    arguments = parser.parse_args()
+    folder = arguments.hf or arguments.run / "hf"
+    export_hf(arguments.run, folder)
+    print(f"{arguments.gguf}: {export_gguf(folder, arguments.gguf):,} bytes")
 
 
-def tensors(folder: Path) -> Iterator[tuple[str, Floats]]:
-    """The folder's tensors under their GGUF names, in llama.cpp's order."""
-    config = json.loads((folder / "config.json").read_text())
-    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
-    found = load_file(folder / "model.safetensors")
-    yield "token_embd.weight", found.pop("model.embed_tokens.weight")
-    for layer in range(config["num_hidden_layers"]):
-        for theirs, ours in GGUF_NAMES.items():
-            weight = found.pop(f"model.layers.{layer}.{theirs}.weight")
-            if ours in heads:
-                weight = pair_neighbours(weight, heads[ours])
-            yield f"blk.{layer}.{ours}.weight", np.ascontiguousarray(weight)
-    yield "output_norm.weight", found.pop("model.norm.weight")
-    if found:
-        raise SystemExit(f"tensors without a GGUF name: {', '.join(found)}")
+if __name__ == "__main__":
+    main()

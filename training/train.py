@@ -26,9 +26,6 @@ from torch import Tensor
 from training.network import Network, Shape
 from training.optimizer import optimisers
 
-THERMOSTAT_GAIN = 0.02
-PENALTY_RANGE = (1e-4, 10.0)
-
 
 @dataclass(frozen=True)
 class Recipe:
@@ -107,10 +104,24 @@ class Clock:
         return step / self.steps if self.steps else self.elapsed() / self.budget
 
 
-def adjust(penalty: Tensor, firing: Tensor, target: float) -> Tensor:
-    """A thermostat for each layer: the penalty rises while too many of its neurons fire."""
-    error = (firing.clamp(min=1e-6) / target).log().clamp(-1, 1)
-    return (penalty * (THERMOSTAT_GAIN * error).exp()).clamp(*PENALTY_RANGE)
+class Thermostat:
+    """A proportional-integral controller for each layer's penalty, on the logarithm of its firing share."""
+
+    integral_gain, proportional_gain = 0.05, 2.0
+    low, high = 0.01, 20.0
+
+    def __init__(self, base: Tensor) -> None:
+        self.base = base
+        self.error = torch.zeros_like(base)
+
+    def penalty(self) -> Tensor:
+        """Weight of each layer's mean activation in the loss."""
+        return self.base * (self.proportional_gain * self.error).exp()
+
+    def observe(self, firing: Tensor, target: float) -> None:
+        """Turn up the layers in which too many neurons fire, turn down the others."""
+        self.error = (firing.clamp(min=1e-6) / target).log().clamp(-1, 1)
+        self.base = (self.base * (self.integral_gain * self.error).exp()).clamp(self.low, self.high)
 
 
 def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -147,7 +158,7 @@ class Trainer:
         self.base_rates = [[group["lr"] for group in o.param_groups] for o in self.optimisers]
         self.windows = Windows(self.run / "train.npy", shape.context, recipe.seed)
         self.losses = torch.compile(self.network.losses, dynamic=False)
-        self.penalty = torch.full((shape.layers,), recipe.penalty, device=self.device)
+        self.thermostat = Thermostat(torch.full((shape.layers,), recipe.penalty, device=self.device))
         self.step, self.position, self.elapsed = 0, 0, 0.0
         self.checkpoint = self.run / "checkpoint.pt"
         self.log = self.run / "log.jsonl"
@@ -157,7 +168,7 @@ class Trainer:
         self.network.load_state_dict(state["network"])
         for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(saved)
-        self.penalty = state["penalty"]
+        self.thermostat.base = state["penalty"]
         self.step, self.position, self.elapsed = state["step"], state["position"], state["elapsed"]
         lines = [line for line in self.log.read_text().splitlines() if json.loads(line)["step"] <= self.step]
         self.log.write_text("".join(line + "\n" for line in lines))
@@ -166,7 +177,7 @@ class Trainer:
         state = {
             "network": self.network.state_dict(),
             "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
-            "penalty": self.penalty,
+            "penalty": self.thermostat.base,
             "step": self.step,
             "position": self.position,
             "elapsed": self.elapsed,
@@ -177,22 +188,27 @@ class Trainer:
         write_checkpoint(self.checkpoint, state)
 
     def describe(self, clock: Clock) -> None:
-        """What was asked for, beside the log of what happened."""
-        facts = {
-            "shape": self.network.shape.as_dict(),
+        """What was asked for at each start, beside the log of what happened."""
+        path = self.run / "run.json"
+        starts = json.loads(path.read_text())["starts"] if self.step else []
+        start = {
+            "step": self.step,
             "recipe": asdict(self.recipe),
-            "parameters": sum(p.numel() for p in self.network.parameters()),
             "budget": {"steps": clock.steps} if clock.steps else {"seconds": round(clock.budget, 1)},
-            "resumed_at_step": self.step,
             "device": self.device,
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
         }
-        (self.run / "run.json").write_text(json.dumps(facts, indent=2) + "\n")
+        facts = {
+            "shape": self.network.shape.as_dict(),
+            "parameters": sum(p.numel() for p in self.network.parameters()),
+            "starts": [*starts, start],
+        }
+        path.write_text(json.dumps(facts, indent=2) + "\n")
 
     def one_step(self, progress: float) -> dict[str, Any]:
         recipe = self.recipe
-        rate = recipe.rate(self.step, progress)
+        rate, target, penalty = recipe.rate(self.step, progress), recipe.target(progress), self.thermostat.penalty()
         length = recipe.short if progress < 1 - recipe.decay else self.network.shape.context
         sums: list[Tensor] = []
         for _ in range(recipe.micro_batches):
@@ -201,25 +217,25 @@ class Trainer:
             tokens, targets = rows[:, :-1].reshape(-1, length), rows[:, 1:].reshape(-1, length)
             with torch.autocast(self.device, dtype=torch.bfloat16):
                 loss, activity, firing = self.losses(tokens, targets)
-            total = (loss + (self.penalty * activity).mean()) / recipe.micro_batches
+            total = (loss + (penalty * activity).mean()) / recipe.micro_batches
             torch.autograd.backward(total)
             sums.append(torch.cat((loss.detach()[None], activity.detach(), firing)) / recipe.micro_batches)
-        loss, activity, firing = torch.split(torch.stack(sums).sum(0), [1, *2 * [len(self.penalty)]])
+        loss, activity, firing = torch.split(torch.stack(sums).sum(0), [1, *2 * [len(penalty)]])
         for optimiser, bases in zip(self.optimisers, self.base_rates, strict=True):
             for group, base in zip(optimiser.param_groups, bases, strict=True):
                 group["lr"] = base * rate
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
-        self.penalty = adjust(self.penalty, firing, recipe.target(progress))
+        self.thermostat.observe(firing, target)
         self.step += 1
         return {
             "loss": loss.item(),
             "rate": rate,
             "length": length,
-            "target": recipe.target(progress),
+            "target": target,
             "firing": firing.tolist(),
             "activity": activity.tolist(),
-            "penalty": self.penalty.tolist(),
+            "penalty": penalty.tolist(),
         }
 
     def train(self, clock: Clock) -> None:
