@@ -15,6 +15,7 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 EXCHANGES = 200
+FULL_EXCHANGES = 40
 CORNER = 1e-3
 """Weight of the saving itself among moves that are worth the same at the prices."""
 WORTH = 1e-12
@@ -53,15 +54,38 @@ def improve(choices: Choices, relaxed: Relaxed, path: Path) -> Path:
 
 def exchange(choices: Choices, pools: list[tuple[Ints, Ints]], path: Path) -> Path:
     """A path no slower than `path`, by pairs of moves to the parts' pools (homes, options): one gives, one takes."""
-    owner = np.concatenate([np.full(len(home), i) for i, (home, _) in enumerate(pools)])
-    home, option = (np.concatenate([pool[i] for pool in pools]) for i in (0, 1))
-    pool = (owner, home, option)
+    pool = _joined(pools)
     for _ in range(EXCHANGES):
         better = _exchange(choices, pool, path)
         if better is None:
             break
         path = _climb(choices, better, (0.0, 0.0))
     return path
+
+
+def exchange_all(choices: Choices, pools: list[tuple[Ints, Ints]], path: Path) -> Path:
+    """The same by looking at every pair: for two budgets that both bind, and pools that are small."""
+    pool = _joined(pools)
+    for _ in range(FULL_EXCHANGES):
+        moves = _moves(choices, pool, path)
+        vram, ram = choices.limits[0] - path.vram, choices.limits[1] - path.ram
+        total = moves.cost[:, None] + moves.cost[None, :]
+        fits = (moves.vram[:, None] + moves.vram[None, :] <= vram) & (moves.ram[:, None] + moves.ram[None, :] <= ram)
+        total[~fits | (moves.owner[:, None] == moves.owner[None, :])] = np.inf
+        one, two = np.unravel_index(int(total.argmin()), total.shape)
+        if total[one, two] >= -WORTH * path.cost:
+            break
+        better = _moved(choices, moves, path, [int(one), int(two)])
+        if better.cost >= path.cost:  # neighbours: their crossings were counted apart
+            break
+        path = _climb(choices, better, (0.0, 0.0))
+    return path
+
+
+def _joined(pools: list[tuple[Ints, Ints]]) -> tuple[Ints, Ints, Ints]:
+    """Owner, home and option of every option of every part."""
+    owner = np.concatenate([np.full(len(home), i) for i, (home, _) in enumerate(pools)])
+    return owner, np.concatenate([home for home, _ in pools]), np.concatenate([option for _, option in pools])
 
 
 def _climb(choices: Choices, path: Path, prices: tuple[float, float]) -> Path:

@@ -78,14 +78,16 @@ def solve_milp(choices: Choices, parts: list[Open], *, seconds: float, gap: floa
     matrix = csr_array(
         (np.concatenate(value), (np.concatenate(row), np.concatenate(column))), shape=(count, options + flows)
     )
+    # HiGHS stops at absolute tolerances too: times are given to it in thousandths of the sum of the cheapest options.
+    unit = max(sum(float(p.cost.min()) for p in parts), 1e-12) / 1000
     result = milp(
-        cost,
+        cost / unit,
         constraints=LinearConstraint(matrix, lower, upper),
         bounds=Bounds(0, 1),
         integrality=np.append(np.ones(options), np.zeros(flows)),
         options={"time_limit": seconds, "mip_rel_gap": gap},
     )
-    bound = None if result.mip_dual_bound is None else float(result.mip_dual_bound)
+    bound = None if result.mip_dual_bound is None else float(result.mip_dual_bound) * unit
     if result.x is None:
         return None, bound
     picks = [int(result.x[first[i] : first[i + 1]].argmax()) for i in range(n)]

@@ -23,8 +23,8 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Payload = TypeVar("Payload")
 
-STEEP = 1.0
-"""Seconds per byte: at this price nothing is bought that can be avoided."""
+STEEP_RAM, STEEP_VRAM = 1e-3, 1.0
+"""Seconds per byte: at this price nothing is bought that can be avoided; VRAM's must outweigh RAM's."""
 ROUNDS = 200
 
 
@@ -77,15 +77,15 @@ def relax(choices: Choices) -> Relaxed | None:
     return _Relaxation(choices).solve()
 
 
-def best_price(evaluate: Callable[[float], Point[Payload]], limit: float) -> Deal[Payload] | None:
+def best_price(evaluate: Callable[[float], Point[Payload]], limit: float, steep: float) -> Deal[Payload] | None:
     """The price at which what is bought just fits `limit`; None if nothing does.
 
-    `evaluate(price)` minimises cost + price * use.
+    `evaluate(price)` minimises cost + price * use; `steep` is a price that avoids all use that can be avoided.
     """
     above = evaluate(0.0)
     if above.use <= limit:
         return Deal(0.0, above.cost, above, None)
-    below = evaluate(STEEP)
+    below = evaluate(steep)
     if below.use > limit:
         return None
     price = value = 0.0
@@ -154,7 +154,7 @@ class _Relaxation:
         self.price_vram = 0.0
 
     def solve(self) -> Relaxed | None:
-        deal = best_price(self._at_ram_price, self.choices.limits[1])
+        deal = best_price(self._at_ram_price, self.choices.limits[1], STEEP_RAM)
         if deal is None:
             return None
         self._at_ram_price(deal.price)  # so that the prices belong together
@@ -165,7 +165,7 @@ class _Relaxation:
         priced = self.choices.cost + price * self.choices.ram if price else self.choices.cost
         grouped = np.minimum.reduceat(priced, self.choices.starts, axis=2)
         limit = self.choices.limits[0]
-        deal = best_price(lambda p: self._at_prices(priced, grouped, p, price), limit)
+        deal = best_price(lambda p: self._at_prices(priced, grouped, p, price), limit, STEEP_VRAM)
         if deal is None:  # cannot be: RAM is a home for everything
             return Point(np.inf, np.inf, None)
         self.price_vram = deal.price

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from thermocline.placement.choices import Choices
-from thermocline.placement.exchange import exchange, improve
+from thermocline.placement.exchange import exchange, exchange_all, improve
 from thermocline.placement.prices import Path, Relaxed, path_of, slack
 
 Floats = npt.NDArray[np.float64]
@@ -18,6 +18,10 @@ OPTIONS = 96
 """Most options of a part that are looked at, nearest to the bound first, beside those that some price bought."""
 POOL = 192
 """The same for exchanges of two parts."""
+PAIRED = 1500
+"""Options of all parts of which every pair is looked at."""
+ENOUGH = 2e-3
+"""A relative gap at which that is not needed."""
 WORK = 1_500_000
 """Partial placements looked at in one search, over all parts."""
 FEWEST_LABELS = 32
@@ -61,6 +65,9 @@ def search(choices: Choices, relaxed: Relaxed) -> tuple[Path | None, bool]:
         best = improve(choices, relaxed, best)
         pool, _ = open_options(choices, slacks, relaxed, best, POOL)
         best = exchange(choices, [(p.home, p.option) for p in pool], best)
+        if best.cost - relaxed.bound > ENOUGH * best.cost:
+            pool, _ = open_options(choices, slacks, relaxed, best, PAIRED // len(pool))
+            best = exchange_all(choices, [(p.home, p.option) for p in pool], best)
         if best.cost - relaxed.bound <= CLOSE * best.cost:
             return best, False
     parts, whole = open_options(choices, slacks, relaxed, best)
