@@ -12,6 +12,10 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
+CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | dict.fromkeys(
+    range(127, 160), 0xFFFD
+)
+"""Control characters to pictures of them: a terminal would obey what a model writes."""
 
 
 class Written(NamedTuple):
@@ -40,7 +44,7 @@ def notices(llm: LLM, *, always: bool = False) -> None:
 def echo(prompt: str) -> None:
     """Show a prompt before its continuation, to a person only: standard output gets nothing but the new text."""
     if sys.stderr is not None and sys.stderr.isatty() and sys.stdout.isatty():
-        sys.stderr.write(f"{DIM}{prompt}{PLAIN}")
+        sys.stderr.write(f"{DIM}{prompt.translate(CONTROLS)}{PLAIN}")
         sys.stderr.flush()
 
 
@@ -71,6 +75,8 @@ def _plain(value: Any) -> Any:
 
 
 def _write(text: str) -> None:
+    if sys.stdout.isatty():
+        text = text.translate(CONTROLS)
     # The terminal may know fewer characters than the model.
     encoding = sys.stdout.encoding or "utf-8"
     sys.stdout.write(text.encode(encoding, "replace").decode(encoding))

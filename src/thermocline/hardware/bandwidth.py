@@ -15,12 +15,15 @@ import numpy as np
 
 from thermocline import _native
 from thermocline.errors import OutputError
+from thermocline.hardware.memory import find_memory
 
 BUFFER = 256 << 20
 """Bytes read in a pass: far more than the caches of ordinary machines, and a small share of their memory."""
 LARGE_CACHES = 4
 """The buffer is at least this many times the last level cache, as far as MOST allows."""
 MOST = 1 << 30
+MEMORY_SHARE = 1 / 8
+"""And no more than this of the free memory."""
 SECONDS = 0.25
 """How long each measurement reads; bandwidth of shared machines changes from one second to the next."""
 
@@ -40,7 +43,8 @@ def measure_bandwidth(threads: int, cache: int = 0, seconds: float = SECONDS) ->
 
     `cache` is the size of the last level cache in bytes.
     """
-    buffer = np.ones(min(max(BUFFER, LARGE_CACHES * cache), MOST), np.uint8)
+    room = int(find_memory().available * MEMORY_SHARE)
+    buffer = np.ones(max(1 << 20, min(max(BUFFER, LARGE_CACHES * cache), MOST, room)), np.uint8)
     single = _best(buffer, 1, seconds)
     return Bandwidth(single, single if threads == 1 else _best(buffer, threads, seconds), threads, time.time())
 

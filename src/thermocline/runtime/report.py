@@ -62,7 +62,8 @@ class RunReport:
         parts = [f"prompt {self.prompt_tokens} tokens at {self.prompt_rate:.1f} tok/s"]
         if self.cached_tokens:
             parts[0] += f" ({self.cached_tokens} from cache)"
-        parts.append(f"first token after {self.first_token_seconds * 1e3:.0f} ms")
+        wait = self.first_token_seconds * 1e3
+        parts.append(f"first token after {wait:.{0 if wait >= 10 else 1}f} ms")
         if self.decode_tokens:
             parts.append(f"{self.generated_tokens} tokens at {self.decode_rate:.1f} tok/s")
             parts.append(f"{self.active_share:.1%} of FFN neurons active")

@@ -1,0 +1,44 @@
+"""What reaches a terminal."""
+
+from __future__ import annotations
+
+import io
+import sys
+
+import pytest
+
+from thermocline.cli import output
+
+
+class Terminal(io.StringIO):
+    encoding = "ascii"
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_gets_pictures_of_control_characters(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    terminal_utf8 = type("Utf8", (Terminal,), {"encoding": "utf-8"})()
+    for screen, wanted in ((terminal_utf8, "a\u241b[2Jb\ufffd\n\tc→"), (terminal, "a?[2Jb?\n\tc?")):
+        monkeypatch.setattr(sys, "stdout", screen)
+        output._write("a\x1b[2Jb\x9b\n\tc→")
+        assert screen.getvalue() == wanted
+
+
+def test_a_pipe_gets_the_text_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdout", pipe)
+    output._write("a\x1b[2Jb→")
+    assert pipe.buffer.getvalue() == "a\x1b[2Jb→".encode()
+
+
+def test_status_is_for_people(monkeypatch: pytest.MonkeyPatch) -> None:
+    for screen, always, wanted in (
+        (io.StringIO(), False, ""),
+        (io.StringIO(), True, "hello\n"),
+        (Terminal(), False, f"{output.DIM}hello{output.PLAIN}\n"),
+    ):
+        monkeypatch.setattr(sys, "stderr", screen)
+        output.status("hello", always=always)
+        assert screen.getvalue() == wanted
