@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -87,12 +88,13 @@ version 2. The weights are published under the same licence.
 ## Recipe
 
 Muon for the hidden matrices (rate {muon_lr}), AdamW for embedding and gains (rate {adam_lr}), weight decay
-{weight_decay}; {step_tokens:,} tokens a step; warm-up of {warmup} steps, constant rate, then linear to zero
+{weight_decay}; {step_tokens} tokens a step; warm-up of {warmup} steps, constant rate, then linear to zero
 over the last {decay:.0%} of the budget. Sequences of {short} tokens until the decay begins, {context} from
 there on. Every layer's mean activation is penalised; a thermostat sets each layer's penalty so that the share
 of firing neurons falls to {density:.1%} over the first {settled:.0%} of the budget and stays there.
 
-{steps} steps, {seen:.1f} M tokens ({epochs:.1f} passes over the data), {minutes:.0f} minutes on {hardware}.
+{steps} steps, {seen:.1f} M tokens ({epochs:.1f} passes over the data), {minutes:.0f} minutes on {hardware},
+which had other work to do at the same time.{restarts}
 
 ```
 {commands}
@@ -112,6 +114,7 @@ Temperature {temperature}; the prompt is in the first line or lines.
   and what it writes seldom runs. It is a test object, not an assistant.
 * It has seen {train_tokens:.1f} M distinct tokens of one project; anything else is far from what it knows.
 * It may repeat passages of the standard library word for word.
+* A prompt should not end in a line break or a space: the tokenizer joins them to what follows.
 * Its context ends at {context} tokens.
 """
 
@@ -186,10 +189,29 @@ def completions(evaluation: Json, temperature: float) -> str:
     return "\n\n".join(f"```python\n{entry['prompt']}{entry['text'].rstrip()}\n```" for entry in shown)
 
 
-def write_card(run: Path, out: Path, hardware: str) -> None:
+def step_tokens(start: Json, shape: Json) -> int:
+    recipe = start["recipe"]
+    return int(recipe["micro_windows"] * recipe["micro_batches"] * shape["context"])
+
+
+def restarts(starts: list[Json]) -> str:
+    """A sentence for each time the run was taken up again, with the settings that were changed."""
+    sentences = []
+    for before, after in pairwise(starts):
+        changed = [
+            f"{key} {before['recipe'][key]} -> {value}"
+            for key, value in after["recipe"].items()
+            if before["recipe"].get(key) != value
+        ]
+        sentences.append(f" Resumed at step {after['step']}" + (f" with {', '.join(changed)}." if changed else "."))
+    return "".join(sentences)
+
+
+def write_card(run: Path, out: Path, hardware: str, note: str) -> None:
     data, facts, evaluation = (read_json(run / f"{name}.json") for name in ("data", "run", "evaluation"))
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    recipe, shape, sparsity, last = facts["recipe"], facts["shape"], evaluation["sparsity"], log[-1]
+    starts, shape, sparsity, last = facts["starts"], facts["shape"], evaluation["sparsity"], log[-1]
+    recipe = starts[0]["recipe"]
     train, held, temperature = data["train"], data["held_out"], 0.7
     minutes = last["seconds"] / 60
     draw_loss(log, out / "loss.png")
@@ -214,7 +236,8 @@ def write_card(run: Path, out: Path, hardware: str) -> None:
         held_files=held["files"],
         held_mb=held["bytes"] / 1e6,
         held_digest=held["digest"],
-        step_tokens=recipe["micro_windows"] * recipe["micro_batches"] * shape["context"],
+        step_tokens=" to ".join(f"{size:,}" for size in sorted({step_tokens(start, shape) for start in starts})),
+        restarts=restarts(starts) + (f" {note}" if note else ""),
         steps=last["step"],
         seen=last["tokens"] / 1e6,
         epochs=last["tokens"] / train["tokens"],
@@ -232,8 +255,9 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True, help="folder of epilimnion.q8_0.gguf")
     parser.add_argument("--hardware", default="a 2-core Intel Xeon with AMX")
+    parser.add_argument("--note", default="", help="what else a reader must know about the run")
     arguments = parser.parse_args()
-    write_card(arguments.run, arguments.out, arguments.hardware)
+    write_card(arguments.run, arguments.out, arguments.hardware, arguments.note)
 
 
 if __name__ == "__main__":

@@ -23,10 +23,12 @@ from thermocline.files.quantize import dequantize, quantize
 from training.data import collect, end_of_text, is_held_out, list_digest, standard_library
 from training.network import Network, Shape
 
+# None ends in white space: the pre-tokenizer joins a line break to the indentation that follows it, so a
+# prompt that stops between the two is unlike anything seen in training.
 PROMPTS = (
-    "def read_lines(path):\n",
-    "def is_prime(n):\n",
-    "class TestQueue(unittest.TestCase):\n",
+    "def read_lines(path):",
+    "def is_prime(n):",
+    "class TestQueue(unittest.TestCase):",
     'def parse_header(line):\n    """',
     "import os\nimport sys\n\ndef main(",
     "    def __repr__(self):\n        return",
