@@ -141,7 +141,7 @@ def draw_loss(log: list[Json], path: Path) -> None:
     losses = np.array([entry["loss"] for entry in log])
     width = max(1, len(log) // 100)
     figure, axes = plt.subplots(figsize=(7, 3.6), dpi=120, layout="constrained")
-    axes.plot(tokens[width - 1 :], smooth(losses, width), color=BLUE, label=f"training, {width} steps")
+    axes.plot(tokens[width - 1 :], smooth(losses, width), color=BLUE, label=f"training, mean of {width} steps")
     held = [(e["tokens"] / 1e6, e["held_out_loss"]) for e in log if "held_out_loss" in e]
     axes.plot(*zip(*held, strict=True), color=ORANGE, marker=".", label="held out (16 windows)")
     decay = next((e["tokens"] / 1e6 for e in log[len(log) // 4 :] if e["rate"] < 1), None)
@@ -164,7 +164,7 @@ def draw_sparsity(log: list[Json], sparsity: Json, path: Path) -> None:
     for percentile, values in sparsity["temperature_percentiles_by_layer"].items():
         right.plot(layers, np.maximum(np.array(values) * 100, 1e-3), marker=".", label=f"{percentile} %")
     right.set(xlabel="layer", ylabel="tokens at which it fires, %", yscale="log", title="temperature")
-    right.legend(title="percentile", fontsize=8, title_fontsize=8)
+    right.legend(title="percentile", fontsize=8, title_fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     for axes in (left, right):
         axes.set_xticks(layers)
         axes.grid(alpha=0.3, axis="y")
