@@ -148,6 +148,7 @@ def _neuron(gate: npt.NDArray[np.float64], up: npt.NDArray[np.float64], kind: Ff
 
 def _activate(x: npt.NDArray[np.float64], kind: FfnKind) -> npt.NDArray[np.float64]:
     if kind.activation is Activation.SILU:
-        return x / (1 + np.exp(-x))
-    kept = np.where(x > kind.threshold, x, 0.0)
-    return kept**2 if kind.activation is Activation.RELU2 else kept
+        smooth: npt.NDArray[np.float64] = x / (1 + np.exp(-x))
+        return smooth
+    kept: npt.NDArray[np.float64] = np.where(x > kind.threshold, x, 0.0)
+    return kept * kept if kind.activation is Activation.RELU2 else kept
