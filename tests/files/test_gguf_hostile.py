@@ -52,7 +52,12 @@ CASES: dict[str, tuple[Case, str]] = {
     "ggmf-magic": (lambda m: b"fmgg" + bytes(60), "GGMF file of before 2023-08"),
     "ggjt-magic": (lambda m: b"tjgg\3\0\0\0" + bytes(60), "GGJT file of before 2023-08"),
     "ggla-magic": (lambda m: b"algg" + bytes(60), "GGLA adapter"),
-    "powerinfer-magic": (lambda m: m.Gguf(magic=b"PWRI").bytes(), "PowerInfer file"),
+    "powerinfer-without-records": (lambda m: m.Gguf(magic=b"PWRI").bytes(), "blk.0.ffn_down_t.weight is missing"),
+    "powerinfer-index": (
+        lambda m: m.Gguf([m.kv("general.architecture", m.STRING, "generic.gpu_index")], magic=b"PWRI").bytes(),
+        "is PowerInfer's GPU index, not a model",
+    ),
+    "powerinfer-empty-matrix": (lambda m: m.Gguf(magic=b"PWRI", rows=[m.Row("a", [0, 4])]).bytes(), "no axis of 0"),
     "zip": (lambda m: b"PK\3\4" + bytes(60), "zip or PyTorch archive, which is never opened"),
     "pickle": (lambda m: b"\x80\x02ccollections\nOrderedDict\n", "pickle, which is never opened"),
     "gzip": (lambda m: b"\x1f\x8b\x08" + bytes(60), "gzip archive"),

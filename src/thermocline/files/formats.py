@@ -34,6 +34,8 @@ F16 = BlockFormat("F16", 1, 1, 2)
 Q4_0 = BlockFormat("Q4_0", 2, 32, 18)
 Q8_0 = BlockFormat("Q8_0", 8, 32, 34)
 BF16 = BlockFormat("BF16", 30, 1, 2)
+Q5_0 = BlockFormat("Q5_0", 6, 32, 22)
+"""Only read, in PowerInfer's predictors, where `quantize.widened` makes it Q8_0 without loss."""
 
 FORMATS: dict[int, BlockFormat] = {f.ggml_type: f for f in (F32, F16, Q4_0, Q8_0, BF16)}
 """The formats that can be computed with."""
@@ -42,7 +44,7 @@ BY_NAME: dict[str, BlockFormat] = {f.name: f for f in FORMATS.values()}
 
 _ONLY_LISTED = (
     BlockFormat("Q4_1", 3, 32, 20),
-    BlockFormat("Q5_0", 6, 32, 22),
+    Q5_0,
     BlockFormat("Q5_1", 7, 32, 24),
     BlockFormat("Q8_1", 9, 32, 40),
     BlockFormat("Q2_K", 10, 256, 84),

@@ -11,17 +11,22 @@ from typing import Any, Final
 from thermocline.errors import ModelFormatError
 from thermocline.files.gguf_header import Header, read_header
 from thermocline.files.gguf_split import part_paths, require_one_model
-from thermocline.files.gguf_types import DTYPES
+from thermocline.files.gguf_types import DTYPES, POWERINFER_MAGIC
 from thermocline.files.mapped import MappedFile, map_file
 from thermocline.files.metadata import Metadata
 from thermocline.files.source import fingerprint
 from thermocline.files.tensors import Tensor, Weights
 
+GPU_INDEX: Final = "generic.gpu_index"
+"""What PowerInfer's placement files call their architecture."""
 _SMALLEST: Final = 4
 
 
 class GgufFile:
     """A GGUF v3 model: metadata, and its tensors as views on the mapped file.
+
+    `powerinfer` says whether it is one of PowerInfer's sparse models (magic `PWRI`): its down projections are
+    neuron records, its activation is ReLU, and it may hold predictors (see `files.powerinfer`).
 
     Names and values come from the file and are not to be trusted further than they were checked: names are
     never paths, and `Metadata`'s getters hold values to bounds.
@@ -36,6 +41,9 @@ class GgufFile:
         self.metadata = Metadata(path, headers[0].values)
         self.tensors: Mapping[str, Tensor] = {name: t for h in headers for name, t in h.tensors.items()}
         self.weights = Weights(self.tensors)
+        self.powerinfer = headers[0].magic == POWERINFER_MAGIC
+        if self.powerinfer:
+            _require_records(self)
         self.warnings: tuple[str, ...] = tuple(_trailing_bytes(files, headers, strict=strict))
 
     @classmethod
@@ -45,7 +53,8 @@ class GgufFile:
         `strict` refuses bytes after the last tensor, which are otherwise a warning.
 
         Raises:
-            ModelFormatError: a file is missing, not GGUF, truncated or breaks a rule of the format.
+            ModelFormatError: a file is missing, not GGUF, truncated, breaks a rule of the format, or is
+                PowerInfer's without being a sparse model.
         """
         path = Path(path)
         files = [map_file(path, minimum=_SMALLEST)]
@@ -87,6 +96,18 @@ class GgufFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _require_records(file: GgufFile) -> None:
+    """Refuse PowerInfer's other files, and models that only claim to be sparse."""
+    if file.metadata.text("general.architecture", "") == GPU_INDEX:
+        raise ModelFormatError(
+            file.path, "general.architecture", "is PowerInfer's GPU index, not a model: name the model it belongs to"
+        )
+    if "blk.0.ffn_down_t.weight" not in file.tensors:
+        raise ModelFormatError(
+            file.path, "tensors", "blk.0.ffn_down_t.weight is missing, which every sparse model of PowerInfer has"
+        )
 
 
 def _trailing_bytes(files: tuple[MappedFile, ...], headers: tuple[Header, ...], *, strict: bool) -> list[str]:

@@ -19,6 +19,7 @@ from thermocline.files.gguf_types import (
     MAX_DIMENSIONS,
     MAX_KEY,
     MAX_NAME,
+    POWERINFER_MAGIC,
     VERSION,
     ValueType,
     padded,
@@ -87,7 +88,7 @@ def read_header(file: MappedFile) -> Header:
         kind, element, values[key] = cursor.value(key)
         types[key] = (kind, element)
     alignment = _alignment(file, values, types)
-    entries = _entries(cursor, n_tensors)
+    entries = _entries(cursor, n_tensors, empty=magic == POWERINFER_MAGIC)
     start = padded(cursor.position, alignment)
     end = _check_layout(file, entries, start, alignment)
     tensors = {
@@ -139,11 +140,12 @@ def _alignment(
     return value
 
 
-def _entries(cursor: Cursor, count: int) -> list[_Entry]:
+def _entries(cursor: Cursor, count: int, *, empty: bool) -> list[_Entry]:
+    """The tensor table; `empty` allows vectors without elements."""
     entries = []
     names = set()
     for _ in range(count):
-        entry = _entry(cursor)
+        entry = _entry(cursor, empty=empty)
         if entry.name in names:
             raise cursor.wrong(_label(entry.name), "is given twice", offset=entry.at)
         names.add(entry.name)
@@ -151,7 +153,7 @@ def _entries(cursor: Cursor, count: int) -> list[_Entry]:
     return entries
 
 
-def _entry(cursor: Cursor) -> _Entry:
+def _entry(cursor: Cursor, *, empty: bool) -> _Entry:
     at = cursor.position
     name = cursor.text("tensor name", MAX_NAME)
     label = _label(name)
@@ -161,7 +163,7 @@ def _entry(cursor: Cursor) -> _Entry:
     if not 1 <= n_dims <= MAX_DIMENSIONS:
         raise cursor.wrong(label, f"found {n_dims} dimensions; allowed: 1 to {MAX_DIMENSIONS}", offset=at)
     shape = tuple(cursor.u64(f"shape of {label}") for _ in range(n_dims))[::-1]
-    if 0 in shape or prod(shape) >= 1 << 63:
+    if (0 in shape and not (empty and n_dims == 1)) or prod(shape) >= 1 << 63:
         listed = list(shape)
         raise cursor.wrong(label, f"found shape {listed}; allowed: 1 to 2^63-1 elements, no axis of 0", offset=at)
     number = cursor.u32(f"type of {label}")

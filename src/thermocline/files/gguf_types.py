@@ -9,7 +9,9 @@ from typing import Any, Final
 import numpy as np
 
 MAGIC: Final = b"GGUF"
-MAGICS: Final = (MAGIC,)
+POWERINFER_MAGIC: Final = b"PWRI"
+"""PowerInfer's sparse models and GPU indices; their vectors may be empty."""
+MAGICS: Final = (MAGIC, POWERINFER_MAGIC)
 """First bytes of the files that share this layout and can be read."""
 VERSION: Final = 3
 DEFAULT_ALIGNMENT: Final = 32

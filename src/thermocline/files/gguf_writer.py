@@ -25,6 +25,7 @@ from thermocline.files.gguf_types import (
     MAX_KEY,
     MAX_NAME,
     PACKERS,
+    POWERINFER_MAGIC,
     VERSION,
     ValueType,
     padded,
@@ -63,8 +64,11 @@ def write_gguf(
     tensors: Iterable[NewTensor | Weight],
     *,
     alignment: int = DEFAULT_ALIGNMENT,
+    powerinfer: bool = False,
 ) -> int:
     """Write a GGUF file and return its size in bytes.
+
+    `powerinfer` gives it the magic of PowerInfer's sparse models, in which vectors may be empty.
 
     Metadata values are str, bool, numpy scalars (which give the stored type), Python ints (UINT32, or INT32,
     UINT64, INT64 where they need it), Python floats (FLOAT32), and as arrays: 1-D numpy arrays, StringArray, or
@@ -77,13 +81,13 @@ def write_gguf(
             value or a tensor's bytes are not what the format takes.
     """
     path = Path(path)
-    planned = [_planned(tensor) for tensor in tensors]
+    planned = [_planned(tensor, empty=powerinfer) for tensor in tensors]
     if alignment & (alignment - 1) or not 8 <= alignment <= 1 << 20:
         raise OutputError(f"alignment is {alignment}; allowed: powers of two in 8 to 1048576")
     values = {key: value for key, value in metadata.items() if key != _ALIGNMENT_KEY}
     if alignment != DEFAULT_ALIGNMENT or _ALIGNMENT_KEY in metadata:
         values[_ALIGNMENT_KEY] = np.uint32(alignment)
-    header = _header(values, planned, alignment)
+    header = _header(POWERINFER_MAGIC if powerinfer else MAGIC, values, planned, alignment)
     size = padded(len(header), alignment) + sum(padded(t.nbytes, alignment) for t in planned)
     with atomic_write(path, size=size) as file:
         _write_padded(file, header, alignment)
@@ -92,7 +96,7 @@ def write_gguf(
     return size
 
 
-def _planned(tensor: NewTensor | Weight) -> NewTensor:
+def _planned(tensor: NewTensor | Weight, *, empty: bool) -> NewTensor:
     if isinstance(tensor, Weight):
         weight = tensor
         tensor = NewTensor(weight.name, weight.format, weight.shape, lambda: weight.data)
@@ -104,7 +108,8 @@ def _planned(tensor: NewTensor | Weight) -> NewTensor:
         raise OutputError(f"{label}: names take 1 to {MAX_NAME} bytes, all printable")
     if GGML_TYPES.get(tensor.format.ggml_type) is not tensor.format:
         raise OutputError(f"{label}: GGUF cannot store {tensor.format.name}")
-    if not 1 <= len(shape) <= MAX_DIMENSIONS or min(shape) < 1 or shape[-1] % tensor.format.block:
+    smallest = 0 if empty and len(shape) == 1 else 1
+    if not 1 <= len(shape) <= MAX_DIMENSIONS or min(shape) < smallest or shape[-1] % tensor.format.block:
         raise OutputError(
             f"{label}: shape {list(shape)}; allowed: 1 to {MAX_DIMENSIONS} axes, none empty, "
             f"the last a multiple of {tensor.format.block}"
@@ -127,12 +132,12 @@ def _write_padded(file: AtomicFile, content: bytes | Bytes, alignment: int) -> N
     file.write(bytes(padded(len(content), alignment) - len(content)))
 
 
-def _header(metadata: Mapping[str, Any], tensors: Sequence[NewTensor], alignment: int) -> bytes:
+def _header(magic: bytes, metadata: Mapping[str, Any], tensors: Sequence[NewTensor], alignment: int) -> bytes:
     names = [tensor.name for tensor in tensors]
     if len(set(names)) < len(names):
         repeated = next(name for i, name in enumerate(names) if name in names[:i])
         raise OutputError(f'tensor "{repeated}" is given twice')
-    chunks = [MAGIC, _U32.pack(VERSION), _U64.pack(len(tensors)), _U64.pack(len(metadata))]
+    chunks = [magic, _U32.pack(VERSION), _U64.pack(len(tensors)), _U64.pack(len(metadata))]
     for key, value in metadata.items():
         name = _string(key)
         if not 1 <= len(name) - _U64.size <= MAX_KEY:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from thermocline.errors import NumericalError, UnsupportedModelError
-from thermocline.files.formats import BF16, F16, F32, Q4_0, Q8_0, BlockFormat
+from thermocline.files.formats import BF16, F16, F32, Q4_0, Q5_0, Q8_0, BlockFormat
 from thermocline.files.weight import Bytes, Weight
 
 Floats = npt.NDArray[np.float32]
@@ -52,6 +52,8 @@ def dequantize(data: Bytes, fmt: BlockFormat, columns: int) -> Floats:
         return data.view(np.float32).reshape(rows, columns)
     if fmt is F16:
         return data.view(np.float16).astype(np.float32).reshape(rows, columns)
+    if fmt is Q5_0:
+        data, fmt = _widen_q5_0(data.reshape(-1, Q5_0.block_bytes)), Q8_0
     if fmt is BF16:
         return (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(rows, columns)
     blocks = data.reshape(-1, fmt.block_bytes)
@@ -67,6 +69,29 @@ def dequantize(data: Bytes, fmt: BlockFormat, columns: int) -> Floats:
 def to_float(weight: Weight) -> Floats:
     """A weight as float32 (rows, columns)."""
     return dequantize(weight.data, weight.format, weight.columns)
+
+
+def widened(weight: Weight) -> Weight:
+    """A Q5_0 weight as Q8_0, of the same numbers exactly: scales stay, and 5 bits fit in 8. Others as they are."""
+    if weight.format is not Q5_0:
+        return weight
+    blocks = np.ascontiguousarray(weight.data).reshape(-1, Q5_0.block_bytes)
+    return Weight(weight.name, Q8_0, weight.shape, _widen_q5_0(blocks).reshape(weight.rows, -1))
+
+
+def all_finite(weight: Weight) -> bool:
+    """Whether every number of the weight is finite; of block formats, every scale is looked at."""
+    step = max(1, 4 * _CHUNK // max(weight.columns, 1))
+    for start in range(0, weight.rows, step):
+        data = weight.data[start : start + step]
+        if weight.format.block > 1:
+            scales = np.ascontiguousarray(data).reshape(-1, weight.format.block_bytes)[:, :2]
+            finite = np.isfinite(scales.copy().view(np.float16)).all()
+        else:
+            finite = np.isfinite(dequantize(data, weight.format, weight.columns)).all()
+        if not finite:
+            return False
+    return True
 
 
 def from_float(name: str, x: Floats, fmt: BlockFormat) -> Weight:
@@ -99,6 +124,14 @@ def _to_q4_0(blocks: Floats) -> Bytes:
     q = (blocks * _reciprocal(scale) + np.float32(8.5)).astype(np.uint8).clip(0, 15)
     middle = q.shape[1] // 2
     return np.concatenate([half.view(np.uint8), q[:, :middle] | (q[:, middle:] << 4)], axis=1)
+
+
+def _widen_q5_0(blocks: Bytes) -> Bytes:
+    """Blocks (n, 22) of a scale, the fifth bits and the low four, as blocks (n, 34) of the scale and signed bytes."""
+    low = np.concatenate([blocks[:, 6:] & 15, blocks[:, 6:] >> 4], axis=1)
+    fifth = np.unpackbits(blocks[:, 2:6], axis=1, bitorder="little")
+    q = (low | (fifth << 4)).view(np.int8) - np.int8(16)
+    return np.concatenate([blocks[:, :2], q.view(np.uint8)], axis=1)
 
 
 def _half(values: Floats, source: Floats, name: str, *, finite: bool = False) -> npt.NDArray[np.float16]:

@@ -9,7 +9,7 @@ from thermocline.files.mapped import MappedFile
 _SIGNATURES: Final = (
     (b"GGUF", "it looks like a GGUF file"),
     (b"FUGG", "it looks like a big-endian GGUF file, which is not readable"),
-    (b"PWRI", "it looks like a PowerInfer file, which is not readable yet"),
+    (b"PWRI", "it looks like a PowerInfer model or GPU index"),
     (b"lmgg", "it looks like a GGML file of before 2023-08: convert the original model to GGUF"),
     (b"fmgg", "it looks like a GGMF file of before 2023-08: convert the original model to GGUF"),
     (b"tjgg", "it looks like a GGJT file of before 2023-08: convert the original model to GGUF"),
