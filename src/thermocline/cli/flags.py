@@ -98,10 +98,10 @@ def with_settings(verb: Verb) -> Verb:
             if values.pop(name, None) is not None:
                 raise UsageError(f"{names[0]} is not available: {why}")
         given: dict[str, dict[str, Any]] = {name: {} for name in settings}
-        for flag, owner in owners.items():
-            if flag in values:
-                value = values.pop(flag)
-                given[owner][flag] = dict(map(_bias, value)) if flag == "logit_bias" else value
+        for field, owner in owners.items():
+            if field in values:
+                value = values.pop(field)
+                given[owner][field] = dict(map(_bias, value)) if field == "logit_bias" else value
         return verb(**values, **{name: kind(**given[name]) for name, kind in settings.items()})
 
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
