@@ -23,7 +23,7 @@ UNITS = {
 
 ALLOWED = "8GiB, 8192MiB, 80%, auto, or a bare number of GiB"
 
-_PATTERN = re.compile(r"(\d{1,20}(?:\.\d{0,20})?|\.\d{1,20})\s*(%|[a-z]{1,3})?", re.ASCII)
+_PATTERN = re.compile(r"(\d{1,20}(?:\.\d{0,20})?|\.\d{1,20}) *(%|[a-z]{1,3})?", re.ASCII)
 
 
 class BudgetKind(StrEnum):

@@ -1,0 +1,214 @@
+"""The cost model against arithmetic done by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from thermocline.config import Mode
+from thermocline.errors import HardwareError, UsageError
+from thermocline.files.formats import F16
+from thermocline.hardware.machine import Disk, Machine, Processor, ReadCurve, Tier
+from thermocline.placement.cost import ATTENTION_KERNELS, FFN_KERNELS, PREDICTOR_KERNELS, CostModel, FfnMode, ffn_mode
+from thermocline.placement.footprint import Footprint
+from thermocline.placement.workload import Workload
+
+CPU = Processor(name="cpu", capacity=1 << 36, bandwidth=40e9, bandwidth_busy=30e9, flops=1e15, launch=2e-6)
+GPU = Processor(name="gpu", capacity=1 << 34, bandwidth=400e9, bandwidth_busy=350e9, flops=1e15, launch=3e-6)
+MACHINE = Machine(name="m", cpu=CPU, gpu=GPU, link=20e9, crossing=25e-6)
+N_EMBD, N_FF, CLUSTER = 512, 1024, 128
+ROW = 2 * N_EMBD
+DECODE = Workload(context=256, prompt=0, output=64)
+
+
+def model(*, gated: bool = True, rank: int = 0, windows=None) -> Footprint:
+    return Footprint.of_sizes(
+        "m", n_layer=2, n_embd=N_EMBD, n_ff=N_FF, n_vocab=1000, n_head=8, n_head_kv=4, head_dim=64, gated=gated,
+        fmt=F16, predictor_rank=rank, windows=windows,
+    )  # fmt: skip
+
+
+def temperatures() -> np.ndarray:
+    return np.tile(np.linspace(0.9, 0.05, N_FF), (2, 1))
+
+
+def priced(mode: FfnMode, *, machine=MACHINE, workload=DECODE, p=None, footprint=None) -> CostModel:
+    footprint = footprint or model(rank=64 if mode is FfnMode.PREDICTED else 0)
+    return CostModel(footprint, machine, workload, mode, temperatures() if p is None else p, CLUSTER)
+
+
+def test_footprint_counts_what_is_stored() -> None:
+    f = model(rank=64)
+    n_kv = 4 * 64
+    assert f.attention[0] == 2 * (2 * 512 * 512 + 2 * n_kv * 512) + 2 * 512 * 4
+    assert f.records[0] == (ROW, ROW, ROW)
+    assert f.predictor[0] == 2 * (64 * 512 + 1024 * 64)
+    assert f.kv_token == 2 * n_kv * 2
+    assert f.nbytes == 2 * (f.attention[0] + 3 * ROW * N_FF + f.predictor[0]) + 2 * 1000 * ROW + 512 * 4
+    assert f.trunk == f.nbytes - 2 * 3 * ROW * N_FF
+
+
+def test_attention_reads_weights_and_cache() -> None:
+    cost = priced(FfnMode.DENSE)
+    f = cost.footprint
+    expected = (f.attention[0] + f.kv_token * 32) / 40e9 + ATTENTION_KERNELS * 2e-6
+    assert cost.attention(cost.decode, 0, Tier.RAM) == pytest.approx(expected)
+    windowed = priced(FfnMode.DENSE, footprint=model(windows=(16, 0)))
+    expected = (f.attention[0] + f.kv_token * 16) / 400e9 + ATTENTION_KERNELS * 3e-6
+    assert windowed.attention(windowed.decode, 0, Tier.VRAM) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("mode", list(FfnMode))
+def test_each_side_reads_its_expected_bytes(mode: FfnMode) -> None:
+    cost, p = priced(mode), temperatures()[0]
+    time = cost.layer(cost.decode, 0, Tier.VRAM, Tier.VRAM, 3, 8)
+
+    def nbytes(part: np.ndarray) -> float:
+        if mode is FfnMode.DENSE:
+            return 3 * ROW * len(part)
+        if mode is FfnMode.EXACT:
+            return ROW * (len(part) + 2 * part.sum())
+        return 3 * ROW * part.sum()
+
+    assert float(time.hot) == pytest.approx(nbytes(p[:384]) / 350e9 + FFN_KERNELS * 3e-6)
+    assert float(time.cold) == pytest.approx(nbytes(p[384:]) / 30e9 + FFN_KERNELS * 2e-6)
+    crossing = 25e-6 + N_EMBD * 4 / 20e9
+    assert float(time.crossing) == pytest.approx(2 * crossing)
+    predictor = 2 * (64 * 512 + 1024 * 64) / 400e9 + PREDICTOR_KERNELS * 3e-6 if mode is FfnMode.PREDICTED else 0.0
+    assert time.predictor == pytest.approx(predictor)
+    assert float(time.total) == pytest.approx(
+        time.attention + predictor + 2 * crossing + max(float(time.hot), float(time.cold))
+    )
+
+
+def test_one_side_alone_crosses_nothing_and_reads_at_full_rate() -> None:
+    cost = priced(FfnMode.DENSE)
+    for home, hot, rate, launch in ((Tier.VRAM, 8, 400e9, 3e-6), (Tier.RAM, 0, 40e9, 2e-6)):
+        time = cost.layer(cost.decode, 0, home, home, hot, 8)
+        assert float(time.crossing) == 0
+        work = float(time.hot if home is Tier.VRAM else time.cold)
+        assert work == pytest.approx(3 * ROW * N_FF / rate + FFN_KERNELS * launch)
+
+
+@pytest.mark.parametrize(
+    ("home", "predictor", "hot", "crossings"),
+    [
+        (Tier.VRAM, Tier.VRAM, 8, 0), (Tier.VRAM, Tier.VRAM, 4, 2), (Tier.VRAM, Tier.VRAM, 0, 2),
+        (Tier.VRAM, Tier.RAM, 8, 2), (Tier.VRAM, Tier.RAM, 4, 3), (Tier.VRAM, Tier.RAM, 0, 2),
+        (Tier.RAM, Tier.RAM, 0, 0), (Tier.RAM, Tier.RAM, 4, 2), (Tier.RAM, Tier.RAM, 8, 2),
+        (Tier.RAM, Tier.VRAM, 0, 2), (Tier.RAM, Tier.VRAM, 4, 3), (Tier.RAM, Tier.VRAM, 8, 2),
+    ],
+)  # fmt: skip
+def test_crossings(home: Tier, predictor: Tier, hot: int, crossings: int) -> None:
+    cost = priced(FfnMode.PREDICTED)
+    time = cost.layer(cost.decode, 0, home, predictor, hot, 8)
+    assert float(time.crossing) == pytest.approx(crossings * (25e-6 + N_EMBD * 4 / 20e9))
+
+
+def test_a_batch_unites_active_sets() -> None:
+    one = priced(FfnMode.PREDICTED)
+    batch = replace(DECODE, batch=8)
+    many = priced(FfnMode.PREDICTED, workload=batch)
+    union = 1 - (1 - temperatures()[0]) ** 8
+    work = many.layer(many.decode, 0, Tier.RAM, Tier.RAM, 0, 8)
+    assert float(work.cold) == pytest.approx(3 * ROW * union.sum() / 40e9 + FFN_KERNELS * 2e-6)
+    assert float(work.cold) > float(one.layer(one.decode, 0, Tier.RAM, Tier.RAM, 0, 8).cold)
+    dense = priced(FfnMode.DENSE, workload=batch)
+    assert float(work.cold) < float(dense.layer(dense.decode, 0, Tier.RAM, Tier.RAM, 0, 8).cold)
+
+
+def test_many_tokens_are_bound_by_arithmetic() -> None:
+    slow = replace(MACHINE, gpu=None, cpu=replace(CPU, flops=1e9))
+    cost = priced(FfnMode.DENSE, machine=slow, workload=Workload(context=2048, prompt=512, output=64))
+    prefill = cost.phases[1]
+    assert (prefill.tokens, prefill.weight) == (512, 1 / 64)
+    time = cost.layer(prefill, 0, Tier.RAM, Tier.RAM, 0, 8)
+    assert float(time.cold) == pytest.approx(512 * 2 * 3 * N_EMBD * N_FF / 1e9 + FFN_KERNELS * 2e-6)
+
+
+def test_prefill_streams_cold_weights_where_the_cpu_is_slower() -> None:
+    slow = replace(MACHINE, cpu=replace(CPU, flops=1e10))
+    cost = priced(FfnMode.DENSE, machine=slow, workload=Workload(context=2048, prompt=512, output=64))
+    time = cost.layer(cost.phases[1], 0, Tier.VRAM, Tier.VRAM, 2, 8)
+    assert bool(time.streamed)
+    assert float(time.hot) == pytest.approx(3 * ROW * 768 / 20e9)
+    assert float(time.cold) == 0
+    assert not bool(cost.layer(cost.decode, 0, Tier.VRAM, Tier.VRAM, 2, 8).streamed)
+
+
+def test_a_long_prompt_leaves_the_predictor_out() -> None:
+    long = priced(FfnMode.PREDICTED, workload=Workload(context=2048, prompt=512, output=64))
+    short = priced(FfnMode.PREDICTED, workload=Workload(context=2048, prompt=2, output=64), p=temperatures() / 4)
+    assert long.phases[1].mode is FfnMode.DENSE
+    assert short.phases[1].mode is FfnMode.PREDICTED
+
+
+def test_unknown_temperatures_promise_nothing() -> None:
+    known, unknown = priced(FfnMode.EXACT), CostModel(model(), MACHINE, DECODE, FfnMode.EXACT, None, CLUSTER)
+    dense = priced(FfnMode.DENSE)
+    at = (0, Tier.RAM, Tier.RAM, 0, 8)
+    assert float(unknown.layer(unknown.decode, *at).total) == float(dense.layer(dense.decode, *at).total)
+    assert float(known.layer(known.decode, *at).total) < float(unknown.layer(unknown.decode, *at).total)
+    assert unknown.hot_share(0, 4) == pytest.approx(0.5)
+
+
+def test_disk_reads_gates_in_one_piece_and_the_rest_by_runs() -> None:
+    curve = ReadCurve(((1024, 1e8), (1 << 20, 1e9)))
+    machine = replace(MACHINE, disk=Disk(name="d", curve=curve))
+    p = np.full((2, N_FF), 0.25)
+    exact = priced(FfnMode.EXACT, machine=machine, p=p)
+    time = exact.layer(exact.decode, 0, Tier.RAM, Tier.RAM, 0, 4)
+    gates = 512 * ROW / curve.bandwidth(512 * ROW)
+    by_run = {r: 512 * (1 - 0.75**r) * 2 * ROW / curve.bandwidth(2 * ROW * r) for r in (2**i for i in range(11))}
+    assert float(time.disk) == pytest.approx(gates + min(by_run.values()))
+    assert int(time.run) == min(by_run, key=lambda r: by_run[r])
+    assert float(exact.layer(exact.decode, 0, Tier.RAM, Tier.RAM, 0, 8).disk) == 0
+
+
+def test_no_disk_no_disk_tier() -> None:
+    cost = priced(FfnMode.EXACT)
+    with pytest.raises(HardwareError, match="no disk"):
+        cost.layer(cost.decode, 0, Tier.RAM, Tier.RAM, 0, 4)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.sampled_from(list(FfnMode)), st.integers(0, 8), st.sampled_from([Tier.VRAM, Tier.RAM]), st.booleans())
+def test_tables_equal_single_prices(mode: FfnMode, hot: int, home: Tier, long: bool) -> None:
+    cost = priced(mode, workload=Workload(context=2048, prompt=600 if long else 3, output=64))
+    for phase in cost.phases:
+        table = cost.layer(phase, 1, home, Tier.RAM, np.arange(9), np.full(9, 8))
+        assert float(cost.layer(phase, 1, home, Tier.RAM, hot, 8).total) == float(table.total[hot])
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        (np.zeros((2, 3)), "needs"), (np.full((2, N_FF), 1.5), "probabilities"), (np.full((2, N_FF), np.nan), "prob"),
+        (np.full((2, N_FF), -0.1), "probabilities"), (temperatures()[:, ::-1], "hottest first"),
+    ],
+)  # fmt: skip
+def test_impossible_temperatures_are_refused(bad: np.ndarray, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        priced(FfnMode.EXACT, p=bad)
+
+
+def test_other_refusals() -> None:
+    with pytest.raises(UsageError, match="cluster"):
+        CostModel(model(), MACHINE, DECODE, FfnMode.DENSE, None, 0)
+    with pytest.raises(UsageError, match="no predictor"):
+        CostModel(model(), MACHINE, DECODE, FfnMode.PREDICTED)
+    with pytest.raises(UsageError, match="cannot price"):
+        ffn_mode(Mode.AUTO)
+    assert ffn_mode(Mode.EXACT) is FfnMode.EXACT
+    with pytest.raises(UsageError, match="do not fit a context"):
+        Workload(context=100, prompt=60, output=60)
+    with pytest.raises(UsageError, match="batch"):
+        Workload(batch=0)
+    with pytest.raises(UsageError, match="first_token_ms"):
+        Workload(first_token_ms=float("nan"))
+    with pytest.raises(HardwareError, match="no GPU"):
+        replace(MACHINE, gpu=None).processor(Tier.VRAM)
