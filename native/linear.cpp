@@ -10,7 +10,7 @@ constexpr int64_t kPiece = 2048;  // columns of a token quantised at a time
 
 // Tokens from which widening a row once pays for writing and reading it back.
 constexpr int64_t kWidenTokens = 8;
-constexpr int64_t kWidenRows = 16;
+constexpr int64_t kWidenRows = 32;
 // Blocks of tokens that fit the second cache (1 MB on common cores) beside the rows, at 4096 columns.
 constexpr int64_t kFloatBlock = 24;
 constexpr int64_t kIntBlock = 64;
@@ -70,7 +70,7 @@ void Batch::quantise_piece(const Kernels& kernels, int64_t piece) {
 }
 
 int64_t row_grain(int64_t rows, int64_t row_bytes, int64_t tokens, int workers) {
-  constexpr int64_t kBytes = 64 * 1024, kBatchRows = 32;
+  constexpr int64_t kBytes = 64 * 1024, kBatchRows = 64;
   const int64_t wanted =
       tokens > 1 ? kBatchRows : std::clamp<int64_t>(kBytes / std::max<int64_t>(row_bytes, 1), 4, 64);
   const int64_t fair = rows / (4 * static_cast<int64_t>(workers)) + 1;

@@ -105,12 +105,12 @@ void Pool::finish() {
 }
 
 int Pool::wait_for_work(int seen) {
-  constexpr int kLooksPerClock = 64;
+  constexpr int kLooksPerClock = 16;
   const auto deadline = Clock::now() + kSpin;
   for (int look = 1;; ++look) {
     const int epoch = epoch_.load(std::memory_order_acquire);
     if (epoch != seen) return epoch;
-    relax();
+    wait_between_looks(look);
     if (look % kLooksPerClock == 0 && (park_.load(std::memory_order_relaxed) || Clock::now() > deadline))
       break;
   }

@@ -17,18 +17,20 @@ inline void relax() {
 #endif
 }
 
-// Spins on `ready`, after a while giving the core away between looks: with more threads than cores the one
-// waited for may need it.
+// The n-th look of a waiting loop: soon the core is given away between looks, for with more threads than
+// cores the one waited for may need it. A pause takes 10 to 50 ns, a yield that nobody takes up about 300 ns.
+inline void wait_between_looks(int look) {
+  constexpr int kPauses = 256;
+  if (look < kPauses) {
+    relax();
+  } else {
+    std::this_thread::yield();
+  }
+}
+
 template <class Ready>
 void spin_until(Ready ready) {
-  constexpr int kLooks = 4096;
-  for (int i = 0; !ready(); ++i) {
-    if (i < kLooks) {
-      relax();
-    } else {
-      std::this_thread::yield();
-    }
-  }
+  for (int look = 0; !ready(); ++look) wait_between_looks(look);
 }
 
 // Runs a body on `size` threads at once; the calling thread is worker 0. Between bodies the other workers
