@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import secrets
+import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -86,6 +87,37 @@ def atomic_write(path: Path | str, *, size: int = 0) -> Iterator[AtomicFile]:
         _sync_folder(path.parent)
 
 
+@contextmanager
+def atomic_folder(path: Path | str) -> Iterator[Path]:
+    """Make a new folder `path`, which appears with all its files when the block ends without an exception.
+
+    The block writes into the folder that it is given, a temporary one beside `path`. An empty folder is replaced;
+    leavings of killed writers of the same name are removed.
+
+    Raises:
+        OutputError: `path` is there and not an empty folder, its parent is missing or not writable, the disk is
+            full, or the system refuses a step.
+    """
+    path = Path(path)
+    with _explained(path):
+        if path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
+            raise OutputError(f"{printable(str(path))}: is there already: remove it, or name a new folder")
+        _remove_leavings(path)
+        temporary, descriptor = _create(path, folder=True)
+    try:
+        yield temporary
+        with _explained(path):
+            _sync_folder(temporary)
+            temporary.replace(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    finally:
+        os.close(descriptor)
+    with _explained(path, "is written, but may not survive a power failure"):
+        _sync_folder(path.parent)
+
+
 def _existing_mode(path: Path) -> int | None:
     """Permissions of the file that will be replaced; None if there is none."""
     with _explained(path):
@@ -114,11 +146,15 @@ def _prefix(path: Path) -> str:
     return f".{path.name[:40]}."
 
 
-def _create(path: Path) -> tuple[Path, int]:
-    """A new temporary file beside `path`, locked for as long as its writer lives."""
+def _create(path: Path, *, folder: bool = False) -> tuple[Path, int]:
+    """A new temporary file or folder beside `path`, locked for as long as its writer lives."""
     while True:
         temporary = path.with_name(f"{_prefix(path)}{secrets.token_hex(6)}.partial")
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        if folder:
+            temporary.mkdir()
+            descriptor = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        else:
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         if os.fstat(descriptor).st_nlink:
             return temporary, descriptor
@@ -135,7 +171,10 @@ def _remove_leavings(path: Path) -> None:
             descriptor = os.open(entry, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                entry.unlink()
+                if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+                    shutil.rmtree(entry, ignore_errors=True)
+                else:
+                    entry.unlink()
             finally:
                 os.close(descriptor)
 

@@ -79,6 +79,21 @@ def widened(weight: Weight) -> Weight:
     return Weight(weight.name, Q8_0, weight.shape, _widen_q5_0(blocks).reshape(weight.rows, -1))
 
 
+def converted(weight: Weight, fmt: BlockFormat) -> Bytes:
+    """The weight's rows in `fmt` (rows, row_bytes), made piece by piece; its own bytes if it has that format.
+
+    Raises as `quantize` does.
+    """
+    if weight.format is fmt:
+        return weight.data
+    out = np.empty((weight.rows, fmt.row_bytes(weight.columns)), np.uint8)
+    step = max(1, 4 * _CHUNK // max(weight.columns, 1))
+    for start in range(0, weight.rows, step):
+        piece = dequantize(weight.data[start : start + step], weight.format, weight.columns)
+        out[start : start + step] = quantize(piece, fmt)
+    return out
+
+
 def all_finite(weight: Weight) -> bool:
     """Whether every number of the weight is finite; of block formats, every scale is looked at."""
     step = max(1, 4 * _CHUNK // max(weight.columns, 1))

@@ -63,7 +63,7 @@ def convert(
         raise UsageError(f"outtype is {outtype}; allowed: {', '.join(OUTTYPES)}")
     fmt = None if outtype is None else OUTTYPES[outtype]
     layout = lay_out(source, fmt, records=records)
-    metadata, notes = _metadata(source, layout.spec)
+    metadata, notes = source_metadata(source, layout.spec)
     metadata["general.file_type"] = np.uint32(_file_type(layout.tensors))
     metadata["general.quantization_version"] = np.uint32(2)
     tensors = (*layout.tensors, *_predictors(source))
@@ -78,7 +78,8 @@ def write_records(source: NetworkSource, path: Path, progress: Progress | None =
     return convert(source, path, records=True, progress=progress)
 
 
-def _metadata(source: NetworkSource, spec: ModelSpec) -> tuple[dict[str, object], tuple[str, ...]]:
+def source_metadata(source: NetworkSource, spec: ModelSpec) -> tuple[dict[str, object], tuple[str, ...]]:
+    """The header that describes `spec`, with what else the source says (its tokenizer above all), and notes on that."""
     header = gguf_header(spec)
     if isinstance(source, GgufFile):
         kept = {key: value for key, value in source.typed_metadata().items() if not key.startswith("split.")}

@@ -1,0 +1,122 @@
+"""A network and its predictors as a model file that PowerInfer's own loader accepts.
+
+Source of tensors, keys and their types: PowerInfer's loader and converters (Song et al., SOSP 2024), of the state
+of llama.cpp of November 2023. The loader refuses files with tensors that it does not know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from thermocline.errors import UnsupportedModelError, UsageError, printable
+from thermocline.files.formats import F16, Q4_0, BlockFormat
+from thermocline.files.gguf_writer import NewTensor, write_gguf
+from thermocline.files.powerinfer import THRESHOLD_KEY, PowerinferPredictor
+from thermocline.memory.convert import FILE_TYPES, WriteReport, source_metadata
+from thermocline.memory.layout import Layout, lay_out
+from thermocline.model.rope import LinearScaling
+from thermocline.model.source import NetworkSource
+from thermocline.model.spec import ModelSpec
+from thermocline.ops.contract import Activation
+
+OUTTYPES: Final[dict[str, BlockFormat]] = {"f16": F16, "q4_0": Q4_0}
+"""The formats that PowerInfer's sparse kernels compute with."""
+
+_KEYS: Final = (
+    "context_length", "embedding_length", "block_count", "feed_forward_length", "rope.dimension_count",
+    "attention.head_count", "attention.head_count_kv", "attention.layer_norm_rms_epsilon", "rope.freq_base",
+    "rope.scaling.type", "rope.scaling.factor",
+)  # fmt: skip
+"""Keys below the architecture that PowerInfer's converter writes."""
+
+
+def write_powerinfer(
+    source: NetworkSource, predictor: PowerinferPredictor, path: Path, outtype: str = "f16"
+) -> WriteReport:
+    """Write `source` with `predictor` as a sparse model of PowerInfer, one tensor in memory at a time.
+
+    Down projections become neuron records; tied embeddings are stored twice, as the loader wants them.
+
+    Raises:
+        UsageError: the outtype is none that PowerInfer's sparse kernels compute with.
+        UnsupportedModelError: PowerInfer cannot run the network; the message says what it lacks.
+        ModelFormatError: the source contradicts itself, or the predictor is of another model.
+        NumericalError: a weight does not fit the format.
+        OutputError: the file could not be written; an old one is untouched.
+    """
+    if outtype not in OUTTYPES:
+        raise UsageError(f"outtype is {outtype}; PowerInfer computes sparsely with {', '.join(OUTTYPES)}")
+    fmt = OUTTYPES[outtype]
+    layout = lay_out(source, fmt, records=True)
+    spec = layout.spec
+    _require_runnable(source, spec)
+    predictor.check(path, n_layer=spec.n_layer, n_embd=spec.n_embd, n_ff=spec.n_ff)
+    metadata, notes = _metadata(source, spec)
+    metadata["general.file_type"] = np.uint32(FILE_TYPES[fmt.name])
+    metadata["general.quantization_version"] = np.uint32(2)
+    metadata[THRESHOLD_KEY] = np.float32(predictor.threshold)
+    tensors = [*_tensors(layout), *predictor.tensors(fmt)]
+    size = write_gguf(path, metadata, tensors, powerinfer=True)
+    return WriteReport(path, size, tuple(layout.reblocked), (*notes, *_notes(spec)))
+
+
+def _tensors(layout: Layout) -> Iterator[NewTensor]:
+    for tensor in layout.tensors:
+        yield tensor
+        if layout.spec.tied_embeddings and tensor.name == "token_embd.weight":
+            yield replace(tensor, name="output.weight")
+
+
+def _metadata(source: NetworkSource, spec: ModelSpec) -> tuple[dict[str, object], tuple[str, ...]]:
+    """The keys of PowerInfer's converter and the tokenizer, without which its loader finds no vocabulary."""
+    found, notes = source_metadata(source, spec)
+    names = ["general.architecture", "general.name", *(f"{spec.family}.{key}" for key in _KEYS)]
+    tokenizer = {key: value for key, value in found.items() if key.startswith("tokenizer.")}
+    if "tokenizer.ggml.tokens" not in tokenizer:
+        raise _cannot(source, "a model without a tokenizer: it counts the vocabulary by the tokens in the file")
+    return {name: found[name] for name in names if name in found} | tokenizer, notes
+
+
+def _require_runnable(source: NetworkSource, spec: ModelSpec) -> None:
+    """Refuse what PowerInfer's graph of the family has not."""
+    ffn = spec.ffn
+    if spec.family not in _FFN:
+        raise _cannot(source, f"family {spec.family}; known are {', '.join(_FFN)}")
+    if ffn.activation is not Activation.RELU or not ffn.gated or ffn.both != _FFN[spec.family]:
+        raise _cannot(source, f"this FFN; in {spec.family} it is {'dReLU' if _FFN[spec.family] else 'ReGLU'}")
+    for problem, present in _LACKS.items():
+        if present(spec):
+            raise _cannot(source, problem)
+
+
+_FFN: Final = {"llama": False, "bamboo": True}
+"""Whether ReLU is on both sides of the FFN, by family."""
+
+_LACKS: Final[dict[str, Callable[[ModelSpec], bool]]] = {
+    "biases of attention": lambda s: s.qkv_bias or s.out_bias,
+    "norms of queries and keys": lambda s: s.qk_norm,
+    "heads that are not n_embd together": lambda s: s.n_q != s.n_embd,
+    "rotary dimensions that are not the whole head": lambda s: s.rope.rotary_dim != s.head_dim,
+    "factors of rotary frequencies, nor any scaling but linear": lambda s: (
+        s.rope.factors is not None or not isinstance(s.rope.scaling, LinearScaling | None)
+    ),
+}
+
+
+def _cannot(source: NetworkSource, what: str) -> UnsupportedModelError:
+    return UnsupportedModelError(f"{printable(str(source.path))}: PowerInfer cannot run {what}")
+
+
+def _notes(spec: ModelSpec) -> tuple[str, ...]:
+    """What PowerInfer computes otherwise than the network says."""
+    notes = []
+    if any(spec.windows):
+        notes.append(f"PowerInfer has no sliding window: outputs differ after {min(filter(None, spec.windows))} tokens")
+    if spec.ffn.threshold:
+        notes.append(f"PowerInfer computes ReLU without the threshold of {spec.ffn.threshold:g}: outputs differ")
+    return tuple(notes)
