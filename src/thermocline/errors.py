@@ -85,6 +85,15 @@ class PlanError(ThermoclineError):
         self.field = field
 
 
+class FingerprintError(ThermoclineError):
+    """A file belongs to another model than the one it was given for."""
+
+    def __init__(self, path: Path | str, belongs: str, given: str, remedy: str) -> None:
+        models = f"the model {printable(belongs, 60)}, not to {printable(given, 60)}"
+        super().__init__(f"{printable(str(path))}: belongs to {models}; {remedy}")
+        self.path = str(path)
+
+
 class NumericalError(ThermoclineError):
     """Logits or weights are not finite."""
 

@@ -34,10 +34,11 @@ _FORMATS: Final[dict[str, BlockFormat]] = {f.name: f for f in (F32, F16, BF16)} 
 
 @dataclass(frozen=True, slots=True)
 class SafetensorsHeader:
-    """What one safetensors file holds; `size` is where its data begins."""
+    """What one safetensors file holds; `size` is where its data begins, `notes` are its `__metadata__`."""
 
     tensors: Mapping[str, Tensor]
     size: int
+    notes: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,18 +63,19 @@ def read_safetensors_header(file: MappedFile) -> SafetensorsHeader:
         raise ModelFormatError(file.path, "header length", f"{found}; {looks_like(file)}", offset=0)
     start = _PREFIX + length
     listed = parse_object(file.buffer[_PREFIX:start], file.path, "header")
-    _check_notes(file, listed.pop("__metadata__", {}))
+    notes = _notes(file, listed.pop("__metadata__", {}))
     if len(listed) > MAX_TENSORS:
         raise ModelFormatError(file.path, "header", f"found {len(listed)} tensors; allowed: at most {MAX_TENSORS}")
     entries = [_entry(file, name, fields) for name, fields in listed.items()]
     _check_layout(file, sorted(entries, key=lambda e: (e.start, e.stop)), start)
     tensors = {e.name: Tensor(e.name, e.format, e.shape, file.view(start + e.start, start + e.stop)) for e in entries}
-    return SafetensorsHeader(tensors, start)
+    return SafetensorsHeader(tensors, start, notes)
 
 
-def _check_notes(file: MappedFile, notes: Any) -> None:
+def _notes(file: MappedFile, notes: Any) -> dict[str, str]:
     if not isinstance(notes, dict) or not all(isinstance(value, str) for value in notes.values()):
         raise ModelFormatError(file.path, "__metadata__", "is not an object of strings")
+    return notes
 
 
 def _entry(file: MappedFile, name: str, fields: Any) -> _Entry:
