@@ -52,7 +52,15 @@ def theirs(path: Path, windows: list[list[int]]) -> list[Logits]:
     """llama.cpp's logits of the same windows."""
     from llama_cpp import Llama
 
-    llama = Llama(str(path), n_ctx=len(windows[0]), n_batch=len(windows[0]), logits_all=True, verbose=False)
+    llama = Llama(
+        str(path),
+        n_ctx=len(windows[0]),
+        n_batch=len(windows[0]),
+        logits_all=True,
+        n_threads=1,
+        n_threads_batch=1,
+        verbose=False,
+    )
     results = []
     for window in windows:
         llama.reset()
