@@ -163,6 +163,19 @@ def test_large_model_is_quick_and_nearly_optimal(mode: FfnMode, vram: int, ram: 
     problem.ledger().reserve_all(problem.demands(found.placement))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", list(FfnMode))
+@pytest.mark.parametrize(("vram", "ram", "disk"), [(24, 192, False), (10, 192, False), (10, 12, True)])
+def test_large_model_against_highs(mode: FfnMode, vram: int, ram: int, disk: bool) -> None:
+    problem = large_problem(mode, vram=vram, ram=ram, disk=disk)
+    greedy, start = solve(problem), time.monotonic()
+    highs = solve(problem, Method.MILP)
+    assert time.monotonic() - start < 90  # 30 s of HiGHS on one core that may be shared, and building its input
+    assert highs.bound >= greedy.bound * (1 - 1e-9)
+    assert (greedy.objective - highs.bound) / greedy.objective <= 0.005
+    assert highs.objective <= greedy.objective * (1 + 1e-9)
+
+
 @pytest.mark.parametrize("mode", list(FfnMode))
 def test_large_model_is_nearly_monotone(mode: FfnMode) -> None:
     times = [solve(large_problem(mode, vram=v)) for v in (4, 8, 12, 16, 24)]

@@ -151,13 +151,15 @@ def _highs(choices: Choices, relaxed: Relaxed, known: Path | None) -> tuple[Path
     count = int(np.isfinite(choices.cost).sum())
     everything = count <= MILP_OPTIONS or known is None
     slacks, _ = slack(choices, relaxed)
-    parts, _ = open_options(choices, slacks, relaxed, None if everything else known, most=count)
+    most = count if count <= MILP_OPTIONS else MILP_OPTIONS // len(slacks)
+    parts, whole = open_options(choices, slacks, relaxed, None if everything else known, most=most)
     path, bound = solve_milp(choices, parts, seconds=MILP_SECONDS, gap=MILP_GAP)
     if path is None or (known is not None and known.cost < path.cost):
         path = known
     if path is None:
         return None
-    return path, max(relaxed.bound, bound if bound is not None else -np.inf)
+    # A bound over options of which some were left out is no bound.
+    return path, max(relaxed.bound, bound) if whole and bound is not None else relaxed.bound
 
 
 def _remarks(problem: Problem, placement: Placement) -> list[str]:

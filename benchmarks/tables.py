@@ -1,0 +1,35 @@
+"""Prints tables and keeps results as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+
+from thermocline.files.atomic import atomic_write
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def print_table(rows: Sequence[Mapping[str, object]]) -> None:
+    """Rows of equal keys, the keys as headings."""
+    heads = list(rows[0])
+    cells = [[str(row[head]) for head in heads] for row in rows]
+    widths = [max(len(line[i]) for line in [heads, *cells]) for i in range(len(heads))]
+    for line in [heads, ["-" * w for w in widths], *cells]:
+        print(
+            "  ".join(
+                cell.rjust(w) if i > 1 else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+        )
+
+
+def write_results(name: str, results: Mapping[str, object]) -> None:
+    """Write `results/NAME.json`."""
+    plain = {k: asdict(v) if is_dataclass(v) and not isinstance(v, type) else v for k, v in results.items()}
+    path = RESULTS / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    with atomic_write(path) as file:
+        file.write((json.dumps(plain, indent=1) + "\n").encode())
+    print(f"\nwritten: {path.relative_to(RESULTS.parent.parent)}")
