@@ -53,37 +53,38 @@ def product(a, da, b, db):
     return np.abs(a) * db + np.abs(b) * da + da * db + 2 * EPS * np.abs(a * b)
 
 
-def ffn_bound(linear_bound, x, block, hidden):
-    """How far outputs (T, width) and activations (T, neurons) may be off, from the bounds of their three products."""
+def hidden_bound(linear_bound, x, block):
+    """How far activations (T, neurons) may be off, from the bounds of the products that they are made of."""
     wide = x.astype(np.float64)
     up = to_float(block.up).astype(np.float64)
     u, du = wide @ up.T, linear_bound(x, up, block.up.format)
     if block.gate is None:
-        h, dh = act(u, du, block.kind)
-    else:
-        gate = to_float(block.gate).astype(np.float64)
-        g, dg = act(wide @ gate.T, linear_bound(x, gate, block.gate.format), block.kind)
-        if block.kind.both:
-            u, du = act(u, du, block.kind)
-        h, dh = g * u, product(g, dg, u, du)
-    dh = np.where(hidden == 0, np.minimum(dh, np.abs(h) + dh), dh)
-    down = to_float(block.down).astype(np.float64)
-    rows = down.T if block.records else down
-    # Records are summed in float32 whatever their format; a standard matrix rounds h like any other input.
-    fmt = F32 if block.records else block.down.format
-    reach = np.abs(h) + dh
-    return dh @ np.abs(rows).T + linear_bound(reach, rows, fmt), dh
+        return act(u, du, block.kind)[1]
+    gate = to_float(block.gate).astype(np.float64)
+    g, dg = act(wide @ gate.T, linear_bound(x, gate, block.gate.format), block.kind)
+    if block.kind.both:
+        u, du = act(u, du, block.kind)
+    return product(g, dg, u, du)
 
 
 def check(ops, reference, fence, linear_bound, x, block, active, *, skip):
+    """Activations and result against the reference, and the result against the activations, which is far tighter."""
     tokens, width = x.shape
     out, hidden = fence((tokens, width), fill=0.25), fence((tokens, block.neurons), fill=9)
     expected, expected_hidden = np.full((tokens, width), 0.25, np.float32), np.empty_like(hidden.array)
     work = ops.ffn(x, placed(ops, block), active, out.array, skip_zeros=skip, hidden=hidden.array)
     reference.ffn(x, block, active, expected, skip_zeros=skip, hidden=expected_hidden)
-    limit, hidden_limit = ffn_bound(linear_bound, x, block, expected_hidden)
-    assert (np.abs(hidden.check() - expected_hidden) <= hidden_limit + EPS * np.abs(expected_hidden)).all()
-    assert (np.abs(out.check() - expected) <= limit + 2 * EPS * (np.abs(expected) + 0.25)).all()
+    h = hidden.check().astype(np.float64)
+    off = hidden_bound(linear_bound, x, block)
+    assert (np.abs(h - expected_hidden) <= off + EPS * np.abs(expected_hidden)).all()
+    stored = to_float(block.down).astype(np.float64)
+    rows = stored.T if block.records else stored
+    # Records are summed in float32 whatever their format; a standard matrix rounds h like any other input.
+    fmt = F32 if block.records else block.down.format
+    own = 0.25 + h @ rows.T
+    assert (np.abs(out.check() - own) <= linear_bound(h, rows, fmt) + 2 * EPS * (np.abs(own) + 0.25)).all()
+    reach = linear_bound(np.abs(h) + off, rows, fmt) + 2 * EPS * (np.abs(expected) + 0.25)
+    assert (np.abs(out.array - expected) <= off @ np.abs(rows).T + reach).all()
     return work, hidden.array
 
 
@@ -202,9 +203,11 @@ def test_a_batch_beyond_one_slice(team, rng, weight):
     make = lambda shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
     ops = team[1]
     at = placed(ops, make_block(weight, make, F16, neurons, width, KINDS["reglu"]))
-    x, out = make((tokens, width)), np.zeros((tokens, width), np.float32)
+    # The first slice opens the neurons of one sign, the second those of the other.
+    x, out = np.abs(make((tokens, width))), np.zeros((tokens, width), np.float32)
+    x[16:] *= -1
     work = ops.ffn(x, at, ALL, out, skip_zeros=True)
-    single, fired, opened = np.zeros((1, width), np.float32), 0, 0
+    single, fired, opened, summed = np.zeros((1, width), np.float32), 0, 0, 0
     for t in (0, tokens - 1):
         single[...] = 0
         ops.ffn(x[t : t + 1], at, ALL, single, skip_zeros=True)
@@ -214,5 +217,6 @@ def test_a_batch_beyond_one_slice(team, rng, weight):
         part = ops.ffn(probe, at, ALL, np.zeros((1, 1), np.float32), skip_zeros=True)
         fired += part.fired * int((np.sign(x) == sign).sum())
         opened += part.up_rows
+        summed += part.down_rows
     assert work.fired == fired
-    assert work.up_rows == opened
+    assert (work.up_rows, work.down_rows) == (opened, summed)

@@ -28,14 +28,17 @@ def test_linear_agrees_with_reference(ops, reference, skewed, weight, fence, lin
                 assert (np.abs(out.check() - expected) <= bound).all(), (rows, width, tokens)
 
 
-def test_linear_shares_x_among_formats_with_biases_and_sums(ops, reference, skewed, weight, fence, linear_bound):
+@pytest.mark.parametrize("tokens", [1, 3, 11])
+def test_linear_shares_x_among_formats_with_biases_and_sums(
+    ops, reference, skewed, weight, fence, linear_bound, tokens
+):
     formats = (F32, Q8_0, F16, Q4_0, BF16)
-    x = skewed((3, 96))
-    weights = [weight(skewed((rows, 96)), fmt) for rows, fmt in zip((7, 12, 1, 70, 33), formats, strict=True)]
-    biases = (skewed((7,)), None, skewed((1,)), skewed((70,)), None)
+    x = skewed((tokens, 96))
+    weights = [weight(skewed((rows, 96)), fmt) for rows, fmt in zip((7, 12, 90, 70, 70), formats, strict=True)]
+    biases = (skewed((7,)), None, skewed((90,)), skewed((70,)), skewed((70,)))
     for add in (False, True):
-        outs = [fence((3, w.rows), fill=0.5) for w in weights]
-        expected = [np.full((3, w.rows), 0.5, np.float32) for w in weights]
+        outs = [fence((tokens, w.rows), fill=0.5) for w in weights]
+        expected = [np.full((tokens, w.rows), 0.5, np.float32) for w in weights]
         ops.linear(x, tuple(map(ops.place, weights)), tuple(o.array for o in outs), biases, add=add)
         reference.linear(x, tuple(weights), tuple(expected), biases, add=add)
         for w, out, want, bias in zip(weights, outs, expected, biases, strict=True):
