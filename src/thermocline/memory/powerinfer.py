@@ -79,6 +79,12 @@ def _metadata(source: NetworkSource, spec: ModelSpec) -> tuple[dict[str, object]
     tokenizer = {key: value for key, value in found.items() if key.startswith("tokenizer.")}
     if "tokenizer.ggml.tokens" not in tokenizer:
         raise _cannot(source, "a model without a tokenizer: it counts the vocabulary by the tokens in the file")
+    rule = tokenizer.get("tokenizer.ggml.pre", "default")
+    if tokenizer.get("tokenizer.ggml.model") == "gpt2" and rule not in {"default", "gpt-2"}:
+        other = (
+            f"PowerInfer splits text by GPT-2's rule, not by the tokenizer's {rule}: it makes other tokens of a prompt"
+        )
+        notes = (*notes, other)
     return {name: found[name] for name in names if name in found} | tokenizer, notes
 
 
