@@ -83,11 +83,6 @@ def with_budgets(problem: Problem, budgets: dict[Tier, int]) -> Problem:
     )  # fmt: skip
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_problem():
     return small_problem
-
-
-@pytest.fixture
-def rebudget():
-    return with_budgets

@@ -88,7 +88,7 @@ def test_three_tiers_as_good_as_brute_force(make_problem, seed: int) -> None:
             solve(problem)
         return
     found = solve(problem)
-    assert found.objective <= best * (1 + 1e-9) or np.isfinite(fits_without)
+    assert found.objective <= best * (1 + 1e-9)
     assert found.bound <= best * (1 + 1e-9)
     problem.ledger().reserve_all(problem.demands(found.placement))
 
@@ -104,38 +104,26 @@ def test_highs_agrees(make_problem, seed: int) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10**6), st.booleans())
-def test_never_over_budget_and_deterministic(seed: int, disk: bool) -> None:
-    problem = _problem(seed, disk=disk)
+def test_never_over_budget_and_deterministic(make_problem, seed: int, disk: bool) -> None:
+    problem = make_problem(seed, disk=disk)
     try:
         found = solve(problem)
     except BudgetError:
         with pytest.raises(BudgetError):
-            solve(_problem(seed, disk=disk))
+            solve(make_problem(seed, disk=disk))
         return
     problem.ledger().reserve_all(problem.demands(found.placement))  # refuses what does not fit
-    again = solve(_problem(seed, disk=disk))
+    again = solve(make_problem(seed, disk=disk))
     assert again == found
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10**6), st.floats(0.0, 1.2), st.floats(0.0, 1.2))
-def test_more_memory_is_never_slower(seed: int, one: float, two: float) -> None:
+def test_more_memory_is_never_slower(make_problem, seed: int, one: float, two: float) -> None:
     low, high = sorted((one, two))
-    slower = solve(_problem(seed, vram_share=low))
-    faster = solve(_problem(seed, vram_share=high))
+    slower = solve(make_problem(seed, vram_share=low))
+    faster = solve(make_problem(seed, vram_share=high))
     assert faster.objective <= slower.objective * (1 + 1e-9)
-
-
-def _problem(seed: int, *, disk: bool = False, vram_share: float | None = None) -> Problem:
-    import importlib.util
-    from pathlib import Path
-
-    spec = importlib.util.spec_from_file_location("placement_problems", Path(__file__).with_name("conftest.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.small_problem(seed, disk=disk, vram_share=vram_share)
 
 
 def large_problem(mode: FfnMode, *, vram: int = 24, ram: int = 192, fmt=Q4_0, disk: bool = False) -> Problem:
@@ -171,7 +159,7 @@ def test_large_model_against_highs(mode: FfnMode, vram: int, ram: int, disk: boo
     greedy, start = solve(problem), time.monotonic()
     highs = solve(problem, Method.MILP)
     assert time.monotonic() - start < 90  # 30 s of HiGHS on one core that may be shared, and building its input
-    assert highs.bound >= greedy.bound * (1 - 1e-9)
+    assert highs.bound >= greedy.bound * (1 - 2e-5)  # HiGHS stops at a gap of 1e-5
     assert (greedy.objective - highs.bound) / greedy.objective <= 0.005
     assert highs.objective <= greedy.objective * (1 + 1e-9)
 

@@ -113,11 +113,13 @@ PCIE_LANE = {3: 0.985, 4: 1.969, 5: 3.938}
 """GB/s of one lane and direction by generation."""
 
 DISKS = {
-    "sata": ("SATA SSD (860 EVO)", ((4096, 0.40), (131072, 0.52), (1048576, 0.55))),
-    "nvme-gen3": ("NVMe SSD, PCIe 3 (970 EVO Plus)", ((4096, 2.0), (131072, 3.2), (1048576, 3.5))),
-    "nvme-gen4": ("NVMe SSD, PCIe 4 (980 PRO)", ((4096, 3.2), (131072, 6.3), (1048576, 7.0))),
+    "sata": ("SATA SSD (860 EVO)", 98_000, 0.55),
+    "nvme-gen3": ("NVMe SSD, PCIe 3 (970 EVO Plus)", 600_000, 3.5),
+    "nvme-gen4": ("NVMe SSD, PCIe 4 (980 PRO)", 1_000_000, 7.0),
 }
-"""GB/s of reads of so many bytes with deep queues: random 4 KiB operations/s times their size, then sequential."""
+"""Name, random reads of 4 KiB a second with deep queues, GB/s of sequential reads."""
+RANDOM_READ, SEQUENTIAL_READ = 4 << 10, 128 << 10
+"""Bytes of one read in these two figures."""
 
 COMPUTERS = {
     "pc-high": "rtx-4090+i9-13900k+ddr5-4200+192gib+nvme-gen4",
@@ -199,5 +201,6 @@ def _gpu(gpu: Gpu) -> Processor:
     )
 
 
-def _disk(name: str, points: tuple[tuple[int, float], ...]) -> Disk:
-    return Disk(name=name, curve=ReadCurve(tuple((size, rate * 1e9 * REACHED.disk) for size, rate in points)))
+def _disk(name: str, operations: int, sequential: float) -> Disk:
+    points = ((RANDOM_READ, operations * RANDOM_READ), (SEQUENTIAL_READ, sequential * 1e9))
+    return Disk(name=name, curve=ReadCurve(tuple((size, rate * REACHED.disk) for size, rate in points)))
