@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from thermocline.errors import OutputError
-from thermocline.files.atomic import atomic_write
+from thermocline.files.atomic import atomic_folder, atomic_write
 
 
 def names(folder: Path) -> list[str]:
@@ -115,3 +115,76 @@ def test_many_writers_of_one_name(tmp_path: Path) -> None:
     assert len(content) == 1000
     assert len(set(content)) == 1
     assert names(tmp_path) == ["out"]
+
+
+# Folders
+
+
+def test_a_folder_is_not_there_until_the_end(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    with atomic_folder(path) as folder:
+        assert folder.parent == tmp_path
+        with atomic_write(folder / "a") as file:
+            file.write(b"abc")
+        assert not path.exists()
+    assert names(path) == ["a"]
+    assert names(tmp_path) == ["out"]
+
+
+def test_a_failed_folder_leaves_nothing(tmp_path: Path) -> None:
+    def fill() -> None:
+        with atomic_folder(tmp_path / "out") as folder:
+            (folder / "a").write_bytes(b"abc")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fill()
+    assert names(tmp_path) == []
+
+
+def test_the_folder_of_a_living_writer_is_left_alone(tmp_path: Path) -> None:
+    """Two writers of one name: the first to end wins, the other is told."""
+    path = tmp_path / "out"
+
+    def later() -> None:
+        with atomic_folder(path) as outer:
+            (outer / "outer").write_bytes(b"")
+            with atomic_folder(path) as inner:
+                (inner / "inner").write_bytes(b"")
+            assert outer.exists()
+
+    with pytest.raises(OutputError, match="out: cannot be written: Directory not empty"):
+        later()
+    assert names(path) == ["inner"]
+    assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("kind", ["file", "full", "link", "dangling", "orphan"])
+def test_what_is_no_place_for_a_folder(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    match kind:
+        case "file":
+            path.write_bytes(b"")
+        case "full":
+            path.mkdir()
+            (path / "a").write_bytes(b"")
+        case "link":
+            path.symlink_to(tmp_path)
+        case "dangling":
+            path.symlink_to(tmp_path / "nowhere")
+        case "orphan":
+            path = tmp_path / "no" / "out"
+    before = names(tmp_path)
+    with pytest.raises(OutputError, match="No such file" if kind == "orphan" else "is there already: remove it"):
+        atomic_folder(path).__enter__()
+    assert names(tmp_path) == before
+
+
+def test_leavings_of_folders_and_files_of_the_same_name_go(tmp_path: Path) -> None:
+    (tmp_path / ".out.0123456789ab.partial").mkdir()
+    (tmp_path / ".out.0123456789ab.partial" / "a").write_bytes(b"half")
+    (tmp_path / ".out.ba9876543210.partial").write_bytes(b"half")
+    (tmp_path / ".other.0123456789ab.partial").mkdir()
+    with atomic_folder(tmp_path / "out"):
+        pass
+    assert names(tmp_path) == [".other.0123456789ab.partial", "out"]

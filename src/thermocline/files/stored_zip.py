@@ -161,7 +161,7 @@ def _name(file: MappedFile, at: int, size: int) -> str:
         name = file.buffer[at : at + size].decode()
     except UnicodeDecodeError as error:
         raise ModelFormatError(file.path, "zip directory", "a name is not UTF-8", offset=at) from error
-    if not name.isprintable() or "\\" in name or ":" in name or name.startswith("/") or ".." in name.split("/"):
+    if not name.isprintable() or "\\" in name or name.startswith("/") or ".." in name.split("/"):
         raise _wrong(file, name, "is not a plain name inside the archive", at)
     return name
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from thermocline.config import Mode
-from thermocline.files.quantize import dequantize, to_float
+from thermocline.files.quantize import all_finite, to_float
 from thermocline.files.weight import Weight
 from thermocline.memory.reblock import Reblocked, Transposer, not_finite, record_format, transpose
 from thermocline.model.families import family_of
@@ -21,9 +21,6 @@ from thermocline.model.source import NetworkSource
 from thermocline.model.spec import ModelSpec
 from thermocline.model.tensors import check_tensors
 from thermocline.ops.contract import Array, Matrix, NeuronBlock, Ops
-
-CHECKED_ROWS = 1 << 20
-"""Elements looked at together by the full check, so that it needs a few megabytes only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,10 +91,7 @@ def check_finite(weights: Mapping[str, Weight], ops: Ops) -> None:
         NumericalError: one is NaN or infinite; the tensor is named.
     """
     for name, weight in weights.items():
-        if isinstance(ops, FiniteChecker):
-            finite = ops.check_finite(ops.place(weight)) < 0
-        else:
-            finite = all(np.isfinite(numbers).all() for numbers in _numbers(weight))
+        finite = ops.check_finite(ops.place(weight)) < 0 if isinstance(ops, FiniteChecker) else all_finite(weight)
         if not finite:
             raise not_finite(name)
 
@@ -177,15 +171,3 @@ class _Loading:
         transposed = {r.tensor for r in self.reblocked}
         mapped = sum(w.nbytes for w in self.weights.values() if w.rows > 1 and w.name not in transposed)
         return LoadReport(mapped, self.resident_bytes, tuple(self.reblocked), seconds)
-
-
-def _numbers(weight: Weight) -> Iterator[npt.NDArray[np.floating]]:
-    """Pieces of the weight whose finiteness is the whole weight's."""
-    step = max(1, CHECKED_ROWS // max(weight.columns, 1))
-    for start in range(0, weight.rows, step):
-        data = weight.data[start : start + step]
-        if weight.format.block > 1:
-            blocks = np.ascontiguousarray(data).reshape(-1, weight.format.block_bytes)
-            yield blocks[:, :2].copy().view(np.float16)
-        else:
-            yield dequantize(data, weight.format, weight.columns)
