@@ -25,6 +25,7 @@ THRESHOLDS: Final = (-1e6, 1e6)
 """Smallest and largest threshold; scores are logits of a few units."""
 MAX_RANK: Final = 1 << 16
 
+_SIZES: Final = {"n_embd": "embedding_length", "n_ff": "feed_forward_length"}
 _TENSOR: Final = re.compile(r"blk\.(0|[1-9]\d{0,3})\.(fc[12])\.weight")
 
 
@@ -109,9 +110,6 @@ def read_predictor(file: GgufFile) -> PowerinferPredictor | None:
     sizes = {name: metadata.integer(prefix + key, 1, 1 << 20) for name, key in _SIZES.items()}
     predictor.check(file.path, n_layer=n_layer, **sizes)
     return predictor
-
-
-_SIZES: Final = {"n_embd": "embedding_length", "n_ff": "feed_forward_length"}
 
 
 def predictor_layer(path: Path | str, label: str, fc1: Weight, fc2: Weight) -> PredictorLayer:
