@@ -18,7 +18,7 @@ OPTIONS = 96
 """Most options of a part that are looked at, nearest to the bound first, beside those that some price bought."""
 POOL = 192
 """The same for exchanges of two parts."""
-PAIRED = 1500
+PAIRED = 1000
 """Options of all parts of which every pair is looked at."""
 ENOUGH = 2e-3
 """A relative gap at which that is not needed."""
@@ -63,19 +63,29 @@ def search(choices: Choices, relaxed: Relaxed) -> tuple[Path | None, bool]:
     best = relaxed.path
     if best is not None:
         best = improve(choices, relaxed, best)
-        pool, _ = open_options(choices, slacks, relaxed, best, POOL)
-        best = exchange(choices, [(p.home, p.option) for p in pool], best)
-        if best.cost - relaxed.bound > ENOUGH * best.cost:
-            pool, _ = open_options(choices, slacks, relaxed, best, PAIRED // len(pool))
-            best = exchange_all(choices, [(p.home, p.option) for p in pool], best)
-        if best.cost - relaxed.bound <= CLOSE * best.cost:
+        best = exchange(choices, _pool(choices, slacks, relaxed, best, POOL), best)
+        if _close(best, relaxed, CLOSE):
             return best, False
     parts, whole = open_options(choices, slacks, relaxed, best)
     found, complete = _labels(choices, relaxed, parts, after, best)
     # Labels are pruned by their priced cost: the cheapest that is left may waste room and lose to the known one.
     if best is None or (found is not None and found.cost < best.cost):
         best = found
-    return best, whole and complete
+    exact = whole and complete
+    if best is None or exact or _close(best, relaxed, ENOUGH):
+        return best, exact
+    best = improve(choices, relaxed, best)
+    pool = _pool(choices, slacks, relaxed, best, PAIRED // len(slacks))
+    return exchange_all(choices, pool, best), False
+
+
+def _close(path: Path, relaxed: Relaxed, gap: float) -> bool:
+    return path.cost - relaxed.bound <= gap * path.cost
+
+
+def _pool(choices: Choices, slacks: Floats, relaxed: Relaxed, best: Path, most: int) -> list[tuple[Ints, Ints]]:
+    parts, _ = open_options(choices, slacks, relaxed, best, most)
+    return [(part.home, part.option) for part in parts]
 
 
 def open_options(
