@@ -1,0 +1,1 @@
+"""Which neurons fire: statistics, predictors, and how good they are."""

@@ -1,0 +1,254 @@
+"""Profiling: run texts through a model and count which neurons fire.
+
+The run is a list of windows, each a sequence of its own. Between two of them everything that is known fits in one
+file, the journal, so that a run that was killed goes on from there and ends with the same numbers, bit for bit.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Final, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from thermocline.activity.accumulator import Accumulator
+from thermocline.activity.statistics import Activity, Floats
+from thermocline.activity.store import activity_of, load_activity, save_activity
+from thermocline.activity.texts import Corpus, Tokenize, Window, is_text, windows
+from thermocline.errors import ModelFormatError, OutputError, UsageError, printable
+from thermocline.files.sidecar import SidecarKind, read_sidecar
+from thermocline.model.network import Observer
+from thermocline.ops.contract import Array
+
+JOURNAL_SECONDS: Final = 20.0
+"""How much work a killed run loses at most, beside the window it was in."""
+
+
+class Existing(StrEnum):
+    """What to do with an activity that is there already."""
+
+    REFUSE = "refuse"
+    MERGE = "merge"
+    OVERWRITE = "overwrite"
+
+
+class Runner(Protocol):
+    """A model that can be watched."""
+
+    @property
+    def window(self) -> int:
+        """Most tokens of a sequence."""
+
+    @property
+    def batch(self) -> int:
+        """Most tokens of a step."""
+
+    def run(self, tokens: npt.NDArray[np.int32], observer: Observer) -> None:
+        """Run `tokens` (1 to `window`) through prefill as a sequence of their own."""
+
+    def to_host(self, array: Array) -> npt.NDArray[Any]:
+        """An observed array as numpy's."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Subject:
+    """The model that is profiled: whose statistics these are, and what runs it. `down_norms` is (n_layer, n_ff)."""
+
+    fingerprint: str
+    name: str
+    down_norms: Floats
+    tokenize: Tokenize
+    prefix: tuple[int, ...]
+    runner: Runner
+
+
+class Progress(NamedTuple):
+    """How far a run is: `share` of the work (0 to 1), tokens done, and seconds of this start."""
+
+    share: float
+    tokens: int
+    tokens_per_second: float
+
+
+@dataclass(frozen=True, slots=True)
+class Profiled:
+    """What a run gave. `resumed` tokens were counted by an earlier, interrupted start."""
+
+    activity: Activity
+    tokens: int
+    resumed: int
+    files: int
+    skipped: tuple[Path, ...]
+    seconds: float
+
+
+@dataclass(slots=True)
+class _Run:
+    """One run: where it stands. `position` counts its windows."""
+
+    identity: dict[str, Any]
+    id: str = field(default_factory=lambda: secrets.token_hex(8))
+    position: int = 0
+    tokens: int = 0
+    sequences: int = 0
+
+    def record(self, **more: Any) -> dict[str, Any]:
+        """What the activity keeps of it."""
+        return {"id": self.id, "tokens": self.tokens, "sequences": self.sequences, **self.identity, **more}
+
+
+def profile(
+    subject: Subject,
+    corpus: Corpus,
+    output: Path,
+    *,
+    tokens: int = 0,
+    threshold: float = 0.0,
+    existing: Existing = Existing.REFUSE,
+    restart: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+    journal_seconds: float = JOURNAL_SECONDS,
+) -> Profiled:
+    """Run `corpus` through the model, at most `tokens` of it (0: all), and write the activity to `output`.
+
+    A journal beside the output lets a second start go on where a killed one stopped; `restart` forgets it. With
+    `Existing.MERGE` the new counts are added to those of `output`, which must be this model's.
+
+    Raises:
+        UsageError: `output` is there and was not to be touched, or the journal is of a run over other texts.
+        FingerprintError: `output` or the journal belongs to another model.
+        OutputError: something could not be written; what was there before is untouched.
+        NumericalError: the model computes NaN.
+    """
+    began = time.perf_counter()
+    journal = journal_of(output)
+    _require_settings(tokens, threshold)
+    run = _Run({"texts": corpus.digest, "window": subject.runner.window, "batch": subject.runner.batch})
+    start = Activity.empty(subject.fingerprint, subject.name, *subject.down_norms.shape, threshold=threshold)
+    before = None if restart else _resume(journal, run, start)
+    old = _existing(output, existing, subject, run, resumed=before is not None)
+    if old is not None and any(record.get("id") == run.id for record in old.runs):
+        journal.unlink(missing_ok=True)  # killed between the last two steps of a run: all was done
+        return Profiled(old, run.tokens, run.tokens, len(corpus.files), (), time.perf_counter() - began)
+    reading = _Reading(corpus, subject, tokens)
+    accumulator = Accumulator(before or start, subject.down_norms, subject.runner.to_host)
+    resumed, saved = run.tokens, time.perf_counter()
+    if before is None:
+        _save(accumulator, journal, run)  # a disk that cannot be written to shows at once
+    for number, window in enumerate(reading):
+        if number < run.position:
+            continue
+        accumulator.begin_sequence()
+        subject.runner.run(np.asarray(window.tokens, np.int32), accumulator)
+        run.position, run.tokens, run.sequences = number + 1, accumulator.tokens, accumulator.sequences
+        now = time.perf_counter()
+        if progress is not None:
+            progress(Progress(reading.share, run.tokens, (run.tokens - resumed) / (now - began)))
+        if now - saved >= journal_seconds:
+            _save(accumulator, journal, run)
+            saved = time.perf_counter()
+    if not run.tokens:
+        journal.unlink(missing_ok=True)
+        raise UsageError(f"none of the {len(corpus.files)} files is a text with anything in it; name texts in UTF-8")
+    files = len(corpus.files) - len(reading.skipped)
+    fresh = accumulator.result((run.record(files=files, bytes=reading.nbytes),))
+    activity = fresh if old is None else old.merge(fresh)
+    save_activity(activity, output)
+    journal.unlink(missing_ok=True)
+    return Profiled(activity, run.tokens, resumed, files, tuple(reading.skipped), time.perf_counter() - began)
+
+
+def journal_of(output: Path) -> Path:
+    """Where an unfinished run that will write `output` keeps what it has."""
+    return output.with_name(output.name + ".journal")
+
+
+class _Reading:
+    """The windows of a run, in order, up to its token limit; what was skipped and how far it is."""
+
+    def __init__(self, corpus: Corpus, subject: Subject, limit: int) -> None:
+        self._corpus, self._subject, self._limit = corpus, subject, limit
+        self.skipped: list[Path] = []
+        self.nbytes = 0
+        self.share = 0.0
+
+    def __iter__(self) -> Iterator[Window]:
+        subject, tokens, before = self._subject, 0, 0
+        whole = max(self._corpus.nbytes, 1)
+        for file in self._corpus.files:
+            if not is_text(file):
+                self.skipped.append(file.path)
+            else:
+                for window in windows(file, subject.tokenize, subject.prefix, subject.runner.window):
+                    if self._limit and tokens + len(window.tokens) >= self._limit:
+                        window = Window(window.tokens[: self._limit - tokens], window.nbytes)
+                    tokens += len(window.tokens)
+                    self.nbytes = before + window.nbytes
+                    self.share = max(self.nbytes / whole, tokens / self._limit if self._limit else 0.0)
+                    yield window
+                    if tokens == self._limit:
+                        return
+            before += file.size
+
+
+def _require_settings(tokens: int, threshold: float) -> None:
+    if not 0 <= tokens <= 1 << 40:
+        raise UsageError(f"tokens is {tokens}; allowed: 0 (all of the text) to {1 << 40}")
+    if not 0 <= threshold <= 1e30:
+        raise UsageError(f"threshold is {threshold}; allowed: finite numbers from 0")
+
+
+def _existing(output: Path, existing: Existing, subject: Subject, run: _Run, *, resumed: bool) -> Activity | None:
+    """The activity that the new counts are added to, or that an interrupted run had already finished."""
+    if not output.exists() or existing is Existing.OVERWRITE:
+        return None
+    try:
+        old = load_activity(output)
+        old.require_model(subject.fingerprint, subject.name)
+    except ModelFormatError:
+        if existing is Existing.MERGE:
+            raise
+        old = None
+    finished = resumed and old is not None and any(record.get("id") == run.id for record in old.runs)
+    if existing is Existing.REFUSE and not finished:
+        raise UsageError(
+            f"{printable(str(output))} is there already: --merge adds to it, --overwrite makes it anew, "
+            "or name another file with -o"
+        )
+    return old
+
+
+def _resume(journal: Path, run: _Run, start: Activity) -> Activity | None:
+    """What an interrupted run had counted, and `run` set to where it stood; None if there is no journal."""
+    if not journal.exists():
+        return None
+    sidecar = read_sidecar(journal, SidecarKind.JOURNAL)
+    sidecar.require_model(start.model_fingerprint, start.model_name)
+    activity, state = activity_of(sidecar), sidecar.info.get("run")
+    if not isinstance(state, Mapping) or not isinstance(state.get("id"), str):
+        raise ModelFormatError(journal, "info.run", "does not tell which run it is of")
+    if type(state.get("position")) is not int or state["position"] < 0:
+        raise ModelFormatError(journal, "info.run", "does not tell how far the run was")
+    same = activity.threshold == start.threshold and activity.fired.shape == start.fired.shape
+    if state.get("identity") != run.identity or not same:
+        raise UsageError(
+            f"an unfinished run over other texts or with other settings has its journal in {printable(str(journal))}: "
+            "repeat its command to finish it, or give --restart to forget it"
+        )
+    run.id, run.position = state["id"], state["position"]
+    run.tokens, run.sequences = activity.tokens, activity.sequences
+    return activity
+
+
+def _save(accumulator: Accumulator, journal: Path, run: _Run) -> None:
+    state = {"id": run.id, "identity": run.identity, "position": run.position}
+    try:
+        save_activity(accumulator.result(), journal, kind=SidecarKind.JOURNAL, more={"run": state})
+    except OutputError as error:
+        raise OutputError(f"the journal of this run: {error}") from error

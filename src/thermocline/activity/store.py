@@ -1,0 +1,142 @@
+"""Activities on disk: sidecars named X.activity.safetensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from thermocline.activity.statistics import SIZE_BINS, Activity, Overlap
+from thermocline.errors import ModelFormatError
+from thermocline.files.sidecar import Sidecar, SidecarKind, read_sidecar, write_sidecar
+from thermocline.files.weight import Weight
+
+MAX_TOKENS: Final = 1 << 48
+MAX_RUNS: Final = 1 << 16
+
+
+def save_activity(
+    activity: Activity,
+    path: Path | str,
+    *,
+    kind: SidecarKind = SidecarKind.ACTIVITY,
+    more: Mapping[str, Any] | None = None,
+) -> str:
+    """Write an activity, whole or not at all; returns the file's checksum. `more` joins its info.
+
+    Raises:
+        OutputError: it could not be written; the old file, if any, is untouched.
+    """
+    info = {
+        "tokens": activity.tokens,
+        "sequences": activity.sequences,
+        "threshold": activity.threshold,
+        "runs": [dict(run) for run in activity.runs],
+        **(more or {}),
+    }
+    tensors: dict[str, npt.NDArray[Any] | Weight] = {
+        "fired": activity.fired,
+        "contribution": activity.contribution,
+        "order": activity.order,
+        "sizes": activity.sizes,
+        "token_overlap": np.stack([activity.token_overlap.shared, activity.token_overlap.total]),
+        "layer_overlap": np.stack([activity.layer_overlap.shared, activity.layer_overlap.total]),
+    }
+    return write_sidecar(path, kind, activity.model_fingerprint, info, tensors, model_name=activity.model_name)
+
+
+def load_activity(path: Path | str) -> Activity:
+    """Read what `save_activity` wrote.
+
+    Raises:
+        ModelFormatError: it is no activity, or damaged, or contradicts itself.
+        UnsupportedModelError: it is of a version that this program cannot read.
+    """
+    return activity_of(read_sidecar(path, SidecarKind.ACTIVITY))
+
+
+def activity_of(sidecar: Sidecar) -> Activity:
+    """The activity in an opened sidecar; raises as `load_activity`."""
+    fired = _tensor(sidecar, "fired", np.int64, 2)
+    n_layer, n_ff = fired.shape
+    activity = Activity(
+        model_fingerprint=sidecar.model_fingerprint,
+        model_name=sidecar.model_name,
+        tokens=_count(sidecar, "tokens"),
+        sequences=_count(sidecar, "sequences"),
+        threshold=_threshold(sidecar),
+        fired=fired,
+        contribution=_tensor(sidecar, "contribution", np.float64, 2, (n_layer, n_ff)),
+        sizes=_tensor(sidecar, "sizes", np.int64, 2, (n_layer, SIZE_BINS)),
+        token_overlap=_overlap(sidecar, "token_overlap", n_layer),
+        layer_overlap=_overlap(sidecar, "layer_overlap", n_layer),
+        runs=_runs(sidecar),
+    )
+    order = _tensor(sidecar, "order", np.int32, 2, (n_layer, n_ff))
+    _check(sidecar, activity, order)
+    return activity
+
+
+def _check(sidecar: Sidecar, activity: Activity, order: npt.NDArray[np.int32]) -> None:
+    """Refuse what no run can have counted."""
+    if activity.fired.size == 0:
+        raise ModelFormatError(sidecar.path, "fired", "has no neurons")
+    if activity.fired.max() > activity.tokens:
+        raise ModelFormatError(
+            sidecar.path, "fired", f"counts {activity.fired.max()} firings in {activity.tokens} tokens"
+        )
+    if not np.array_equal(order, activity.order):
+        raise ModelFormatError(sidecar.path, "order", "is not the order of the counts, hottest first")
+    if activity.sizes.sum(axis=1).max() > activity.tokens:
+        raise ModelFormatError(sidecar.path, "sizes", f"counts more active sets than {activity.tokens} tokens")
+    if not (np.isfinite(activity.contribution).all() and activity.contribution.min() >= 0):
+        raise ModelFormatError(sidecar.path, "contribution", "is not everywhere a finite number from 0")
+    totals = activity.fired.sum(axis=1)
+    for name, overlap in (("token_overlap", activity.token_overlap), ("layer_overlap", activity.layer_overlap)):
+        if (overlap.shared > overlap.total).any() or (overlap.total > totals).any():
+            raise ModelFormatError(sidecar.path, name, "counts more than what fired")
+
+
+def _tensor(
+    sidecar: Sidecar, name: str, dtype: type[np.generic], axes: int, shape: tuple[int, ...] | None = None
+) -> npt.NDArray[Any]:
+    array = sidecar.arrays.get(name)
+    if array is None:
+        raise ModelFormatError(sidecar.path, name, "is missing")
+    wanted = f"{np.dtype(dtype).name} {list(shape) if shape else f'of {axes} axes'}"
+    if array.dtype != dtype or array.ndim != axes or (shape is not None and array.shape != shape):
+        raise ModelFormatError(sidecar.path, name, f"is {array.dtype} {list(array.shape)}; needed: {wanted}")
+    if array.dtype.kind == "i" and array.size and not 0 <= array.min() <= array.max() <= MAX_TOKENS:
+        raise ModelFormatError(sidecar.path, name, f"holds counts outside 0 to {MAX_TOKENS}")
+    return array
+
+
+def _overlap(sidecar: Sidecar, name: str, n_layer: int) -> Overlap:
+    both = _tensor(sidecar, name, np.int64, 2, (2, n_layer))
+    return Overlap(both[0], both[1])
+
+
+def _count(sidecar: Sidecar, name: str) -> int:
+    value = sidecar.info.get(name)
+    if type(value) is not int or not 0 <= value <= MAX_TOKENS:
+        raise ModelFormatError(sidecar.path, f"info.{name}", f"is not a whole number of 0 to {MAX_TOKENS}")
+    return value
+
+
+def _threshold(sidecar: Sidecar) -> float:
+    value = sidecar.info.get("threshold")
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1e30:
+        raise ModelFormatError(sidecar.path, "info.threshold", "is not a number from 0")
+    return float(value)
+
+
+def _runs(sidecar: Sidecar) -> tuple[Mapping[str, Any], ...]:
+    runs = sidecar.info.get("runs")
+    if not isinstance(runs, list) or len(runs) > MAX_RUNS or not all(isinstance(run, dict) for run in runs):
+        raise ModelFormatError(sidecar.path, "info.runs", f"is not a list of at most {MAX_RUNS} objects")
+    if not all(isinstance(run.get("id", ""), str) for run in runs):
+        raise ModelFormatError(sidecar.path, "info.runs", "has an id that is no text")
+    return tuple(runs)

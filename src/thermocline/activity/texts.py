@@ -1,0 +1,133 @@
+"""The texts that a model reads while it is watched: files and folders, document by document."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from thermocline.errors import UsageError, printable
+
+PIECE: Final = 1 << 20
+"""Characters of a document that are made tokens at once; a longer one is cut after a line."""
+
+Tokenize = Callable[[str], Sequence[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class TextFile:
+    """A file that may be a text; `stamp` tells whether it is still the same."""
+
+    path: Path
+    size: int
+    stamp: int
+
+
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """Files in the order in which they are read."""
+
+    files: tuple[TextFile, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files."""
+        return sum(file.size for file in self.files)
+
+    @property
+    def digest(self) -> str:
+        """32 hex digits that change when a file is added, removed, replaced or touched."""
+        digest = hashlib.sha256()
+        for file in self.files:
+            digest.update(f"{file.path}\0{file.size}\0{file.stamp}\0".encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()[:32]
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Tokens to be run as one sequence; `nbytes` is how many bytes of text are done after it, roughly."""
+
+    tokens: tuple[int, ...]
+    nbytes: int
+
+
+def find_texts(paths: Iterable[Path | str]) -> Corpus:
+    """Files as they are named, and of folders all files below, by name; what begins with a dot is left out.
+
+    Raises:
+        UsageError: nothing was named, or a name is not there, or no file was found.
+    """
+    found: dict[Path, TextFile] = {}
+    named = [Path(path) for path in paths]
+    for path in named:
+        try:
+            inside = sorted(_below(path)) if path.is_dir() else [path]
+            for file in inside:
+                status = file.stat()
+                if file.is_file():
+                    found.setdefault(file.resolve(), TextFile(file, status.st_size, status.st_mtime_ns))
+                elif file is path:
+                    raise UsageError(f"the text {printable(str(path))} is neither a file nor a folder")
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UsageError(f"the text {printable(str(path))} cannot be read: {reason}") from error
+    if not found:
+        raise UsageError("there is no text to read; name files or folders with --text")
+    return Corpus(tuple(found.values()))
+
+
+def is_text(file: TextFile) -> bool:
+    """Whether the file is UTF-8 without NUL, read to its end.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
+    try:
+        return all("\0" not in piece for piece in _pieces(file))
+    except UnicodeDecodeError:
+        return False
+
+
+def windows(file: TextFile, tokenize: Tokenize, prefix: Sequence[int], length: int) -> Iterator[Window]:
+    """The document's tokens cut to sequences of at most `length`, each with `prefix` (bos) before it.
+
+    Raises:
+        UsageError: the file cannot be read, or `length` leaves no room beside the prefix.
+    """
+    room = length - len(prefix)
+    if room < 1:
+        raise UsageError(f"a context of {length} tokens holds nothing beside {len(prefix)} that start a text")
+    done = 0
+    for piece in _pieces(file):
+        tokens = tokenize(piece)
+        size = len(piece.encode("utf-8", "surrogatepass"))
+        for start in range(0, len(tokens), room):
+            part = tokens[start : start + room]
+            nbytes = done + size * min(start + room, len(tokens)) // len(tokens)
+            yield Window((*prefix, *part), min(nbytes, file.size))
+        done += size
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    for entry in folder.iterdir():
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            if not entry.is_symlink():  # a link may lead back up
+                yield from _below(entry)
+        elif entry.is_file():
+            yield entry
+
+
+def _pieces(file: TextFile) -> Iterator[str]:
+    """The text in pieces of about `PIECE` characters, cut after a line where there is one."""
+    try:
+        with file.path.open(encoding="utf-8-sig", newline="") as opened:
+            while piece := opened.read(PIECE):
+                if len(piece) == PIECE:
+                    piece += opened.readline(PIECE)
+                yield piece
+    except OSError as error:
+        raise UsageError(f"the text {printable(str(file.path))} cannot be read: {error.strerror}") from error
