@@ -7,11 +7,20 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 __all__ = [
     "LLM", "LoadSettings", "SamplingSettings", "ThermoclineError", "__version__", "describe", "examine",
-    "shipped_model",
+    "merge_activities", "profile", "read_activity", "report", "shipped_model",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
-    from thermocline.api import LLM, describe, examine, shipped_model
+    from thermocline.api import (
+        LLM,
+        describe,
+        examine,
+        merge_activities,
+        profile,
+        read_activity,
+        report,
+        shipped_model,
+    )
     from thermocline.config import LoadSettings, SamplingSettings
     from thermocline.errors import ThermoclineError
 
@@ -19,6 +28,10 @@ _HOMES = {
     "LLM": "thermocline.api",
     "describe": "thermocline.api",
     "examine": "thermocline.api",
+    "merge_activities": "thermocline.api",
+    "profile": "thermocline.api",
+    "read_activity": "thermocline.api",
+    "report": "thermocline.api",
     "shipped_model": "thermocline.api",
     "LoadSettings": "thermocline.config",
     "SamplingSettings": "thermocline.config",

@@ -12,11 +12,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from thermocline.activity.profile import Existing, Profiled, Progress
+from thermocline.activity.report import write_report
+from thermocline.activity.statistics import Activity, merge_all
+from thermocline.activity.store import load_activity, save_activity
 from thermocline.config import LoadSettings, SamplingSettings
 from thermocline.errors import ThermoclineError, UsageError, printable
 from thermocline.files.open import open_model
@@ -28,12 +32,14 @@ from thermocline.runtime.describe import ModelInfo
 from thermocline.runtime.describe import describe as describe_source
 from thermocline.runtime.generation import FinishReason, Generation, Item, Stream
 from thermocline.runtime.loading import LoadedModel, load_model
+from thermocline.runtime.profiling import profile_model
 from thermocline.runtime.report import RunReport
 from thermocline.text.chat import ChatTemplate
 
 __all__ = [
-    "LLM", "BenchRow", "FinishReason", "Generation", "Item", "LoadSettings", "ModelInfo", "RunReport",
-    "SamplingSettings", "Stream", "Survey", "ThermoclineError", "describe", "examine", "shipped_model",
+    "LLM", "Activity", "BenchRow", "Existing", "FinishReason", "Generation", "Item", "LoadSettings", "ModelInfo",
+    "Profiled", "Progress", "RunReport", "SamplingSettings", "Stream", "Survey", "ThermoclineError", "describe",
+    "examine", "merge_activities", "profile", "read_activity", "report", "shipped_model",
 ]  # fmt: skip
 
 Settings = TypeVar("Settings", LoadSettings, SamplingSettings)
@@ -220,6 +226,84 @@ def describe(model: str | Path | None = None) -> ModelInfo:
         return describe_source(source)
     finally:
         source.close()
+
+
+def profile(
+    model: str | Path | None,
+    texts: Sequence[str | Path],
+    output: str | Path,
+    settings: LoadSettings | None = None,
+    *,
+    tokens: int = 0,
+    threshold: float = 0.0,
+    existing: Existing | str = Existing.REFUSE,
+    restart: bool = False,
+    notice: Callable[[str], None] | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> Profiled:
+    """Run texts (files, or folders of them) through a model, count which neurons fire, and write `output`.
+
+    At most `tokens` are read (0: all). A neuron fires if its activation's magnitude is above `threshold`. A second
+    call goes on where one that was killed stopped, unless `restart`.
+
+    Raises:
+        ThermoclineError: the subclass and the message say what was in the way.
+    """
+    source = open_model(shipped_model() if model is None else model)
+    try:
+        return profile_model(
+            source,
+            texts,
+            Path(output),
+            settings or LoadSettings(),
+            tokens=tokens,
+            threshold=threshold,
+            existing=Existing(existing),
+            restart=restart,
+            notice=notice,
+            progress=progress,
+        )
+    finally:
+        source.close()
+
+
+def read_activity(path: str | Path) -> Activity:
+    """Read the statistics that `profile` wrote.
+
+    Raises:
+        ModelFormatError: the file holds none, or is damaged.
+    """
+    return load_activity(path)
+
+
+def merge_activities(paths: Sequence[str | Path], output: str | Path) -> Activity:
+    """Add up the statistics of several runs over one model and write them to `output`.
+
+    Raises:
+        FingerprintError: they are of different models.
+        UsageError: they cannot be merged for another reason, such as a run that is in two of them.
+    """
+    merged = merge_all([load_activity(path) for path in paths])
+    save_activity(merged, output)
+    return merged
+
+
+def report(
+    path: str | Path,
+    output: str | Path | None,
+    *,
+    predictor: str | Path | None = None,
+    pictures: str | Path | None = None,
+) -> list[Path]:
+    """Draw an activity: one self-contained page `output`, and single pictures (SVG) in the folder `pictures`.
+
+    Returns the files that were written.
+
+    Raises:
+        FingerprintError: the predictor belongs to another model than the activity.
+        OutputError: a file could not be written.
+    """
+    return write_report(path, output, predictor=predictor, pictures=pictures)
 
 
 def _settings(kind: type[Settings], given: Settings | None, overrides: Mapping[str, Any]) -> Settings:

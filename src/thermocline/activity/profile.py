@@ -20,8 +20,8 @@ import numpy.typing as npt
 from thermocline.activity.accumulator import Accumulator
 from thermocline.activity.statistics import Activity, Floats
 from thermocline.activity.store import activity_of, load_activity, save_activity
-from thermocline.activity.texts import Corpus, Tokenize, Window, is_text, windows
-from thermocline.errors import ModelFormatError, OutputError, UsageError, printable
+from thermocline.activity.texts import Corpus, RefusedTextError, TextFile, Tokenize, Window, is_text, windows
+from thermocline.errors import FingerprintError, ModelFormatError, OutputError, UsageError, printable
 from thermocline.files.sidecar import SidecarKind, read_sidecar
 from thermocline.model.network import Observer
 from thermocline.ops.contract import Array
@@ -129,7 +129,9 @@ def profile(
     began = time.perf_counter()
     journal = journal_of(output)
     _require_settings(tokens, threshold)
-    run = _Run({"texts": corpus.digest, "window": subject.runner.window, "batch": subject.runner.batch})
+    run = _Run(
+        {"texts": corpus.digest, "window": subject.runner.window, "batch": subject.runner.batch, "limit": tokens}
+    )
     start = Activity.empty(subject.fingerprint, subject.name, *subject.down_norms.shape, threshold=threshold)
     before = None if restart else _resume(journal, run, start)
     old = _existing(output, existing, subject, run, resumed=before is not None)
@@ -179,13 +181,13 @@ class _Reading:
         self.share = 0.0
 
     def __iter__(self) -> Iterator[Window]:
-        subject, tokens, before = self._subject, 0, 0
+        tokens = before = 0
         whole = max(self._corpus.nbytes, 1)
         for file in self._corpus.files:
             if not is_text(file):
                 self.skipped.append(file.path)
             else:
-                for window in windows(file, subject.tokenize, subject.prefix, subject.runner.window):
+                for window in self._windows(file):
                     if self._limit and tokens + len(window.tokens) >= self._limit:
                         window = Window(window.tokens[: self._limit - tokens], window.nbytes)
                     tokens += len(window.tokens)
@@ -195,6 +197,14 @@ class _Reading:
                     if tokens == self._limit:
                         return
             before += file.size
+
+    def _windows(self, file: TextFile) -> Iterator[Window]:
+        """The file's windows, up to where the tokenizer refuses to go on."""
+        subject = self._subject
+        try:
+            yield from windows(file, subject.tokenize, subject.prefix, subject.runner.window)
+        except RefusedTextError:
+            self.skipped.append(file.path)
 
 
 def _require_settings(tokens: int, threshold: float) -> None:
@@ -211,7 +221,7 @@ def _existing(output: Path, existing: Existing, subject: Subject, run: _Run, *, 
     try:
         old = load_activity(output)
         old.require_model(subject.fingerprint, subject.name)
-    except ModelFormatError:
+    except (ModelFormatError, FingerprintError):
         if existing is Existing.MERGE:
             raise
         old = None

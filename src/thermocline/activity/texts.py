@@ -16,6 +16,10 @@ PIECE: Final = 1 << 20
 Tokenize = Callable[[str], Sequence[int]]
 
 
+class RefusedTextError(Exception):
+    """A text that the tokenizer cannot spell. It is skipped, so whoever reads a corpus catches this."""
+
+
 @dataclass(frozen=True, slots=True)
 class TextFile:
     """A file that may be a text; `stamp` tells whether it is still the same."""
@@ -95,13 +99,17 @@ def windows(file: TextFile, tokenize: Tokenize, prefix: Sequence[int], length: i
 
     Raises:
         UsageError: the file cannot be read, or `length` leaves no room beside the prefix.
+        RefusedTextError: the tokenizer refuses a piece of it.
     """
     room = length - len(prefix)
     if room < 1:
         raise UsageError(f"a context of {length} tokens holds nothing beside {len(prefix)} that start a text")
     done = 0
     for piece in _pieces(file):
-        tokens = tokenize(piece)
+        try:
+            tokens = tokenize(piece)
+        except UsageError as error:
+            raise RefusedTextError(str(error)) from error
         size = len(piece.encode("utf-8", "surrogatepass"))
         for start in range(0, len(tokens), room):
             part = tokens[start : start + room]

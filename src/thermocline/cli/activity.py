@@ -1,0 +1,97 @@
+"""`thermocline activity`: look at statistics and add them up."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import App
+from rich.table import Table
+
+import thermocline
+from thermocline.cli.flags import JsonFlag, flag
+from thermocline.cli.output import write_json
+from thermocline.cli.tables import facts, print_tables
+from thermocline.errors import UsageError
+
+if TYPE_CHECKING:
+    from thermocline.api import Activity
+
+HELP = """Show which neurons fire, or add up the statistics of several runs.
+
+For example:
+
+  thermocline activity show model.activity.safetensors
+
+  thermocline activity merge wiki.safetensors code.safetensors -o model.activity.safetensors"""
+
+activity = App(name="activity", help=HELP, help_format="plaintext", result_action="return_value")
+
+
+@activity.command
+def show(file: str, /, *, as_json: JsonFlag = False) -> int:
+    """Print a table of each layer's activity.
+
+    Args:
+        file: what `thermocline profile` wrote.
+        as_json: print one JSON object instead.
+
+    For example:
+
+      thermocline activity show model.activity.safetensors
+    """
+    found = thermocline.read_activity(file)
+    if as_json:
+        write_json(found.summary())
+    else:
+        print_tables(*activity_tables(found))
+    return 0
+
+
+@activity.command
+def merge(
+    *files: str,
+    output: Annotated[str, flag("--output", "-o", help="File to write.")],
+    as_json: JsonFlag = False,
+) -> int:
+    """Add up the statistics of several runs over one model.
+
+    For example:
+
+      thermocline activity merge wiki.safetensors code.safetensors -o model.activity.safetensors
+    """
+    if len(files) < 2:
+        raise UsageError(f"merging takes two files or more, not {len(files)}")
+    merged = thermocline.merge_activities(files, output)
+    if as_json:
+        write_json(merged.summary())
+    else:
+        print_tables(*activity_tables(merged))
+    return 0
+
+
+def activity_tables(found: Activity) -> tuple[Table, Table]:
+    """The figures of the whole model, and of each layer."""
+    summary = found.summary()
+    head = facts(
+        [
+            ("model", summary["model"] or summary["model_fingerprint"][:16]),
+            ("read", f"{summary['tokens']:,} tokens in {summary['sequences']:,} sequences"),
+            ("neurons", f"{summary['n_layer']} layers of {summary['n_ff']}"),
+            ("active for a token", _percent(summary["active_share"])),
+            ("80 % of activations", f"come from {_percent(summary['neurons_for_80_percent'])} of the neurons"),
+            ("token to token", f"{_percent(summary['token_overlap'])} of an active set was active a token before"),
+            ("layer to layer", f"{_percent(summary['layer_overlap'])} of it is foreseen from the layer below"),
+        ]
+    )
+    table = Table("layer", "active", "median", "99 %", "give 80 %", "never fired", "token", "layer", "by chance")
+    for column in table.columns:
+        column.justify = "right"
+    names = ("active_share", "median_active_share", "p99_active_share", "neurons_for_80_percent", "never_fired",
+             "token_overlap", "layer_overlap", "chance_overlap")  # fmt: skip
+    for number, layer in enumerate(summary["layers"]):
+        table.add_row(str(number), *(_percent(layer[name]) for name in names))
+    return head, table
+
+
+def _percent(value: Any) -> str:
+    return "unknown" if value is None else f"{value:.1%}"

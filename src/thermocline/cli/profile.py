@@ -1,0 +1,126 @@
+"""`thermocline profile`: count which neurons fire."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+from rich.console import Console
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+import thermocline
+from thermocline.cli.activity import activity_tables
+from thermocline.cli.flags import JsonFlag, ModelFlag, VerboseFlag, count, flag, with_settings
+from thermocline.cli.output import status, write_json
+from thermocline.cli.tables import print_tables
+from thermocline.config import LoadSettings
+from thermocline.errors import UsageError, printable
+
+if TYPE_CHECKING:
+    from thermocline.api import Profiled, Progress
+
+SHOWN = 3
+"""How many of the skipped files are named."""
+
+
+@with_settings
+def profile(
+    *,
+    model: ModelFlag = None,
+    text: Annotated[
+        tuple[str, ...],
+        Parameter(
+            name="--text", negative=(), consume_multiple=True, help="Files to read, and folders to read all files of."
+        ),
+    ],
+    output: Annotated[str, flag("--output", "-o", help="File to write, such as X.activity.safetensors.")],
+    tokens: Annotated[int, count("--tokens", "-n", help="Most tokens to read; 0 reads all.")] = 0,
+    threshold: Annotated[
+        float, flag("--threshold", help="A neuron fires if its activation's magnitude is above this.")
+    ] = 0.0,
+    merge: Annotated[bool, flag("--merge", help="Add to what OUTPUT has counted already.")] = False,
+    overwrite: Annotated[bool, flag("--overwrite", help="Replace OUTPUT.")] = False,
+    restart: Annotated[bool, flag("--restart", help="Forget an interrupted run instead of going on with it.")] = False,
+    as_json: JsonFlag = False,
+    verbose: VerboseFlag = False,
+    load: LoadSettings,
+) -> int:
+    """Run texts through a model and count how often each neuron fires, how much it adds, and what repeats.
+
+    Files that are no UTF-8 text are skipped. An interrupted run goes on where it was when its command is repeated.
+    The result is for `report`, for `train-predictor` and for placing the neurons that fire most in fast memory.
+
+    For example:
+
+      thermocline profile -m model.gguf --text docs/ notes.txt -o model.activity.safetensors
+
+      thermocline profile -m model.gguf --text wiki/ -n 1000000 -o model.activity.safetensors
+
+      thermocline profile -m model.gguf --text code/ -o model.activity.safetensors --merge
+    """
+    if merge and overwrite:
+        raise UsageError("give --merge or --overwrite, not both")
+    existing = "merge" if merge else "overwrite" if overwrite else "refuse"
+    with _bar() as bar:
+        task = None if bar is None else bar.add_task("", total=1.0)
+
+        def show(progress: Progress) -> None:
+            if bar is not None and task is not None:
+                line = f"{progress.tokens:,} tokens, {progress.tokens_per_second:,.0f} tokens/s"
+                bar.update(task, completed=progress.share, description=line)
+
+        done = thermocline.profile(
+            model,
+            text,
+            output,
+            load,
+            tokens=tokens,
+            threshold=threshold,
+            existing=existing,
+            restart=restart,
+            notice=lambda line: status(f"note: {line}", always=verbose),
+            progress=show,
+        )
+    for line in _told(done):
+        status(line, always=verbose)
+    if as_json:
+        write_json(_record(done, output))
+    else:
+        print_tables(*activity_tables(done.activity))
+    return 0
+
+
+def _bar() -> Any:
+    """A progress bar on standard error; none where nobody is watching."""
+    if sys.stderr is None or not sys.stderr.isatty():
+        return nullcontext(None)
+    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
+    return Bar(*columns, console=Console(stderr=True), transient=True)
+
+
+def _told(done: Profiled) -> list[str]:
+    lines = []
+    if done.resumed:
+        lines.append(f"went on from {done.resumed:,} tokens of an interrupted run")
+    if done.skipped:
+        names = ", ".join(printable(path.name, 60) for path in done.skipped[:SHOWN])
+        more = f" and {len(done.skipped) - SHOWN} more" if len(done.skipped) > SHOWN else ""
+        lines.append(f"{len(done.skipped)} files are no UTF-8 text and were skipped: {names}{more}")
+    speed = (done.tokens - done.resumed) / done.seconds if done.seconds else 0.0
+    lines.append(f"{done.tokens:,} tokens of {done.files} files, {speed:,.0f} tokens/s, {done.seconds:.1f} s")
+    return lines
+
+
+def _record(done: Profiled, output: str) -> dict[str, Any]:
+    return {
+        "output": output,
+        "tokens": done.tokens,
+        "resumed": done.resumed,
+        "files": done.files,
+        "skipped": [str(path) for path in done.skipped],
+        "seconds": done.seconds,
+        "activity": done.activity.summary(),
+    }
