@@ -219,6 +219,11 @@ def percents(low: float, high: float, steps: int = 5) -> tuple[tuple[float, str]
     return tuple((k * step, f"{k * step * 100:.4g} %") for k in range(first, int(high / step + 1e-9) + 1))
 
 
+def percent(share: float) -> str:
+    """A share for people."""
+    return f"{100 * share:.1f} %"
+
+
 def layer_marks(count: int, most: int = 12) -> tuple[tuple[float, str], ...]:
     """Marks of an axis of layers: all of them, or every second, fifth, tenth and so on."""
     step = next(s for s in (1, 2, 4, 5, 8, 10, 16, 20, 50, 100, 1000) if count <= most * s or s == 1000)

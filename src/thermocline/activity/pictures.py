@@ -20,6 +20,7 @@ from thermocline.activity.drawing import (
     layer_axis,
     layer_marks,
     mixed,
+    percent,
     percents,
     share_axis,
 )
@@ -81,7 +82,7 @@ def predictor_pictures(info: Mapping[str, Any]) -> list[Picture]:
 
 def _ranked(activity: Activity) -> Picture:
     share = Axis(0, 1, "share of neurons, hottest first", percents(0, 1))
-    plot = Plot("A few neurons do most of the work", share, Axis(0, 1, "share of activations", percents(0, 1)))
+    plot = Plot("Activations over ranked neurons", share, Axis(0, 1, "share of activations", percents(0, 1)))
     for layer, counts in enumerate(activity.fired):
         colour = _depth_colour(layer, activity.n_layer)
         plot.line(*_cumulative(counts), colour, width=1.1, opacity=0.75)
@@ -89,9 +90,9 @@ def _ranked(activity: Activity) -> Picture:
     _, whole = activity.coverage(0.8)
     plot.legend = [("whole model", WARM), ("first layer", _depth_colour(0, 2)), ("last layer", _depth_colour(1, 2))]
     if activity.fired.any():
-        plot.guide(whole, 0.8, f"{whole:.0%} of the neurons give 80 %", WARM)
+        plot.guide(whole, 0.8, f"{100 * whole:.0f} % of the neurons give 80 %", WARM)
     caption = (
-        f"Neurons ranked by how often they fire. {whole:.1%} of the model's neurons give 80 % of its activations. "
+        f"Neurons ranked by how often they fire. {percent(whole)} of the model's neurons give 80 % of its activations. "
         "By the same count PowerInfer's paper finds 17 % in OPT-30B (ReLU), 26 % in a ReGLU Llama of 70 B and 75 % in "
         "a SwiGLU one."
     )
@@ -104,7 +105,7 @@ def _heat(activity: Activity) -> Picture:
     rank = Axis(0, 1, "rank in the layer, hottest first", percents(0, 1))
     plot = Plot("Temperature", rank, Axis(n_layer - 0.5, -0.5, "layer", layer_marks(n_layer)), right=86)
     plot.heat(values, 0, 1)
-    marks = [(float(np.sqrt(p)), f"{p:.0%}") for p in (0, 0.01, 0.05, 0.1, 0.25, 0.5, 1)]
+    marks = [(float(np.sqrt(p)), f"{100 * p:.0f} %") for p in (0, 0.01, 0.05, 0.1, 0.25, 0.5, 1)]
     plot.colour_bar(marks, "fires for this share of tokens")
     caption = (
         "Each row is a layer, its neurons in order of temperature: a placement cuts every row once, hot on the left "
@@ -123,7 +124,7 @@ def _active(activity: Activity) -> Picture:
     )
     plot.bars(mean, (mixed(COLD, "#ffffff", 0.25),), name="mean")
     plot.ranges(low, high, AMBER, name="from the 1st to the 99th percentile of tokens")
-    caption = f"Of all neurons {mean.mean():.1%} are active for a token; {1 - mean.mean():.1%} are zero: the sparsity."
+    caption = f"Of all neurons {percent(mean.mean())} are active for a token; the others are zero."
     return Picture("active", plot.svg(), caption)
 
 
@@ -146,7 +147,7 @@ def _sizes(activity: Activity) -> Picture:
     plot = Plot("Sizes of active sets", share, Axis(n_layer - 0.5, -0.5, "layer", layer_marks(n_layer)), right=86)
     top = max(float(used.max()), 1e-12)
     plot.heat(np.sqrt(used / top), 0, high)
-    plot.colour_bar([(0, "0"), (0.5, f"{top / 4:.2g}"), (1, f"{top:.2g}")], "share of tokens")
+    plot.colour_bar([(0.0, "0 %"), (0.5, percent(top / 4)), (1.0, percent(top))], "share of tokens")
     caption = "How often a token's active set has which size: what a kernel has to be ready for."
     return Picture("sizes", plot.svg(), caption)
 
@@ -160,8 +161,8 @@ def _locality(activity: Activity) -> Picture:
     plot.line(places, layer.share, COLD, name="foreseen by the layer below", dots=True)
     plot.line(places, chance, MUTED, name="by chance", width=1.8, dashes="5 5")
     caption = (
-        f"Token to token: {token.mean:.0%} of an active set was active at the token before. Layer to layer: take the "
-        "earlier token whose active set one layer below is most alike; this share of the active set was active there. "
+        f"Token to token: {percent(token.mean)} of an active set was active at the token before. Layer to layer: "
+        "take the earlier token whose active set one layer below is most alike; this share of the active set was active there. "
         "By chance: if neurons of these temperatures knew nothing of each other."
     )
     return Picture("locality", plot.svg(), caption)

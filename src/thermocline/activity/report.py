@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any, Final
 
-from thermocline.activity.drawing import NAMESPACE
+from thermocline.activity.drawing import NAMESPACE, percent
 from thermocline.activity.pictures import Picture, activity_pictures, predictor_pictures
 from thermocline.activity.statistics import Activity
 from thermocline.activity.store import load_activity
@@ -103,7 +103,7 @@ def page(activity: Activity, drawn: Sequence[Picture], predictor: Sidecar | None
         f"<title>Activity of {escape(name)}</title><style>{STYLE}</style></head><body>",
         f"<header><div><h1>Which neurons of {escape(name)} fire</h1>",
         f"<p>{activity.n_layer} layers of {activity.n_ff:,} neurons, watched over {activity.tokens:,} tokens "
-        f"in {activity.sequences:,} sequences</p></div></header><main>",
+        f"in {_counted(activity.sequences, 'sequence')}</p></div></header><main>",
         _facts(summary),
         _figures(drawn),
     ]
@@ -168,13 +168,17 @@ def _section(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) ->
 def _footer(activity: Activity) -> str:
     threshold = f" of a magnitude above {activity.threshold:g}" if activity.threshold else " other than zero"
     return (
-        f"<footer>A neuron fires if its activation is{threshold}. Merged from {len(activity.runs)} runs. "
+        f"<footer>A neuron fires if its activation is{threshold}. Counted in {_counted(len(activity.runs), 'run')}. "
         f"Model {activity.model_fingerprint}.</footer>"
     )
 
 
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 def _percent(value: float | None) -> str:
-    return "unknown" if value is None else f"{value:.1%}"
+    return "–" if value is None else percent(value).replace(" ", "\u00a0")
 
 
 def _write(path: Path, text: str) -> Path:

@@ -78,12 +78,12 @@ def activity_tables(found: Activity) -> tuple[Table, Table]:
             ("read", f"{summary['tokens']:,} tokens in {summary['sequences']:,} sequences"),
             ("neurons", f"{summary['n_layer']} layers of {summary['n_ff']}"),
             ("active for a token", _percent(summary["active_share"])),
-            ("80 % of activations", f"come from {_percent(summary['neurons_for_80_percent'])} of the neurons"),
+            ("80% of activations", f"come from {_percent(summary['neurons_for_80_percent'])} of the neurons"),
             ("token to token", f"{_percent(summary['token_overlap'])} of an active set was active a token before"),
             ("layer to layer", f"{_percent(summary['layer_overlap'])} of it is foreseen from the layer below"),
         ]
     )
-    table = Table("layer", "active", "median", "99 %", "give 80 %", "never fired", "token", "layer", "by chance")
+    table = Table("layer", "active", "median", "99%", "give 80%", "never fired", "token", "layer", "by chance")
     for column in table.columns:
         column.justify = "right"
     names = ("active_share", "median_active_share", "p99_active_share", "neurons_for_80_percent", "never_fired",
@@ -94,4 +94,4 @@ def activity_tables(found: Activity) -> tuple[Table, Table]:
 
 
 def _percent(value: Any) -> str:
-    return "unknown" if value is None else f"{value:.1%}"
+    return "-" if value is None else f"{value:.1%}"
