@@ -162,8 +162,8 @@ def _locality(activity: Activity) -> Picture:
     plot.line(places, chance, MUTED, name="by chance", width=1.8, dashes="5 5")
     caption = (
         f"Token to token: {percent(token.mean)} of an active set was active at the token before. Layer to layer: "
-        "take the earlier token whose active set one layer below is most alike; this share of the active set was active there. "
-        "By chance: if neurons of these temperatures knew nothing of each other."
+        "take the earlier token whose active set one layer below is most alike; this share of the active set was "
+        "active there. By chance: if neurons of these temperatures knew nothing of each other."
     )
     return Picture("locality", plot.svg(), caption)
 

@@ -181,7 +181,7 @@ class _Reading:
         self.share = 0.0
 
     def __iter__(self) -> Iterator[Window]:
-        tokens = before = 0
+        tokens = before = texts = 0
         whole = max(self._corpus.nbytes, 1)
         for file in self._corpus.files:
             if not is_text(file):
@@ -191,11 +191,13 @@ class _Reading:
                     if self._limit and tokens + len(window.tokens) >= self._limit:
                         window = Window(window.tokens[: self._limit - tokens], window.nbytes)
                     tokens += len(window.tokens)
-                    self.nbytes = before + window.nbytes
-                    self.share = max(self.nbytes / whole, tokens / self._limit if self._limit else 0.0)
+                    self.nbytes = texts + window.nbytes
+                    share = (before + window.nbytes) / whole
+                    self.share = max(share, tokens / self._limit) if self._limit else share
                     yield window
                     if tokens == self._limit:
                         return
+                texts += file.size
             before += file.size
 
     def _windows(self, file: TextFile) -> Iterator[Window]:

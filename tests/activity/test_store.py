@@ -1,0 +1,126 @@
+"""Activities on disk: they come back, and what no run can have counted is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from thermocline.activity.accumulator import Accumulator
+from thermocline.activity.statistics import Activity
+from thermocline.activity.store import load_activity, save_activity
+from thermocline.errors import ModelFormatError
+from thermocline.files.sidecar import SidecarKind, read_sidecar, write_sidecar
+
+MODEL = "ab" * 32
+
+
+@pytest.fixture
+def counted() -> Activity:
+    random = np.random.default_rng(2)
+    accumulator = Accumulator(Activity.empty(MODEL, "tiny", 2, 10, threshold=0.25), np.ones((2, 10)))
+    accumulator.begin_sequence()
+    for layer in range(2):
+        accumulator.ffn_hidden(layer, np.maximum(random.normal(size=(12, 10)), 0).astype(np.float32))
+    return accumulator.result(({"id": "r", "tokens": 12},))
+
+
+def test_it_comes_back(counted: Activity, tmp_path: Path, same) -> None:
+    path = tmp_path / "x.activity.safetensors"
+    checksum = save_activity(counted, path)
+    found = load_activity(path)
+    assert same(found, counted)
+    assert (found.runs, found.model_name) == (({"id": "r", "tokens": 12},), "tiny")
+    sidecar = read_sidecar(path)
+    assert (sidecar.checksum, sidecar.kind) == (checksum, SidecarKind.ACTIVITY)
+    assert np.array_equal(sidecar.arrays["order"], counted.order)
+
+
+def test_counts_alone_are_an_activity_too(tmp_path: Path, same) -> None:
+    activity = Activity.from_counts(MODEL, "powerinfer", np.array([[3, 0, 5]]), 9)
+    save_activity(activity, tmp_path / "x")
+    assert same(load_activity(tmp_path / "x"), activity)
+
+
+def broken(counted: Activity) -> dict[str, tuple[dict[str, object], str]]:
+    many = counted.fired.copy()
+    many[0, 0] = 13
+    negative = counted.fired.copy()
+    negative[0, 0] = -1
+    nan = counted.contribution.copy()
+    nan[1, 1] = np.nan
+    return {
+        "more than all tokens": ({"fired": many}, "order|fired"),
+        "less than none": ({"fired": negative}, "outside 0"),
+        "wrong type": ({"fired": counted.fired.astype(np.float64)}, "needed: int64"),
+        "wrong axes": ({"fired": counted.fired[0]}, "needed: int64 of 2 axes"),
+        "no neurons": ({"fired": counted.fired[:, :0]}, "no neurons|contribution"),
+        "not finite": ({"contribution": nan}, "finite"),
+        "below zero": ({"contribution": -counted.contribution}, "finite number from 0"),
+        "another shape": ({"contribution": counted.contribution[:1]}, "contribution: is float64"),
+        "not that order": ({"order": counted.order[:, ::-1]}, "not the order"),
+        "too many sets": ({"sizes": counted.sizes + 1}, "active sets"),
+        "more shared than there is": (
+            {"token_overlap": np.stack([counted.token_overlap.total + 1, counted.token_overlap.total])},
+            "more than what fired",
+        ),
+        "more compared than fired": (
+            {"layer_overlap": np.full((2, 2), 10**6)},
+            "more than what fired",
+        ),
+        "missing": ({"sizes": None}, "sizes: is missing"),
+    }
+
+
+CASES = list(broken(Activity.from_counts(MODEL, "m", np.ones((2, 2), int), 1)))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_no_run_can_have_counted_is_refused(counted: Activity, tmp_path: Path, case: str) -> None:
+    changes, problem = broken(counted)[case]
+    path = tmp_path / "x"
+    save_activity(counted, path)
+    good = read_sidecar(path)
+    arrays = {name: array for name, array in {**good.arrays, **changes}.items() if array is not None}
+    write_sidecar(path, SidecarKind.ACTIVITY, MODEL, good.info, arrays)
+    with pytest.raises(ModelFormatError, match=problem):
+        load_activity(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"tokens": -1}, "info.tokens"),
+        ({"tokens": 3.0}, "info.tokens"),
+        ({"tokens": True}, "info.tokens"),
+        ({"tokens": 1 << 60}, "info.tokens"),
+        ({"sequences": None}, "info.sequences"),
+        ({"threshold": -1}, "info.threshold"),
+        ({"threshold": "0"}, "info.threshold"),
+        ({"runs": {}}, "info.runs"),
+        ({"runs": [1]}, "info.runs"),
+        ({"runs": [{"id": ["x"]}]}, "info.runs"),
+    ],
+)
+def test_hostile_info_is_refused(counted: Activity, tmp_path: Path, change, problem: str) -> None:
+    path = tmp_path / "x"
+    save_activity(counted, path)
+    good = read_sidecar(path)
+    write_sidecar(path, SidecarKind.ACTIVITY, MODEL, {**good.info, **change}, good.arrays)
+    with pytest.raises(ModelFormatError, match=problem):
+        load_activity(path)
+
+
+def test_a_journal_is_no_activity(counted: Activity, tmp_path: Path) -> None:
+    save_activity(counted, tmp_path / "x", kind=SidecarKind.JOURNAL)
+    with pytest.raises(ModelFormatError, match="kind journal; needed is one of kind activity"):
+        load_activity(tmp_path / "x")
+
+
+def test_a_predictor_or_a_text_is_no_activity(counted: Activity, tmp_path: Path) -> None:
+    (tmp_path / "x").write_text("tokens")
+    with pytest.raises(ModelFormatError):
+        load_activity(tmp_path / "x")
+    with pytest.raises(ModelFormatError, match="does not exist"):
+        load_activity(tmp_path / "nowhere")
