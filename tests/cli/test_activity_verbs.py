@@ -1,0 +1,109 @@
+"""`profile`, `activity` and `report` on the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from thermocline import read_activity
+
+TEXT = "def first(n):\n    return n + 1\n" * 20
+CALL = ("-c", 64, "-t", 1)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    (tmp_path / "code.py").write_text(TEXT)
+    (tmp_path / "more.txt").write_text("pack my box\n" * 9)
+    return tmp_path / "code.py"
+
+
+def one_line(text: str) -> bool:
+    return text.count("\n") == 1 and text.endswith("\n")
+
+
+def test_profile_writes_what_activity_shows(command, tiny_model, text, tmp_path) -> None:
+    made = command("profile", "-m", tiny_model, "--text", text, tmp_path / "more.txt", "-o", "x", *CALL)
+    assert (made.code, made.err) == (0, "")
+    shown = command("activity", "show", "x")
+    assert (shown.code, shown.out) == (0, made.out)
+    words = shown.out.split()
+    activity = read_activity("x")
+    assert f"{activity.tokens:,}" in words
+    assert f"{activity.active_share.mean():.1%}" in words
+    for value in activity.coverage(0.8)[0]:
+        assert f"{value:.1%}" in words
+    record = json.loads(command("activity", "show", "x", "--json").out)
+    assert record == json.loads(json.dumps(activity.summary()))
+
+
+def test_profile_tells_a_machine_and_a_person(command, tiny_model, text, tmp_path) -> None:
+    (tmp_path / "picture").write_bytes(b"\xff\xfe\0")
+    call = ("profile", "-m", tiny_model, "--text", tmp_path / "picture", "--text", text, *CALL, "-n", 100)
+    record = json.loads(command(*call, "-o", "x", "--json").out)
+    assert (record["tokens"], record["files"], len(record["skipped"])) == (100, 1, 1)
+    assert record["activity"]["tokens"] == 100
+    told = command(*call, "-o", "y", "--verbose").err
+    assert "1 files are no UTF-8 text and were skipped: picture\n" in told
+    assert "100 tokens of 1 files, " in told
+
+
+def test_merging_by_flag_and_by_verb_is_the_same(command, tiny_model, text, tmp_path) -> None:
+    base = ("profile", "-m", tiny_model, *CALL, "--text")
+    for path, output in ((text, "a"), (text, "c"), (tmp_path / "more.txt", "b")):
+        assert command(*base, path, "-o", output).code == 0
+    assert command(*base, tmp_path / "more.txt", "-o", "c", "--merge").code == 0
+    assert command("activity", "merge", "a", "b", "-o", "d").code == 0
+    c, d = read_activity("c"), read_activity("d")
+    assert (c.fired == d.fired).all()
+    assert c.tokens == d.tokens == read_activity("a").tokens + read_activity("b").tokens
+    twice = command("activity", "merge", "a", "d", "-o", "e")
+    assert twice.code == 2
+    assert "is in both activities" in twice.err
+    assert one_line(twice.err)
+
+
+def test_report_writes_a_page_and_pictures(command, tiny_model, text) -> None:
+    command("profile", "-m", tiny_model, "--text", text, "-o", "x", *CALL)
+    done = command("report", "x", "-o", "r.html", "--pictures", "pictures")
+    assert (done.code, done.err) == (0, "")
+    written = done.out.split()
+    assert written[0] == "r.html"
+    assert len(written) == 7
+    assert all(Path(path).stat().st_size > 1000 for path in written)
+    assert json.loads(command("report", "x", "-o", "r.html", "--json").out) == {"written": ["r.html"]}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "problem"),
+    [
+        (["profile", "-o", "y"], 2, "--text"),
+        (["profile", "--text", "code.py"], 2, "--output"),
+        (["profile", "--text", "nowhere", "-o", "y"], 2, "nowhere cannot be read"),
+        (["profile", "--text", "code.py", "-o", "y", "-n", "1.5"], 2, "whole numbers"),
+        (["profile", "--text", "code.py", "-o", "y", "-n", "-1"], 2, "tokens is -1"),
+        (["profile", "--text", "code.py", "-o", "y", "--merge", "--overwrite"], 2, "not both"),
+        (["profile", "--text", "code.py", "-o", "x"], 2, "--merge adds to it"),
+        (["profile", "--text", "code.py", "-o", "no/y"], 2, "make it first"),
+        (["profile", "--text", "code.py", "-o", "y", "-ngl", "9"], 2, "CPU only"),
+        (["activity"], 0, ""),
+        (["activity", "show", "code.py"], 1, "header length"),
+        (["activity", "show", "nowhere"], 1, "does not exist"),
+        (["activity", "merge", "x", "-o", "y"], 2, "two files or more"),
+        (["report", "x"], 2, "nothing to write"),
+        (["report", "nowhere", "-o", "y"], 1, "does not exist"),
+        (["report", "x", "-o", "no/y"], 1, "No such file"),
+        (["report", "x", "-o", "y", "--predictor", "x"], 1, "kind predictor"),
+    ],
+)
+def test_what_is_wrong_is_told_in_one_line(command, tiny_model, text, arguments, code, problem) -> None:
+    command("profile", "-m", tiny_model, "--text", text, "-o", "x", *CALL)
+    if arguments[0] == "profile":
+        arguments = ["profile", "-m", tiny_model, *CALL, *arguments[1:]]
+    outcome = command(*arguments)
+    assert outcome.code == code
+    assert problem in outcome.err
+    assert code == 0 or one_line(outcome.err)
+    assert not Path("y").exists()
