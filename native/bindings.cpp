@@ -7,6 +7,7 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <cmath>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -17,6 +18,7 @@
 #include "dispatch.h"
 #include "ffn.h"
 #include "linear.h"
+#include "predictor.h"
 #include "probes.h"
 #include "requantize.h"
 #include "vector_ops.h"
@@ -193,6 +195,23 @@ std::tuple<int64_t, int64_t, int64_t, int64_t> bind_ffn(Context& context, const 
   return {work.gate_rows, work.up_rows, work.down_rows, work.fired};
 }
 
+void bind_predict(Context& context, const Input& x, const MatrixHandle& fc1, const MatrixHandle& fc2,
+                  const Output& scores) {
+  const float* from = data_of<float>(x, "x", {kAny, fc1.matrix.cols});
+  require(fc2.matrix.cols == fc1.matrix.rows, "fc2", "has another rank than fc1");
+  const int64_t tokens = length(x, 0);
+  float* to = data_of<float>(scores, "scores", {tokens, fc2.matrix.rows});
+  run(context, [&] { predict(context, from, tokens, fc1.matrix, fc2.matrix, to); });
+}
+
+int64_t bind_select(Context& context, const Input& scores, float threshold, const Output& out) {
+  const float* from = data_of<float>(scores, "scores", {kAny, kAny});
+  const int64_t tokens = length(scores, 0), neurons = length(scores, 1);
+  require(!std::isnan(threshold), "threshold", "is not a number");
+  int32_t* to = data_of<int32_t>(out, "out", {neurons});
+  return run(context, [&] { return context.kernels.select(from, tokens, neurons, threshold, to); });
+}
+
 std::pair<double, double> bind_transpose(Context& context, const MatrixHandle& source, const Output& out,
                                          int ggml_type) {
   const Format format = format_of(ggml_type);
@@ -256,6 +275,8 @@ NB_MODULE(_native, m) {
       .def("ffn", &bind_ffn, nb::arg("x"), nb::arg("gate").none(), nb::arg("up"), nb::arg("down"),
            nb::arg("records"), nb::arg("activation"), nb::arg("both"), nb::arg("threshold"),
            nb::arg("active").none(), nb::arg("out"), nb::arg("skip_zeros"), nb::arg("hidden").none())
+      .def("predict", &bind_predict, nb::arg("x"), nb::arg("fc1"), nb::arg("fc2"), nb::arg("scores"))
+      .def("select", &bind_select, nb::arg("scores"), nb::arg("threshold"), nb::arg("out"))
       .def("transpose_requantize", &bind_transpose, nb::arg("source"), nb::arg("out"), nb::arg("ggml_type"))
       .def(
           "check_finite",

@@ -49,6 +49,24 @@ static void activate(Activation activation, float threshold, float* x, int64_t n
   }
 }
 
+// The ids found so far are never more than those looked at: a whole vector of them fits behind the last.
+static int64_t select(const float* scores, int64_t tokens, int64_t n, float threshold, int32_t* out) {
+  const Vec limit = splat(threshold);
+  int64_t count = 0, i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    uint32_t found = 0;
+    for (int64_t t = 0; t < tokens; ++t) found |= at_least(load(scores + t * n + i), limit);
+    count += list_bits(found, static_cast<int32_t>(i), out + count);
+  }
+  for (; i < n; ++i) {
+    int found = 0;
+    for (int64_t t = 0; t < tokens; ++t) found |= scores[t * n + i] >= threshold;
+    out[count] = static_cast<int32_t>(i);
+    count += found;
+  }
+  return count;
+}
+
 // The squares are summed in double: large activations overflow no float there.
 static void rms_norm(const float* x, const float* weight, double eps, float* out, int64_t n) {
   double lane[8] = {};

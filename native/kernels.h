@@ -70,6 +70,9 @@ struct Kernels {
                                        int64_t row_bytes);
   // x = act(x)
   void (*activate)(Activation activation, float threshold, float* x, int64_t n);
+  // The columns of scores (tokens, n) where some token has at least `threshold`, ascending; returns how many.
+  // `out` has room for n.
+  int64_t (*select)(const float* scores, int64_t tokens, int64_t n, float threshold, int32_t* out);
   void (*rms_norm)(const float* x, const float* weight, double eps, float* out, int64_t n);
   void (*rope)(float* head, const float* cosine, const float* sine, int64_t half, bool interleaved);
   // Scores to exp(score * scale - m), their maximum m and their sum; n is a multiple of 16 and a score of

@@ -28,6 +28,7 @@ static constexpr Kernels make_kernels(const char* name) {
       THERMOCLINE_FORMATS(dequantize),
       THERMOCLINE_FORMATS(first_nonfinite),
       activate,
+      select,
       rms_norm,
       rope,
       softmax_part,

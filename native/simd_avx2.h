@@ -38,6 +38,29 @@ static inline Vec step_from(Vec x, Vec limit) {
   return _mm256_andnot_ps(_mm256_cmp_ps(x, limit, _CMP_LT_OQ), splat(1.0f));
 }
 
+static inline uint32_t at_least(Vec a, Vec limit) {
+  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, limit, _CMP_GE_OQ)));
+}
+// The places of the set bits of every byte, one byte each, lowest first.
+struct BitPlaces {
+  uint64_t of[256];
+  constexpr BitPlaces() : of() {
+    for (int bits = 0; bits < 256; ++bits) {
+      int count = 0;
+      for (int i = 0; i < 8; ++i) {
+        if (bits >> i & 1) of[bits] |= static_cast<uint64_t>(i) << (8 * count++);
+      }
+    }
+  }
+};
+static constexpr BitPlaces kBitPlaces;
+static inline int list_bits(uint32_t bits, int32_t base, int32_t* out) {
+  const __m128i places = _mm_cvtsi64_si128(static_cast<int64_t>(kBitPlaces.of[bits]));
+  const __m256i ids = _mm256_add_epi32(_mm256_cvtepu8_epi32(places), _mm256_set1_epi32(base));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), ids);
+  return __builtin_popcount(bits);
+}
+
 static inline __m128 fold(Vec v) {
   return _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
 }

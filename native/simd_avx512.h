@@ -39,6 +39,15 @@ static inline Vec step_from(Vec x, Vec limit) {
   return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, limit, _CMP_NLT_UQ), splat(1.0f));
 }
 
+static inline uint32_t at_least(Vec a, Vec limit) { return _mm512_cmp_ps_mask(a, limit, _CMP_GE_OQ); }
+// In a register first: compressing to memory is slow on some CPUs.
+static inline int list_bits(uint32_t bits, int32_t base, int32_t* out) {
+  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i ids = _mm512_add_epi32(lanes, _mm512_set1_epi32(base));
+  _mm512_storeu_si512(out, _mm512_maskz_compress_epi32(static_cast<__mmask16>(bits), ids));
+  return __builtin_popcount(bits);
+}
+
 static inline __m128 fold(Vec v) {
   const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
   return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));

@@ -35,6 +35,21 @@ static inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
 static inline Vec keep_above(Vec x, Vec limit) { return x > limit ? x : zero(); }
 // 0 where x < limit, else 1.
 static inline Vec step_from(Vec x, Vec limit) { return x < limit ? zero() : splat(1.0f); }
+// Bit i is set where a[i] is at least limit[i]; NaN is not.
+static inline uint32_t at_least(Vec a, Vec limit) {
+  uint32_t bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits |= static_cast<uint32_t>(a[i] >= limit[i]) << i;
+  return bits;
+}
+// Writes base + i for every set bit i to out, which has room for kLanes; returns how many.
+static inline int list_bits(uint32_t bits, int32_t base, int32_t* out) {
+  int count = 0;
+  for (int i = 0; i < kLanes; ++i) {
+    out[count] = base + i;
+    count += bits >> i & 1;
+  }
+  return count;
+}
 static inline float sum(Vec v) { return (v[0] + v[1]) + (v[2] + v[3]); }
 static inline void sum4(Vec a, Vec b, Vec c, Vec d, float* out) {
   out[0] = sum(a);

@@ -77,6 +77,10 @@ class Context:
         skip_zeros: bool,
         hidden: _Floats | None,
     ) -> tuple[int, int, int, int]: ...
+    def predict(self, x: _Floats, fc1: Matrix, fc2: Matrix, scores: _Floats) -> None: ...
+    def select(self, scores: _Floats, threshold: float, out: _Ints) -> int:
+        """Columns of `scores` (tokens, neurons) that reach the threshold in any row, into `out`; how many they are."""
+
     def transpose_requantize(self, source: Matrix, out: _Bytes, ggml_type: int) -> tuple[float, float]:
         """`source` transposed into `out` in another format; returns the largest and the RMS change of an element."""
 

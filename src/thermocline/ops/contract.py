@@ -173,3 +173,19 @@ class Ops(Protocol):
         `hidden` (T, neurons), if given, receives the activations.
         The sum does not depend on `skip_zeros` nor on threads, bit for bit.
         """
+
+    def predict(self, x: Array, fc1: Matrix, fc2: Matrix, scores: Array) -> None:
+        """Scores (T, neurons) = relu(x (T, n_embd) @ fc1ᵀ) @ fc2ᵀ: how likely each neuron is to fire.
+
+        `fc1` has rank rows of n_embd, `fc2` a row of rank for each neuron. Source: the predictors of PowerInfer
+        (Song et al., SOSP 2024).
+        """
+
+    def select(self, scores: Array, threshold: float, out: Array) -> ActiveSet:
+        """The neurons whose score is at least `threshold` for any token; NaN scores never are.
+
+        `scores` is (T, neurons), `out` int32 (neurons); the set is a view of `out`, overwritten by the next call.
+
+        Raises:
+            ValueError: the threshold is NaN.
+        """

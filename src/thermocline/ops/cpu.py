@@ -137,6 +137,14 @@ class CpuOps:
             )
         )
 
+    def predict(self, x: Array, fc1: Matrix, fc2: Matrix, scores: Array) -> None:
+        """See the contract."""
+        self._context.predict(x, fc1, fc2, scores)
+
+    def select(self, scores: Array, threshold: float, out: Array) -> ActiveSet:
+        """See the contract."""
+        return ActiveSet(out[: self._context.select(scores, threshold, out)])
+
     def transpose_requantize(self, matrix: Matrix, out: Bytes, fmt: BlockFormat) -> tuple[float, float]:
         """Turn ffn_down (n_embd rows of n_ff) into neuron records: `out` (n_ff, row_bytes of n_embd) uint8, in `fmt`.
 

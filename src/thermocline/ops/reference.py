@@ -125,6 +125,19 @@ class ReferenceOps:
             hidden[...] = h
         return _work(computed, _activate(gate, block.kind) != 0, h, block, skip_zeros)
 
+    def predict(self, x: Array, fc1: Matrix, fc2: Matrix, scores: Array) -> None:
+        """See the contract."""
+        hidden = x.astype(np.float64) @ to_float(fc1).astype(np.float64).T
+        scores[...] = np.where(hidden > 0, hidden, 0) @ to_float(fc2).astype(np.float64).T
+
+    def select(self, scores: Array, threshold: float, out: Array) -> ActiveSet:
+        """See the contract."""
+        if np.isnan(threshold):
+            raise ValueError("threshold is not a number")
+        found = np.flatnonzero((scores >= np.float32(threshold)).any(axis=0))
+        out[: len(found)] = found
+        return ActiveSet(out[: len(found)])
+
 
 def _work(
     computed: npt.NDArray[np.bool_],
