@@ -28,7 +28,7 @@ from thermocline.files.source import ModelSource
 from thermocline.hardware.survey import Survey, examine
 from thermocline.model.spec import ModelSpec
 from thermocline.runtime.bench import BenchRow, run_bench
-from thermocline.runtime.describe import ModelInfo
+from thermocline.runtime.describe import ModelInfo, PredictorInfo
 from thermocline.runtime.describe import describe as describe_source
 from thermocline.runtime.generation import FinishReason, Generation, Item, Stream
 from thermocline.runtime.loading import LoadedModel, load_model
@@ -38,8 +38,8 @@ from thermocline.text.chat import ChatTemplate
 
 __all__ = [
     "LLM", "Activity", "BenchRow", "Existing", "FinishReason", "Generation", "Item", "LoadSettings", "ModelInfo",
-    "Profiled", "Progress", "RunReport", "SamplingSettings", "Stream", "Survey", "ThermoclineError", "describe",
-    "examine", "merge_activities", "profile", "read_activity", "report", "shipped_model",
+    "PredictorInfo", "Profiled", "Progress", "RunReport", "SamplingSettings", "Stream", "Survey", "ThermoclineError",
+    "describe", "examine", "merge_activities", "profile", "read_activity", "report", "shipped_model",
 ]  # fmt: skip
 
 Settings = TypeVar("Settings", LoadSettings, SamplingSettings)
@@ -86,7 +86,7 @@ class LLM:
 
     @property
     def mode(self) -> str:
-        """How the FFN is computed: `dense` or `exact`."""
+        """How the FFN is computed: `dense`, `exact` or `predicted`."""
         return self._loaded.transformer.mode.value
 
     @property
@@ -103,6 +103,11 @@ class LLM:
     def weight_bytes(self) -> int:
         """Bytes of the weights, mapped and made."""
         return self._loaded.report.mapped_bytes + self._loaded.report.resident_bytes
+
+    @property
+    def predictor_bytes(self) -> int:
+        """Bytes of the predictor that is used, 0 where the mode is not predicted."""
+        return self._loaded.report.predictor_bytes
 
     @property
     def notices(self) -> tuple[str, ...]:

@@ -7,16 +7,22 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from numbers import Integral, Real
+from pathlib import Path
 
 from thermocline.errors import SamplingError, UsageError, printable
 
 
 class Mode(StrEnum):
-    """How the FFN is computed. `AUTO` is `EXACT` where the activation gives zeros, else `DENSE`."""
+    """How the FFN is computed.
+
+    `AUTO` is `PREDICTED` where there is a predictor whose audit passed, else `EXACT` where the activation gives
+    zeros, else `DENSE`.
+    """
 
     AUTO = "auto"
     DENSE = "dense"
     EXACT = "exact"
+    PREDICTED = "predicted"
 
 
 class OpsKind(StrEnum):
@@ -49,6 +55,10 @@ class LoadSettings:
     """Number format of the cached values."""
     mode: Mode = Mode.AUTO
     """How the FFN is computed."""
+    predictor: str | Path | None = None
+    """Predictor to compute with; without, the one beside the model (M.gguf: M.predictor.safetensors) or inside it."""
+    predictor_threshold: float | None = None
+    """Score from which on a neuron is computed, in all layers; without, as the predictor says."""
     ops: OpsKind = OpsKind.CPU
     """Implementation of the arithmetic."""
     isa: str = "auto"
@@ -60,9 +70,23 @@ class LoadSettings:
             value = getattr(self, name)
             _check(value in list(kind), name, value, ", ".join(kind))
             object.__setattr__(self, name, kind(value))  # strings are welcome, members are what is kept
+        self._check_predictor()
         _check(0 <= self.ctx_size <= 1 << 24, "ctx-size", self.ctx_size, "0 (the model's own) to 16777216")
         _check(0 <= self.threads <= 1024, "threads", self.threads, "0 (physical cores) to 1024")
         _check(1 <= self.ubatch <= 1 << 16, "ubatch-size", self.ubatch, "1 to 65536")
+
+    def _check_predictor(self) -> None:
+        path, threshold = self.predictor, self.predictor_threshold
+        if path is not None:
+            _check(isinstance(path, str | Path) and str(path) != "", "predictor", printable(repr(path)), "a file")
+        if threshold is not None:
+            fits = _is_number(threshold, Real) and not math.isnan(threshold)
+            _check(
+                fits, "predictor-threshold", printable(repr(threshold)), "a number, or -inf (all neurons) or inf (none)"
+            )
+        for name, value in (("predictor", path), ("predictor-threshold", threshold)):
+            if value is not None and self.mode not in (Mode.AUTO, Mode.PREDICTED):
+                raise UsageError(f"mode {self.mode} predicts nothing: leave --{name} out, or use --mode predicted")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

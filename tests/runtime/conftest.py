@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from thermocline.config import Mode
 from thermocline.files.open import open_model
 from thermocline.ops.contract import FfnWork
 from thermocline.runtime.engine import Engine
@@ -62,6 +63,6 @@ def saying(tokenizer: Tokenizer) -> Callable[..., tuple[Engine, FakeSequence]]:
     ) -> tuple[Engine, FakeSequence]:
         ids = list(answer.encode() if isinstance(answer, str) else answer)
         fake = FakeSequence(lambda cells: ids[min(len(cells) - skip, len(ids) - 1)], tokenizer.size, n_ctx, ubatch)
-        return Engine(fake, TRAFFIC, tokenizer.size), fake
+        return Engine(fake, TRAFFIC, tokenizer.size, Mode.EXACT), fake
 
     return make

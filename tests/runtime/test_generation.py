@@ -186,7 +186,9 @@ def test_the_report_counts(saying, tokenizer) -> None:
     assert report.prompt_rate > 0 < report.decode_rate
     assert report.first_token_seconds >= report.prompt_seconds > 0
     assert report.as_dict()["decode_rate"] == report.decode_rate
-    assert re.search(r"prompt 2 tokens .* 5 tokens at .* tok/s · 8\.0% of FFN neurons active · .* GB/s", report.line())
+    assert re.search(
+        r"prompt 2 tokens .* 5 tokens at .* tok/s · 8\.0% of FFN neurons active \(mode exact\) · .* GB/s", report.line()
+    )
 
 
 def test_the_consumer_does_not_slow_the_figures_down(saying, tokenizer, monkeypatch) -> None:

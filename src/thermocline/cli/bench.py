@@ -74,6 +74,7 @@ def _record(llm: thermocline.LLM, rows: list[BenchRow], peak: float) -> dict[str
         "ops": llm.ops,
         "threads": llm.threads,
         "mode": llm.mode,
+        "predictor_bytes": llm.predictor_bytes,
         "load_seconds": llm.load_seconds,
         "peak_gigabytes_per_second": peak,
         "rows": [row.as_dict() for row in rows],

@@ -153,7 +153,7 @@ def _extra_help(name: str) -> str:
     if name == "logit_bias":
         return "Written 15043+1 or 15043-inf; repeat the flag for more tokens."
     if name == "mode":
-        return "auto is exact where the activation gives zeros, else dense."
+        return "auto is predicted by an audited predictor, else exact where the activation gives zeros, else dense."
     return "Repeat the flag for more than one." if name == "stop" else ""
 
 
@@ -190,6 +190,7 @@ def _bias(text: str) -> tuple[int, float]:
 
 SPECIAL: dict[str, dict[str, Any]] = {
     "mode": {"converter": _mode, "n_tokens": 1},
+    "predictor_threshold": {"allow_leading_hyphen": True},
     "logit_bias": {"allow_leading_hyphen": True},
     "stop": {"allow_leading_hyphen": True, "env_var_split": _whole},
 }

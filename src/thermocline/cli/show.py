@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from rich.table import Table
@@ -13,7 +14,7 @@ from thermocline.cli.tables import facts, print_tables, size_of
 from thermocline.errors import printable
 
 if TYPE_CHECKING:
-    from thermocline.api import ModelInfo
+    from thermocline.api import ModelInfo, PredictorInfo
 
 TEMPLATE_LINES = 8
 """How much of a chat template is shown; --json has all of it."""
@@ -48,6 +49,8 @@ def _summary(info: ModelInfo) -> Table:
     if info.tokenizer:
         rows.append(("bos, eos", f"{info.bos if info.bos is not None else 'none'}, {_listed(info.eos)}"))
     rows.append(("chat template", _template(info.chat_template)))
+    if info.predictor is not None:
+        rows.append(("predictor", _predictor(info.predictor)))
     rows.append(("fingerprint", info.fingerprint[:16]))
     rows += [("warning", warning) for warning in info.warnings]
     rows += [("cannot be run", problem) for problem in info.problems]
@@ -71,6 +74,15 @@ def _network(info: ModelInfo) -> list[tuple[str, str]]:
         ("vocabulary", f"{spec.n_vocab} tokens{', embedding tied to the head' if spec.tied_embeddings else ''}"),
         ("context", f"{spec.n_ctx_train} tokens"),
     ]
+
+
+def _predictor(predictor: PredictorInfo) -> str:
+    low, high = min(predictor.ranks), max(predictor.ranks)
+    rank = f"rank {low}" if low == high else f"ranks {low} to {high}"
+    audit = "not audited" if predictor.passed is None else "audit passed" if predictor.passed else "audit failed"
+    said = f" ({predictor.audit})" if predictor.audit else ""
+    name = printable(Path(predictor.path).name, 80)
+    return f"{name}: {size_of(predictor.bytes)}, {predictor.share:.1%} of the parameters, {rank}, {audit}{said}"
 
 
 def _template(template: str | None) -> str:

@@ -10,12 +10,13 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
+from thermocline.activity.predictor import Predictor
 from thermocline.config import Mode
 from thermocline.files.quantize import all_finite, to_float
 from thermocline.files.weight import Weight
 from thermocline.memory.reblock import Reblocked, Transposer, not_finite, record_format, transpose
 from thermocline.model.families import family_of
-from thermocline.model.network import Layer, Transformer, resolve_mode
+from thermocline.model.network import Layer, LayerPredictor, Transformer, resolve_mode
 from thermocline.model.rope import rope_table
 from thermocline.model.source import NetworkSource
 from thermocline.model.spec import ModelSpec
@@ -25,12 +26,16 @@ from thermocline.ops.contract import Array, Matrix, NeuronBlock, Ops
 
 @dataclass(frozen=True, slots=True)
 class LoadReport:
-    """What loading did. `mapped_bytes` stay in the file's mapping, `resident_bytes` were made anew."""
+    """What loading did. `mapped_bytes` stay in the file's mapping, `resident_bytes` were made anew.
+
+    The predictor's are counted apart.
+    """
 
     mapped_bytes: int
     resident_bytes: int
     reblocked: tuple[Reblocked, ...]
     seconds: float
+    predictor_bytes: int = 0
 
     @property
     def worst_reblocked(self) -> Reblocked | None:
@@ -39,15 +44,22 @@ class LoadReport:
 
 
 def load_transformer(
-    source: NetworkSource, ops: Ops, *, n_ctx: int = 0, mode: Mode = Mode.AUTO, check: bool = False
+    source: NetworkSource,
+    ops: Ops,
+    *,
+    n_ctx: int = 0,
+    mode: Mode = Mode.AUTO,
+    predictor: Predictor | None = None,
+    check: bool = False,
 ) -> tuple[Transformer, LoadReport]:
     """Read the spec, hold the tensors to it, and place them where `ops` computes.
 
     `n_ctx` is the longest context that will be run, 0 the model's own. Norms and biases are always looked at
-    for NaN and infinity, and down projections while they are transposed; `check` looks at every weight.
+    for NaN and infinity, and so are predictors, and down projections while they are transposed; `check` looks at
+    every weight. With a `predictor`, the mode may be predicted, or changed to it later.
 
     Raises:
-        ModelFormatError: the source contradicts itself.
+        ModelFormatError: the source contradicts itself, or the predictor is of another network.
         UnsupportedModelError: it asks for what is not implemented.
         NumericalError: weights are not finite.
         UsageError: the network cannot run in that mode.
@@ -55,18 +67,19 @@ def load_transformer(
     began = time.perf_counter()
     family = family_of(source)
     spec = family.spec(source)
-    mode = resolve_mode(mode, spec.ffn)
+    mode = resolve_mode(mode, spec.ffn, predictor=predictor is not None)
     weights = family.weights(source, spec)
     check_tensors(source.path, spec, weights)
     if check:
         check_finite(weights, ops)
     loading = _Loading(spec, ops, weights)
+    predictors = (None,) * spec.n_layer if predictor is None else loading.predictors(source, predictor)
     n_ctx = n_ctx or spec.n_ctx_train
     transformer = Transformer(
         spec=spec,
         ops=ops,
         embedding=ops.place(weights["token_embd.weight"]),
-        layers=tuple(loading.layer(i) for i in range(spec.n_layer)),
+        layers=tuple(loading.layer(i, predictors[i]) for i in range(spec.n_layer)),
         output_norm=loading.vector("output_norm.weight"),
         head=(ops.place(weights["token_embd.weight" if spec.tied_embeddings else "output.weight"]),),
         rope=resident(ops, rope_table(spec.rope, n_ctx)),
@@ -96,6 +109,12 @@ def check_finite(weights: Mapping[str, Weight], ops: Ops) -> None:
             raise not_finite(name)
 
 
+def first_bytes(spec: ModelSpec, weights: Mapping[str, Weight]) -> tuple[int, ...]:
+    """Bytes of each layer's matrix that tells which neurons are zero: the gate, or up where there is none."""
+    name = "ffn_gate" if spec.ffn.gated else "ffn_up"
+    return tuple(weights[f"blk.{layer}.{name}.weight"].nbytes for layer in range(spec.n_layer))
+
+
 def resident(ops: Ops, values: npt.NDArray[np.float32]) -> Array:
     """`values` as an array of the implementation."""
     array = ops.array(values.shape)
@@ -112,8 +131,9 @@ class _Loading:
     weights: Mapping[str, Weight]
     resident_bytes: int = 0
     reblocked: list[Reblocked] = field(default_factory=list)
+    predictor_bytes: int = 0
 
-    def layer(self, index: int) -> Layer:
+    def layer(self, index: int, predictor: LayerPredictor | None) -> Layer:
         spec, blk = self.spec, f"blk.{index}."
         qkv = [self.ops.place(self.weights[f"{blk}attn_{part}.weight"]) for part in "qkv"]
         bias = [self.vector(f"{blk}attn_{part}.bias") for part in "qkv"] if spec.qkv_bias else None
@@ -128,6 +148,21 @@ class _Loading:
             ffn_norm=self.vector(blk + "ffn_norm.weight"),
             ffn=self.neurons(blk),
             window=spec.windows[index],
+            predictor=predictor,
+        )
+
+    def predictors(self, source: NetworkSource, predictor: Predictor) -> tuple[LayerPredictor, ...]:
+        """The layers' predictors, looked at for NaN and infinity."""
+        predictor.require_fits(source.path, self.spec)
+        matrices: dict[str, Weight] = {}
+        for index, layer in enumerate(predictor.layers):
+            matrices |= {f"predictor of layer {index}, fc1": layer.fc1, f"predictor of layer {index}, fc2": layer.fc2}
+        check_finite(matrices, self.ops)
+        self.predictor_bytes = predictor.nbytes
+        tokens = predictor.batches(first_bytes(self.spec, self.weights))
+        return tuple(
+            LayerPredictor(self.ops.place(layer.fc1), self.ops.place(layer.fc2), threshold, most)
+            for layer, threshold, most in zip(predictor.layers, predictor.thresholds, tokens, strict=True)
         )
 
     def neurons(self, blk: str) -> NeuronBlock:
@@ -170,4 +205,4 @@ class _Loading:
     def report(self, seconds: float) -> LoadReport:
         transposed = {r.tensor for r in self.reblocked}
         mapped = sum(w.nbytes for w in self.weights.values() if w.rows > 1 and w.name not in transposed)
-        return LoadReport(mapped, self.resident_bytes, tuple(self.reblocked), seconds)
+        return LoadReport(mapped, self.resident_bytes, tuple(self.reblocked), seconds, self.predictor_bytes)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,7 @@ from thermocline.config import Mode
 from thermocline.errors import ContextError, UsageError
 from thermocline.model.spec import ModelSpec
 from thermocline.model.workspace import Views, Workspace
-from thermocline.ops.contract import ALL, Array, FfnKind, FfnWork, KVLayer, Matrix, NeuronBlock, Ops
+from thermocline.ops.contract import ALL, ActiveSet, Array, FfnKind, FfnWork, KVLayer, Matrix, NeuronBlock, Ops
 
 
 class SequenceCache(Protocol):
@@ -57,7 +57,28 @@ class Observer(Protocol):
         """Before a layer's FFN: the residual stream and its norm, both (T, n_embd)."""
 
     def ffn_hidden(self, layer: int, hidden: Array) -> None:
-        """After it: the neurons' activations (T, n_ff)."""
+        """After it: the neurons' activations (T, n_ff), zero for those that were not computed."""
+
+
+@runtime_checkable
+class SelectionObserver(Observer, Protocol):
+    """An observer that is also told which neurons were computed."""
+
+    def ffn_active(self, layer: int, active: ActiveSet) -> None:
+        """Between the two calls of `Observer`: the neurons that are computed, ALL where nothing was predicted."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPredictor:
+    """A layer's placed predictor: `Ops.predict` scores the residual stream before the FFN's norm.
+
+    It is used in steps of up to `tokens` tokens; in longer ones it would cost more than it saves.
+    """
+
+    fc1: Matrix
+    fc2: Matrix
+    threshold: float
+    tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +95,7 @@ class Layer:
     ffn_norm: Array
     ffn: NeuronBlock
     window: int
+    predictor: LayerPredictor | None = None
 
 
 class StepResult(NamedTuple):
@@ -103,7 +125,19 @@ class Transformer:
         Raises:
             UsageError: the network cannot run in that mode.
         """
-        return replace(self, mode=resolve_mode(mode, self.spec.ffn))
+        return replace(self, mode=resolve_mode(mode, self.spec.ffn, predictor=self.has_predictor))
+
+    @property
+    def has_predictor(self) -> bool:
+        """Whether mode predicted is possible."""
+        return all(layer.predictor is not None for layer in self.layers)
+
+    @property
+    def scored(self) -> int:
+        """For how many tokens its workspaces need scores: 0 unless the mode is predicted."""
+        if self.mode is not Mode.PREDICTED:
+            return 0
+        return max(layer.predictor.tokens for layer in self.layers if layer.predictor is not None)
 
     def step(
         self,
@@ -166,14 +200,25 @@ class Transformer:
 
     def _feed_forward(self, index: int, layer: Layer, views: Views, observer: Observer | None) -> FfnWork:
         ops = self.ops
+        active = self._select(layer, views)
         ops.rms_norm(views.x, layer.ffn_norm, self.spec.norm_eps, views.normed)
-        skip = self.mode is Mode.EXACT
+        skip = self.mode is not Mode.DENSE
         if observer is None:
-            return ops.ffn(views.normed, layer.ffn, ALL, views.x, skip_zeros=skip)
+            return ops.ffn(views.normed, layer.ffn, active, views.x, skip_zeros=skip)
         observer.ffn_input(index, views.x, views.normed)
-        work = ops.ffn(views.normed, layer.ffn, ALL, views.x, skip_zeros=skip, hidden=views.hidden)
+        if isinstance(observer, SelectionObserver):
+            observer.ffn_active(index, active)
+        work = ops.ffn(views.normed, layer.ffn, active, views.x, skip_zeros=skip, hidden=views.hidden)
         observer.ffn_hidden(index, views.hidden)
         return work
+
+    def _select(self, layer: Layer, views: Views) -> ActiveSet:
+        """The neurons to compute: those that the predictor selects for any token, or all."""
+        predictor = layer.predictor
+        if self.mode is not Mode.PREDICTED or predictor is None or len(views.x) > predictor.tokens:
+            return ALL
+        self.ops.predict(views.x, predictor.fc1, predictor.fc2, views.scores)
+        return self.ops.select(views.scores, predictor.threshold, views.active)
 
     def _logits(self, views: Views, segments: Sequence[Segment], workspace: Workspace, outputs: Outputs) -> Array:
         source, rows = views.x, len(views.x)
@@ -209,6 +254,8 @@ class Transformer:
             raise UsageError(f"segments of {[s.count for s in segments]} tokens do not divide a step of {n}")
         if observer is not None and workspace.hidden is None:
             raise UsageError("an observer needs a workspace made with observed=True")
+        if workspace.scored < n <= self.scored:
+            raise UsageError(f"mode predicted needs a workspace made with scored={self.scored}")
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= self.spec.n_vocab:
             raise UsageError(f"token {low if low < 0 else high} is not in the vocabulary of {self.spec.n_vocab}")
@@ -225,14 +272,16 @@ class Transformer:
         return np.concatenate([np.arange(s.start, s.start + s.count, dtype=np.int32) for s in segments])
 
 
-def resolve_mode(mode: Mode, kind: FfnKind) -> Mode:
-    """The mode that `auto` stands for: exact where the activation gives zeros, else dense.
+def resolve_mode(mode: Mode, kind: FfnKind, *, predictor: bool = False) -> Mode:
+    """The mode that `auto` stands for without an audit: exact where the activation gives zeros, else dense.
 
     Raises:
-        UsageError: exact was asked for an activation that gives none.
+        UsageError: exact or predicted was asked for an activation that gives none, or predicted without `predictor`.
     """
     if mode is Mode.AUTO:
         return Mode.EXACT if kind.sparse else Mode.DENSE
-    if mode is Mode.EXACT and not kind.sparse:
-        raise UsageError(f"mode exact skips neurons that are zero, but {kind.activation} gives none; use --mode dense")
+    if mode is not Mode.DENSE and not kind.sparse:
+        raise UsageError(f"mode {mode} skips neurons that are zero, but {kind.activation} gives none; use --mode dense")
+    if mode is Mode.PREDICTED and not predictor:
+        raise UsageError("mode predicted needs a predictor, and none was loaded; use --mode exact")
     return mode

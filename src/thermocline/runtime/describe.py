@@ -10,6 +10,7 @@ from thermocline.errors import ThermoclineError
 from thermocline.files.source import ModelSource
 from thermocline.model.families import family_of
 from thermocline.model.spec import ModelSpec
+from thermocline.runtime.prediction import find_predictor
 from thermocline.text.load import load_tokenizer
 from thermocline.text.tokenizer import Tokenizer
 
@@ -23,6 +24,21 @@ class TypeCount:
     format: str
     tensors: int
     bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class PredictorInfo:
+    """A model's predictor: where it lies, its bytes, its numbers for each weight of the model, and each layer's rank.
+
+    `audit` says in one line what its audit found, and `passed` whether it was good enough (None: not audited).
+    """
+
+    path: str
+    bytes: int
+    share: float
+    ranks: tuple[int, ...]
+    passed: bool | None
+    audit: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +58,7 @@ class ModelInfo:
     eos: tuple[int, ...]
     chat_template: str | None
     fingerprint: str
+    predictor: PredictorInfo | None
     warnings: tuple[str, ...]
     problems: tuple[str, ...]
 
@@ -64,8 +81,10 @@ class ModelInfo:
 def describe(source: ModelSource) -> ModelInfo:
     """Read what `source` says about itself. What cannot be run is described as far as it goes."""
     problems: list[str] = []
+    doubts: list[str] = []
     spec: ModelSpec | None = _attempt(lambda: family_of(source).spec(source), problems)
     tokenizer: Tokenizer | None = _attempt(lambda: load_tokenizer(source), problems)
+    predictor = None if spec is None else _attempt(lambda: _predictor(source, spec), doubts)
     return ModelInfo(
         path=str(source.path),
         kind=source.kind,
@@ -77,9 +96,19 @@ def describe(source: ModelSource) -> ModelInfo:
         eos=tuple(sorted(tokenizer.eos_ids)) if tokenizer else (),
         chat_template=tokenizer.chat_template if tokenizer else None,
         fingerprint=source.fingerprint,
-        warnings=source.warnings + (tokenizer.warnings if tokenizer else ()),
+        predictor=predictor,
+        warnings=source.warnings + (tokenizer.warnings if tokenizer else ()) + tuple(doubts),
         problems=tuple(problems),
     )
+
+
+def _predictor(source: ModelSource, spec: ModelSpec) -> PredictorInfo | None:
+    found = find_predictor(source, spec)
+    if found is None:
+        return None
+    predictor, audit = found.predictor, found.predictor.audit
+    passed, summary = (None, "") if audit is None else (audit.passed, audit.summary)
+    return PredictorInfo(str(found.path), predictor.nbytes, predictor.share(spec), predictor.ranks, passed, summary)
 
 
 def _count_types(source: ModelSource) -> tuple[TypeCount, ...]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence as Listing
 
 import numpy as np
 
+from thermocline.config import Mode
 from thermocline.errors import ContextError, UsageError
 from thermocline.runtime.sequence import Logits, Sequence
 from thermocline.runtime.traffic import Traffic
@@ -20,14 +21,16 @@ class Engine:
         sequence: the network with its cache.
         traffic: what a step reads from memory.
         width: logits that belong to tokens; the rest of a row is padding and never looked at.
+        mode: how the FFN is computed, for reports.
     """
 
-    def __init__(self, sequence: Sequence, traffic: Traffic, width: int) -> None:
+    def __init__(self, sequence: Sequence, traffic: Traffic, width: int, mode: Mode) -> None:
         self.traffic = traffic
+        self.mode = mode
         self.width = min(width, sequence.n_vocab)
         self.n_ctx = sequence.n_ctx
         self.bytes_read = 0.0
-        self.fired = 0
+        self.fired = self.selected = 0
         self._sequence = sequence
         self._held: list[int] = []
         self._token = np.zeros(1, np.int32)
@@ -52,7 +55,7 @@ class Engine:
     def begin(self) -> int:
         """Start a generation; earlier ones can go no further. Returns the ticket that `step` asks for."""
         self._generation += 1
-        self.bytes_read, self.fired = 0.0, 0
+        self.bytes_read, self.fired, self.selected = 0.0, 0, 0
         return self._generation
 
     def prefill(self, prompt: Listing[int], *, reuse: bool) -> tuple[Logits, int]:
@@ -87,6 +90,7 @@ class Engine:
         self._held.append(token)
         self.bytes_read += self.traffic.step(step.work, position)
         self.fired += step.work.fired
+        self.selected += max(step.work.gate_rows, step.work.up_rows)
         assert step.logits is not None
         return step.logits[: self.width]
 

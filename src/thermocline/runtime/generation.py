@@ -86,7 +86,7 @@ class Stream:
         self._load_seconds = load_seconds
         self._cached = self._generated = 0
         self._prompt_seconds = self._first_seconds = self._decode_seconds = 0.0
-        self._bytes_read, self._fired = 0.0, 0
+        self._bytes_read, self._fired, self._selected = 0.0, 0, 0
         self._items = self._run()
 
     def __iter__(self) -> Iterator[Item]:
@@ -118,7 +118,10 @@ class Stream:
             decode_seconds=self._decode_seconds,
             bytes_read=self._bytes_read,
             fired=self._fired,
+            selected=self._selected,
             neurons=self._engine.traffic.neurons,
+            mode=self._engine.mode,
+            predictor_bytes=self._engine.traffic.predictor,
             load_seconds=self._load_seconds,
             seed=self._sampler.seed,
         )
@@ -179,4 +182,5 @@ class Stream:
             self._first_seconds = seconds
         else:
             self._decode_seconds += seconds
-        self._bytes_read, self._fired = self._engine.bytes_read, self._engine.fired
+        engine = self._engine
+        self._bytes_read, self._fired, self._selected = engine.bytes_read, engine.fired, engine.selected

@@ -5,19 +5,21 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+from thermocline.activity.predictor import MOST_TOKENS
 from thermocline.config import LoadSettings
 from thermocline.errors import BudgetError
 from thermocline.files.source import ModelSource
 from thermocline.hardware.cores import find_cores
 from thermocline.hardware.memory import find_memory
 from thermocline.memory.kv_cache import KVCache, kv_bytes
-from thermocline.memory.loader import LoadReport, load_transformer
+from thermocline.memory.loader import LoadReport, first_bytes, load_transformer
 from thermocline.model.families import family_of
 from thermocline.model.network import Transformer
 from thermocline.model.spec import ModelSpec
 from thermocline.model.workspace import workspace_bytes
 from thermocline.ops.factory import make_ops
 from thermocline.runtime.engine import Engine
+from thermocline.runtime.prediction import Prediction, choose_prediction
 from thermocline.runtime.sequence import TransformerSequence
 from thermocline.runtime.traffic import traffic_of
 from thermocline.text.load import load_tokenizer
@@ -41,6 +43,7 @@ class LoadedModel:
     threads: int
     notices: tuple[str, ...]
     seconds: float
+    prediction: Prediction
 
 
 def load_model(source: ModelSource, settings: LoadSettings) -> LoadedModel:
@@ -51,25 +54,31 @@ def load_model(source: ModelSource, settings: LoadSettings) -> LoadedModel:
         BudgetError: the context asked for does not fit the memory.
         UsageError: the network cannot run in the mode asked for.
         HardwareError: this CPU lacks the instruction set asked for.
+        FingerprintError: the predictor that was asked for belongs to another model.
     """
     began = time.perf_counter()
     tokenizer = load_tokenizer(source)
     family = family_of(source)
     spec = family.spec(source)
     check_vocabulary(tokenizer, spec.n_vocab)
-    n_ctx, notices = _context(spec, settings)
+    weights = family.weights(source, spec)
+    prediction = choose_prediction(source, spec, first_bytes(spec, weights), settings)
+    n_ctx, notices = _context(spec, settings, scored=MOST_TOKENS if prediction.predictor is not None else 0)
     threads = settings.threads or find_cores().threads
     ops = make_ops(settings.ops, threads, settings.isa)
-    transformer, report = load_transformer(source, ops, n_ctx=n_ctx, mode=settings.mode)
+    transformer, report = load_transformer(
+        source, ops, n_ctx=n_ctx, mode=prediction.mode, predictor=prediction.predictor
+    )
     cache = KVCache(spec, ops, n_ctx, settings.cache_type_k, settings.cache_type_v)
-    traffic = traffic_of(spec, family.weights(source, spec), settings.cache_type_k, settings.cache_type_v)
-    engine = Engine(TransformerSequence(transformer, cache, settings.ubatch), traffic, tokenizer.size)
-    notices = [*source.warnings, *tokenizer.warnings, *notices, *_load_notices(report)]
+    traffic = traffic_of(spec, weights, settings.cache_type_k, settings.cache_type_v, report.predictor_bytes)
+    sequence = TransformerSequence(transformer, cache, settings.ubatch)
+    engine = Engine(sequence, traffic, tokenizer.size, transformer.mode)
+    notices = [*source.warnings, *tokenizer.warnings, *prediction.notices, *notices, *_load_notices(report)]
     seconds = time.perf_counter() - began
-    return LoadedModel(engine, tokenizer, transformer, report, threads, tuple(notices), seconds)
+    return LoadedModel(engine, tokenizer, transformer, report, threads, tuple(notices), seconds, prediction)
 
 
-def _context(spec: ModelSpec, settings: LoadSettings) -> tuple[int, list[str]]:
+def _context(spec: ModelSpec, settings: LoadSettings, *, scored: int) -> tuple[int, list[str]]:
     """The context length, and what there is to say about it.
 
     Raises:
@@ -78,7 +87,7 @@ def _context(spec: ModelSpec, settings: LoadSettings) -> tuple[int, list[str]]:
     wanted = settings.ctx_size or spec.n_ctx_train
     position = kv_bytes(spec, 1, settings.cache_type_k, settings.cache_type_v) + ROTATION * spec.rope.rotary_dim
     memory = find_memory()
-    free = min(memory.available, memory.usable) - workspace_bytes(spec, settings.ubatch, 1)
+    free = min(memory.available, memory.usable) - workspace_bytes(spec, settings.ubatch, 1, scored=scored)
     if not settings.ctx_size:
         chosen = max(1, int(free * CACHE_SHARE) // position)
         if wanted <= chosen:
@@ -98,8 +107,9 @@ def _context(spec: ModelSpec, settings: LoadSettings) -> tuple[int, list[str]]:
 def _load_notices(report: LoadReport) -> list[str]:
     notices = []
     memory = find_memory()
-    if report.mapped_bytes + report.resident_bytes > memory.usable:
-        size = (report.mapped_bytes + report.resident_bytes) / GIB
+    weights = report.mapped_bytes + report.resident_bytes + report.predictor_bytes
+    if weights > memory.usable:
+        size = weights / GIB
         notices.append(
             f"the weights take {size:.1f} GiB and memory has {memory.usable / GIB:.1f} GiB: "
             "what does not fit is read from disk for every token"

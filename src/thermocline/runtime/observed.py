@@ -27,7 +27,9 @@ class ObservedRunner:
         self._transformer = transformer
         types = settings.cache_type_k, settings.cache_type_v
         self._cache = KVCache(transformer.spec, transformer.ops, self.window, *types)
-        self._workspace = Workspace(transformer.spec, transformer.ops, self.batch, 1, observed=True)
+        self._workspace = Workspace(
+            transformer.spec, transformer.ops, self.batch, 1, observed=True, scored=transformer.scored
+        )
 
     def run(self, tokens: Tokens, observer: Observer) -> None:
         """Run `tokens` (1 to `window`) from an empty cache, in steps of `batch`.

@@ -11,7 +11,9 @@ class RunReport:
     """The measurements of one generation. Times are seconds of computing; the consumer's own time is left out.
 
     `cached_tokens` of the prompt were already in the KV cache. `decode_tokens` are the tokens after the first,
-    each of which took one step. `bytes_read` and `fired` (neurons, all layers) sum over these steps.
+    each of which took one step. `bytes_read` and `fired` (neurons, all layers) sum over these steps, and so does
+    `selected`: neurons of which at least the first row was read. `predictor_bytes` are what the predictor adds to
+    the bytes of a step, 0 where the mode is not predicted.
     """
 
     prompt_tokens: int
@@ -23,7 +25,10 @@ class RunReport:
     decode_seconds: float
     bytes_read: float
     fired: int
+    selected: int
     neurons: int
+    mode: str
+    predictor_bytes: int
     load_seconds: float
     seed: int
 
@@ -43,8 +48,13 @@ class RunReport:
         return _ratio(self.fired, self.decode_tokens * self.neurons)
 
     @property
+    def selected_share(self) -> float:
+        """Share of the FFN neurons that were looked at, averaged over decode steps: 1 unless the mode is predicted."""
+        return _ratio(self.selected, self.decode_tokens * self.neurons)
+
+    @property
     def bytes_per_token(self) -> float:
-        """Bytes of weights and KV cache that a decode step read on average."""
+        """Bytes of weights, predictor and KV cache that a decode step read on average."""
         return _ratio(self.bytes_read, self.decode_tokens)
 
     @property
@@ -54,7 +64,9 @@ class RunReport:
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, derived numbers included, for JSON."""
-        derived = ("prompt_rate", "decode_rate", "active_share", "bytes_per_token", "gigabytes_per_second")
+        derived = (
+            "prompt_rate", "decode_rate", "active_share", "selected_share", "bytes_per_token", "gigabytes_per_second"
+        )  # fmt: skip
         return asdict(self) | {name: getattr(self, name) for name in derived}
 
     def line(self) -> str:
@@ -66,9 +78,15 @@ class RunReport:
         parts.append(f"first token after {wait:.{0 if wait >= 10 else 1}f} ms")
         if self.decode_tokens:
             parts.append(f"{self.generated_tokens} tokens at {self.decode_rate:.1f} tok/s")
-            parts.append(f"{self.active_share:.1%} of FFN neurons active")
+            parts.append(self._sparsity())
             parts.append(f"{self.bytes_per_token / 1e6:.1f} MB a token, {self.gigabytes_per_second:.1f} GB/s")
         return " · ".join(parts)
+
+    def _sparsity(self) -> str:
+        active = f"{self.active_share:.1%} of FFN neurons active"
+        if not self.predictor_bytes:
+            return f"{active} (mode {self.mode})"
+        return f"{active} of {self.selected_share:.1%} selected (mode {self.mode})"
 
 
 def _ratio(amount: float, over: float) -> float:

@@ -43,7 +43,7 @@ class TransformerSequence:
         self.ubatch = min(ubatch, self.n_ctx)
         self._transformer = transformer
         self._cache = cache
-        self._workspace = Workspace(transformer.spec, transformer.ops, self.ubatch, 1)
+        self._workspace = Workspace(transformer.spec, transformer.ops, self.ubatch, 1, scored=transformer.scored)
 
     def step(self, tokens: Tokens, start: int, *, logits: bool) -> Step:
         """See the protocol."""

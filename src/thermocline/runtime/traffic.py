@@ -17,7 +17,7 @@ FFN_PARTS = ("ffn_gate", "ffn_up", "ffn_down", "ffn_down_t")
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """What one token reads. `trunk` are the bytes of everything but FFN neurons and KV cache.
+    """What one token reads. `trunk` are the bytes of everything but FFN neurons, KV cache and predictor.
 
     `gate_row`, `up_row` and `down_row` are a neuron's bytes, averaged over the layers; `kv_position` is what
     one cached position takes in one layer, and `windows` how many positions each layer looks back (0: all).
@@ -30,17 +30,23 @@ class Traffic:
     kv_position: float
     windows: tuple[int, ...]
     neurons: int
+    predictor: int = 0
 
     def step(self, work: FfnWork, position: int) -> float:
         """Bytes that a step of one token at `position` (counted from 0) reads, given what its FFNs did."""
         ffn = work.gate_rows * self.gate_row + work.up_rows * self.up_row + work.down_rows * self.down_row
         seen = position + 1
         positions = sum(min(seen, window) if window else seen for window in self.windows)
-        return self.trunk + ffn + positions * self.kv_position
+        return self.trunk + self.predictor + ffn + positions * self.kv_position
 
 
-def traffic_of(spec: ModelSpec, weights: Mapping[str, Weight], type_k: CacheType, type_v: CacheType) -> Traffic:
-    """The traffic of a network with these weights, by canonical names, as the loader places them."""
+def traffic_of(
+    spec: ModelSpec, weights: Mapping[str, Weight], type_k: CacheType, type_v: CacheType, predictor: int = 0
+) -> Traffic:
+    """The traffic of a network with these weights, by canonical names, as the loader places them.
+
+    `predictor` is the bytes of the predictor that every token is scored with, 0 without one.
+    """
     rows = spec.n_layer * spec.n_ff
     ffn = dict.fromkeys(FFN_PARTS, 0)
     trunk = 0
@@ -60,6 +66,7 @@ def traffic_of(spec: ModelSpec, weights: Mapping[str, Weight], type_k: CacheType
         kv_position=kv_bytes_per_token(spec, type_k, type_v) / spec.n_layer,
         windows=spec.windows,
         neurons=rows,
+        predictor=predictor,
     )
 
 

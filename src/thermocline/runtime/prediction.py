@@ -1,0 +1,160 @@
+"""Which predictor a model has, and whether it is used."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+from thermocline.activity.predictor import Audit, Predictor, load_predictor
+from thermocline.config import LoadSettings, Mode
+from thermocline.errors import ThermoclineError, UsageError, printable
+from thermocline.files.companion import companion
+from thermocline.files.gguf import GgufFile
+from thermocline.files.powerinfer import read_predictor
+from thermocline.files.sidecar import SidecarKind
+from thermocline.files.source import ModelSource
+from thermocline.model.spec import ModelSpec
+
+VARIABLE: Final = "LLAMA_SPARSE_PRED_THRESHOLD"
+"""PowerInfer's environment variable; honoured for predictors inside its own files."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A model's predictor, where it lies, and how messages call it."""
+
+    predictor: Predictor
+    path: Path
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """The mode to run in (never `Mode.AUTO`), the predictor if it is predicted, and why, in words."""
+
+    mode: Mode
+    found: Found | None = None
+    notices: tuple[str, ...] = ()
+
+    @property
+    def predictor(self) -> Predictor | None:
+        """The predictor to compute with."""
+        return self.found.predictor if self.found is not None else None
+
+
+def choose_prediction(
+    source: ModelSource, spec: ModelSpec, first_bytes: tuple[int, ...], settings: LoadSettings
+) -> Prediction:
+    """The mode that the settings and the model's predictor ask for.
+
+    Mode auto predicts only where the predictor's audit passed with the thresholds that are used, and where it saves
+    bytes (of `first_bytes`, see `Predictor.saves`). A predictor that nobody asked for and that is unusable is told
+    of and not used.
+
+    Raises:
+        UsageError: what was asked for needs a predictor or an activation that the model has not.
+        ModelFormatError, FingerprintError, UnsupportedModelError: the predictor that was asked for is unusable.
+    """
+    mode = settings.mode
+    if mode in (Mode.DENSE, Mode.EXACT):
+        return Prediction(mode)
+    asked = mode is Mode.PREDICTED or settings.predictor is not None or settings.predictor_threshold is not None
+    if not spec.ffn.sparse:
+        if asked:
+            raise UsageError(
+                f"no neuron can be predicted to be zero: {spec.ffn.activation} gives no zeros; use --mode dense"
+            )
+        return Prediction(Mode.DENSE)
+    try:
+        found = find_predictor(source, spec, settings.predictor)
+        if found is None and asked:
+            raise _missing(source)
+        return (
+            Prediction(Mode.EXACT) if found is None else _decided(_adjusted(found, source, settings), mode, first_bytes)
+        )
+    except ThermoclineError as error:
+        if asked:
+            raise
+        return Prediction(Mode.EXACT, notices=(f"mode exact: {error}",))
+
+
+def find_predictor(source: ModelSource, spec: ModelSpec, path: Path | str | None = None) -> Found | None:
+    """The predictor at `path`; without, the sidecar beside the model; else the one inside it; None if there is none.
+
+    Raises:
+        ModelFormatError: it is no predictor, or not of a network of these sizes.
+        FingerprintError: it is another model's.
+        UnsupportedModelError: it is of a kind that cannot be read.
+        NumericalError: a number of one inside the model is NaN or infinite.
+    """
+    beside = companion(source.path, SidecarKind.PREDICTOR)
+    if path is not None or beside.is_file():
+        file = Path(path) if path is not None else beside
+        predictor = load_predictor(file, source.fingerprint, model_name=spec.name)
+        predictor.require_fits(file, spec)
+        return Found(predictor, file, f"predictor {printable(file.name, 80)}")
+    inside = read_predictor(source) if isinstance(source, GgufFile) else None
+    if inside is None:
+        return None
+    return Found(Predictor.of_powerinfer(inside), source.path, "the predictor inside the model")
+
+
+def threshold_of_environment(environment: Mapping[str, str]) -> float | None:
+    """PowerInfer's variable, if it is set.
+
+    Raises:
+        UsageError: it is no number.
+    """
+    text = environment.get(VARIABLE)
+    if text is None:
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if math.isnan(value):
+        raise UsageError(f"{VARIABLE} is {printable(text, 40)}; allowed: a number, or unset")
+    return value
+
+
+def _missing(source: ModelSource) -> UsageError:
+    beside = companion(source.path, SidecarKind.PREDICTOR).name
+    return UsageError(
+        f"{printable(str(source.path))} has no predictor inside, and no {printable(beside)} beside it: "
+        "name one with --predictor, train one, or use --mode exact"
+    )
+
+
+def _adjusted(found: Found, source: ModelSource, settings: LoadSettings) -> Found:
+    """With the threshold that was asked for, by the settings or by PowerInfer's variable."""
+    threshold, origin = settings.predictor_threshold, ""
+    if threshold is None and isinstance(source, GgufFile) and source.powerinfer and found.path == source.path:
+        threshold, origin = threshold_of_environment(os.environ), f" from {VARIABLE}"
+    if threshold is None:
+        return found
+    name = f"{found.name} with threshold {threshold:g}{origin}"
+    return replace(found, predictor=found.predictor.with_threshold(threshold), name=name)
+
+
+def _decided(found: Found, mode: Mode, first_bytes: tuple[int, ...]) -> Prediction:
+    """Predicted if it was asked for, or if mode auto has no reason against it; told in one line."""
+    audit = found.predictor.audit
+    judged = _judged(audit)
+    if mode is Mode.AUTO:
+        passed = audit is not None and audit.passed
+        if not passed or not found.predictor.saves(first_bytes):
+            why = "it would read more bytes than it saves" if passed else judged
+            remedy = "--mode predicted uses it all the same"
+            return Prediction(Mode.EXACT, notices=(f"mode exact, for {found.name}: {why}; {remedy}",))
+    return Prediction(Mode.PREDICTED, found, (f"mode predicted by {found.name}: {judged}",))
+
+
+def _judged(audit: Audit | None) -> str:
+    if audit is None:
+        return "not audited"
+    summary = f" ({audit.summary})" if audit.summary else ""
+    return f"its audit {'passed' if audit.passed else 'failed'}{summary}"
