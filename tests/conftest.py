@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from thermocline.activity.predictor import Predictor, save_predictor
+from thermocline.files.companion import companion
 from thermocline.files.formats import F32, Q8_0
 from thermocline.files.gguf_writer import write_gguf
-from thermocline.files.quantize import from_float
+from thermocline.files.open import open_model
+from thermocline.files.powerinfer import PredictorLayer
+from thermocline.files.quantize import from_float, to_float
+from thermocline.files.sidecar import SidecarKind
 from thermocline.files.weight import Weight
+from thermocline.model.families import family_of
 from thermocline.text.tokenizer import CHARACTER_OF_BYTE
 
 LAYERS, WIDTH, NEURONS, HEADS, KV_HEADS, CONTEXT = 2, 64, 96, 4, 2, 128
@@ -90,6 +98,47 @@ def tiny_plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_silu(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A SwiGLU model, no neuron of which is ever zero."""
     return write_tiny(tmp_path_factory.mktemp("tiny") / "silu.gguf", architecture="llama")
+
+
+def oracle_predictor(source: Any, threshold: float = 1e-20, shares: float | None = None, **info: Any) -> Predictor:
+    """The predictor of a model that is always right: of twice as many hidden units as neurons.
+
+    A neuron fires where the product g of its first row (gate or up) with the normed residual stream is positive. The
+    norm only scales, so that the sign is that of the row times the norm's weights; and g = relu(g) - relu(-g).
+    """
+    family = family_of(source)
+    spec = family.spec(source)
+    weights = family.weights(source, spec)
+    first, layers = "ffn_gate" if spec.ffn.gated else "ffn_up", []
+    for i in range(spec.n_layer):
+        rows = to_float(weights[f"blk.{i}.{first}.weight"]) * to_float(weights[f"blk.{i}.ffn_norm.weight"])
+        identity = np.eye(spec.n_ff, dtype=np.float32)
+        fc1 = from_float("fc1", np.concatenate([rows, -rows]), F32)
+        layers.append(PredictorLayer(fc1, from_float("fc2", np.concatenate([identity, -identity], axis=1), F32)))
+    measured = None if shares is None else (shares,) * spec.n_layer
+    return Predictor(tuple(layers), (threshold,) * spec.n_layer, measured, info)
+
+
+@pytest.fixture(scope="session")
+def oracle() -> Callable[..., Predictor]:
+    """`oracle(source, threshold, shares, **info)`: the predictor of a model that is always right."""
+    return oracle_predictor
+
+
+@pytest.fixture
+def with_predictor(tmp_path: Path) -> Callable[..., Path]:
+    """`with_predictor(model, threshold, shares, **info)`: a copy of a model with its predictor beside it."""
+
+    def make(model: Path, threshold: float = 1e-20, shares: float | None = None, **info: Any) -> Path:
+        copy = tmp_path / model.name
+        shutil.copy(model, copy)
+        with open_model(copy) as source:
+            predictor = oracle_predictor(source, threshold, shares, **info)
+            path = companion(copy, SidecarKind.PREDICTOR)
+            save_predictor(predictor, path, source.fingerprint, model_name="tiny")
+        return copy
+
+    return make
 
 
 def one_line(text: str) -> bool:

@@ -21,7 +21,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from thermocline.errors import ModelFormatError, UnsupportedModelError, UsageError, printable
+from thermocline.errors import ModelFormatError, NumericalError, UnsupportedModelError, UsageError, printable
 from thermocline.files.formats import F16, BlockFormat
 from thermocline.files.powerinfer import MAX_RANK, PowerinferPredictor, PredictorLayer
 from thermocline.files.quantize import from_float, to_float
@@ -207,6 +207,7 @@ def load_predictor(
     Raises:
         FingerprintError: it is another model's.
         ModelFormatError: it is no predictor, or damaged, or contradicts itself.
+        NumericalError: a threshold or a share is NaN or infinite.
         UnsupportedModelError: it is of a version, or takes an input, that this program does not know.
     """
     sidecar = read_sidecar(path, SidecarKind.PREDICTOR, verify=verify)
@@ -262,7 +263,7 @@ def _vector(sidecar: Sidecar, name: str, length: int | None = None) -> npt.NDArr
         wanted = f"float32 [{'n_layer' if length is None else length}]"
         raise ModelFormatError(sidecar.path, name, f"is {vector.dtype} {list(vector.shape)}; needed: {wanted}")
     if not np.isfinite(vector).all():
-        raise ModelFormatError(sidecar.path, name, "holds NaN or infinity; make the file anew")
+        raise NumericalError(f"{printable(str(sidecar.path))}: {name}: holds NaN or infinity; make the file anew")
     return vector
 
 
