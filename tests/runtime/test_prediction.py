@@ -264,6 +264,8 @@ def test_nan_inside_a_model_is_refused(tiny_silu: Path, tmp_path: Path) -> None:
     bad = powerinfer_file(copy, spoil=True)
     with pytest.raises(NumericalError, match="predictor of layer 0: fc2 holds NaN"):
         LLM.load(bad, mode="predicted")
+    with LLM.load(bad) as llm:  # which does not use it, nor reads it
+        assert llm.mode == "exact"
 
 
 @pytest.mark.parametrize("mode", ["auto", "predicted"])

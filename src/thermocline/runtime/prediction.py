@@ -19,6 +19,7 @@ from thermocline.files.sidecar import SidecarKind
 from thermocline.files.source import ModelSource
 from thermocline.model.spec import ModelSpec
 
+INSIDE: Final = "the predictor inside the model"
 VARIABLE: Final = "LLAMA_SPARSE_PRED_THRESHOLD"
 """PowerInfer's environment variable; honoured for predictors inside its own files."""
 
@@ -69,6 +70,9 @@ def choose_prediction(
                 f"no neuron can be predicted to be zero: {spec.ffn.activation} gives no zeros; use --mode dense"
             )
         return Prediction(Mode.DENSE)
+    if not asked and _only_inside(source):
+        # Reading it takes seconds in a large model, and nothing inside a model tells of an audit.
+        return _unused(INSIDE, _judged(None))
     try:
         found = find_predictor(source, spec, settings.predictor)
         if found is None and asked:
@@ -100,7 +104,7 @@ def find_predictor(source: ModelSource, spec: ModelSpec, path: Path | str | None
     inside = read_predictor(source) if isinstance(source, GgufFile) else None
     if inside is None:
         return None
-    return Found(Predictor.of_powerinfer(inside), source.path, "the predictor inside the model")
+    return Found(Predictor.of_powerinfer(inside), source.path, INSIDE)
 
 
 def threshold_of_environment(environment: Mapping[str, str]) -> float | None:
@@ -148,9 +152,17 @@ def _decided(found: Found, mode: Mode, first_bytes: tuple[int, ...]) -> Predicti
         passed = audit is not None and audit.passed
         if not passed or not found.predictor.saves(first_bytes):
             why = "it would read more bytes than it saves" if passed else judged
-            remedy = "--mode predicted uses it all the same"
-            return Prediction(Mode.EXACT, notices=(f"mode exact, for {found.name}: {why}; {remedy}",))
+            return _unused(found.name, why)
     return Prediction(Mode.PREDICTED, found, (f"mode predicted by {found.name}: {judged}",))
+
+
+def _only_inside(source: ModelSource) -> bool:
+    return "blk.0.fc1.weight" in source.tensors and not companion(source.path, SidecarKind.PREDICTOR).is_file()
+
+
+def _unused(name: str, why: str) -> Prediction:
+    notice = f"mode exact, for {name}: {why}; --mode predicted uses it all the same"
+    return Prediction(Mode.EXACT, notices=(notice,))
 
 
 def _judged(audit: Audit | None) -> str:
