@@ -21,6 +21,9 @@ from thermocline.files.powerinfer import THRESHOLD_KEY, PredictorLayer
 from thermocline.files.quantize import from_float, quantize, to_float
 from thermocline.files.sidecar import SidecarKind, read_sidecar, update_info, write_sidecar
 from thermocline.model.families import family_of
+from thermocline.ops.contract import ActiveSet
+from thermocline.runtime.loading import load_model
+from thermocline.runtime.observed import ObservedRunner
 from thermocline.runtime.prediction import VARIABLE, threshold_of_environment
 
 GREEDY = {"temperature": 0, "ignore_eos": True, "max_tokens": 12}
@@ -153,6 +156,40 @@ def test_prompts_are_computed_exactly(audited: Path) -> None:
         LLM.load(audited, mode="exact") as exact,
     ):
         assert llm.generate("a prompt", **once).logprobs == exact.generate("a prompt", **once).logprobs
+
+
+class Watch:
+    """Which neurons were computed, and what they gave."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[ActiveSet, np.ndarray]] = []
+        self._active = ActiveSet()
+
+    def ffn_input(self, layer: int, residual: np.ndarray, normed: np.ndarray) -> None: ...
+
+    def ffn_active(self, layer: int, active: ActiveSet) -> None:
+        self._active = active
+
+    def ffn_hidden(self, layer: int, hidden: np.ndarray) -> None:
+        kept = None if self._active.indices is None else self._active.indices.copy()
+        self.seen.append((ActiveSet(kept), hidden.copy()))
+
+
+def test_an_observed_run_shows_what_was_selected(audited: Path) -> None:
+    """Token by token; longer steps, as profiling takes them, are exact."""
+    settings = LoadSettings(mode="predicted", threads=1)
+    with open_model(audited) as source:
+        loaded = load_model(source, settings)
+        runner = ObservedRunner(loaded.transformer, 8, settings)
+        one, many = Watch(), Watch()
+        runner.run(np.array([65], np.int32), one)
+        runner.run(np.array([65, 66, 67], np.int32), many)
+    assert len(one.seen) == len(many.seen) == 2
+    for active, hidden in one.seen:
+        assert active.indices is not None
+        assert set(np.flatnonzero(hidden[0])) <= set(active.indices)
+        assert 0 < len(active.indices) < 96
+    assert all(active.indices is None for active, _ in many.seen)
 
 
 def test_modes_that_predict_nothing_take_no_predictor(audited: Path, tiny_silu: Path) -> None:
