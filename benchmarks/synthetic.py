@@ -3,14 +3,15 @@
     python benchmarks/synthetic.py --shape 1.3b --active 0.12 --outtype f16 q8_0 q4_0 -o models/
 
 writes each type twice: in the standard layout, which other engines read, and with down as neuron records,
-ready to map.
+ready to map; and the model's predictor beside each.
 
 The numbers are random, the sparsity is honest: in every layer neuron n fires with its own frequency,
 and the frequencies follow a power law. Every embedding contains a common direction u, which attention and
 FFN never write to, so u·x > 0 everywhere. The gate is W = A·B - b·uᵀ, where the rows of B are orthonormal
 and perpendicular to u; the offset b of each neuron is fitted on calibration tokens. Because a norm only
 scales x, the sign of the gate is that of A·(B·x) - b·(u·x): a low-rank predictor with
-fc1 = [B; -B; u] and fc2 = [A, -A, -b] is exact.
+fc1 = [B; -B; u] and fc2 = [A, -A, -b] is exact. Rounded to a block format it is not: its thresholds are set so that
+it misses one firing neuron in two hundred of the calibration tokens.
 """
 
 from __future__ import annotations
@@ -18,21 +19,28 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from thermocline.activity.predictor import Predictor, save_predictor
+from thermocline.files.companion import companion
 from thermocline.files.formats import BY_NAME, F32, BlockFormat
 from thermocline.files.gguf_writer import write_gguf
-from thermocline.files.quantize import from_float
+from thermocline.files.open import open_model
+from thermocline.files.powerinfer import PredictorLayer
+from thermocline.files.quantize import from_float, to_float
+from thermocline.files.sidecar import SidecarKind
 from thermocline.files.weight import Weight
 
 Floats = npt.NDArray[np.float32]
 
 GATE_RANK = 255
 CALIBRATION_TOKENS = 512
+MISSED = 0.005
+"""Share of the firing neurons of the calibration tokens whose score is below the threshold."""
 NORM_EPS = 1e-5
 RESIDUAL_SHARE = 0.25
 """What all layers add to the residual stream, against the embedding. It keeps the state of a token near what the
@@ -73,6 +81,12 @@ class GateFactors:
     basis: Floats
     u: Floats
 
+    def predictor(self) -> PredictorLayer:
+        """The exact predictor of this gate, up to the scale of the norm."""
+        fc1 = np.concatenate([self.basis, -self.basis, self.u[None]])
+        fc2 = np.concatenate([self.a, -self.a, -self.b[:, None]], axis=1)
+        return PredictorLayer(from_float("fc1", fc1, F32), from_float("fc2", fc2, F32))
+
 
 def frequencies(n_ff: int, mean: float, rng: np.random.Generator) -> Floats:
     """How often each neuron fires: (rank + 64)^-1.42 with the wanted mean, clipped, in random order."""
@@ -99,6 +113,8 @@ class Generator:
         tokens = self.rng.integers(0, shape.n_vocab, CALIBRATION_TOKENS)
         self.x = self.embedding[tokens]
         self.measured: list[float] = []
+        self.predictions: list[tuple[PredictorLayer, Floats, npt.NDArray[np.bool_]]] = []
+        """Of every layer the exact predictor, the calibration tokens' residual streams, and which neurons fired."""
 
     def tensors(self) -> Iterator[tuple[str, Floats]]:
         """Names and values in the file's order; `ffn_down` comes as records (n_ff, n_embd)."""
@@ -124,6 +140,7 @@ class Generator:
         up = self._normal(s.n_ff, s.n_embd) * spread
         down = self._off_u(self._normal(s.n_ff, s.n_embd) * share / np.float32(np.sqrt(s.n_ff)))
         fired = np.maximum(h @ gate.T, 0)
+        self.predictions.append((factors.predictor(), self.x.copy(), fired > 0))
         self.measured.append(float((fired > 0).mean()))
         self.x += (fired * (h @ up.T)) @ down
         yield from (("attn_norm", ones), ("attn_q", q), ("attn_k", k), ("attn_v", v), ("attn_output", o))
@@ -176,6 +193,17 @@ class Generator:
 def _norm(x: Floats) -> Floats:
     normal: Floats = x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + np.float32(NORM_EPS))
     return normal
+
+
+def predictor(generator: Generator, fmt: BlockFormat) -> Predictor:
+    """The model's predictor in `fmt`, with thresholds and shares that were measured in that format."""
+    exact = Predictor(tuple(layer for layer, *_ in generator.predictions), (0.0,) * generator.shape.n_layer)
+    small, thresholds, shares = exact.in_format(fmt), [], []
+    for layer, (_, x, fired) in zip(small.layers, generator.predictions, strict=True):
+        scores = np.maximum(x @ to_float(layer.fc1).T, 0) @ to_float(layer.fc2).T
+        thresholds.append(float(np.quantile(scores[fired], MISSED)))
+        shares.append(float((scores >= thresholds[-1]).mean()))
+    return replace(small, thresholds=tuple(thresholds), active_shares=tuple(shares), info={"made_by": "synthetic"})
 
 
 def vocabulary(size: int) -> dict[str, object]:
@@ -238,10 +266,14 @@ def main() -> None:
     print(f"{fired:.1%} of neurons fire on the calibration tokens, {time.monotonic() - start:.0f} s")
     for outtype in args.outtype:
         fmt = BY_NAME[outtype.upper()]
+        made = predictor(generator, fmt)
+        print(f"predictor: {made.nbytes / 1e6:.0f} MB, selects {np.mean(made.active_shares or 0):.1%}")
         for layout in ("standard", "records"):
             path = args.output / f"synthetic-{args.shape}.{outtype}{'.records' * (layout == 'records')}.gguf"
             weights = [packed(name, value, fmt, layout == "records") for name, value in tensors]
             size = write_gguf(path, metadata(path.stem, shape, args.active), weights)
+            with open_model(path) as source:
+                save_predictor(made, companion(path, SidecarKind.PREDICTOR), source.fingerprint, model_name=path.stem)
             print(f"{path}: {size / 1e9:.2f} GB, {time.monotonic() - start:.0f} s")
 
 

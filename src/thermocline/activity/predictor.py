@@ -32,6 +32,9 @@ from thermocline.model.spec import ModelSpec
 INPUT: Final = "residual"
 """What scores are made of: the residual stream after attention, before the FFN's norm."""
 
+RANK_UNIT: Final = 32
+"""Ranks are best a multiple of this: a whole number of blocks of Q8_0 and Q4_0, and of vectors of any CPU."""
+
 
 @dataclass(frozen=True, slots=True)
 class Audit:
@@ -121,8 +124,8 @@ class Predictor:
     def in_format(self, fmt: BlockFormat) -> Predictor:
         """The same with matrices in `fmt`; what was measured with other numbers is forgotten.
 
-        Of block formats, ranks are filled up to whole blocks with zeros, which change no score. Where n_embd is no
-        whole number of blocks, fc1 is F16.
+        Ranks are filled up to a multiple of RANK_UNIT with zeros, which change no score. Where n_embd is no whole
+        number of blocks, fc1 is F16.
 
         Raises:
             NumericalError: a number does not fit the format.
@@ -269,7 +272,7 @@ def _vector(sidecar: Sidecar, name: str, length: int | None = None) -> npt.NDArr
 
 def _in_format(layer: PredictorLayer, fmt: BlockFormat) -> PredictorLayer:
     fc1, fc2 = to_float(layer.fc1), to_float(layer.fc2)
-    more = -layer.rank % fmt.block
+    more = -layer.rank % math.lcm(RANK_UNIT, fmt.block)
     if more:
         fc1, fc2 = np.pad(fc1, ((0, more), (0, 0))), np.pad(fc2, ((0, 0), (0, more)))
     first = fmt if layer.fc1.columns % fmt.block == 0 else F16
