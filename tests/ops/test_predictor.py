@@ -85,7 +85,7 @@ def test_selected_are_those_that_reach_the_threshold(ops, reference, rng, fence)
     for tokens in (0, 1, 2, 5):
         for neurons in (0, 1, 3, 7, 8, 9, 15, 16, 17, 31, 33, 64, 1000):
             scores, out = scattered(rng, (tokens, neurons)), fence((neurons,))
-            for threshold in (0.5, np.inf, -np.inf, 2.0):
+            for threshold in (0.5, np.inf, -np.inf, 2.0, 1e300, -1e300):
                 ids = out.array.view(np.int32)
                 active = ops.select(scores, threshold, ids).indices
                 wanted = reference.select(scores, threshold, np.empty(neurons, np.int32)).indices

@@ -134,7 +134,9 @@ class ReferenceOps:
         """See the contract."""
         if np.isnan(threshold):
             raise ValueError("threshold is not a number")
-        found = np.flatnonzero((scores >= np.float32(threshold)).any(axis=0))
+        with np.errstate(over="ignore"):  # beyond float32 it is infinite
+            limit = np.float32(threshold)
+        found = np.flatnonzero((scores >= limit).any(axis=0))
         out[: len(found)] = found
         return ActiveSet(out[: len(found)])
 
