@@ -7,8 +7,8 @@ constexpr int kUnit = is_integer(F) ? kBlock : kLanes;
 
 template <Format F>
 static inline void load_unit(const uint8_t* row, int64_t c, Vec (&w)[kUnit<F> / kLanes]) {
-  if constexpr (F == kQ8_0 || F == kQ4_0) {
-    load_block<F>(row + c / kBlock * kFormatInfo[F].block_bytes, w);
+  if constexpr (is_integer(F)) {
+    load_block<F>(part_at<F>(row, c / kBlock), w);
   } else {
     w[0] = load_row<F>(row, c);
   }

@@ -215,6 +215,7 @@ int64_t bind_select(Context& context, const Input& scores, float threshold, cons
 std::pair<double, double> bind_transpose(Context& context, const MatrixHandle& source, const Output& out,
                                          int ggml_type) {
   const Format format = format_of(ggml_type);
+  require(!is_k_quant(format), "ggml_type", "is a K-quant, which is not written here");
   uint8_t* to = data_of<uint8_t>(out, "out", {source.matrix.cols, row_bytes(format, source.matrix.rows)});
   const RequantizeError error =
       run(context, [&] { return transpose_requantize(context, source.matrix, format, to); });

@@ -15,31 +15,6 @@ static inline float load_one(const uint8_t* row, int64_t c) {
   if constexpr (F == kBF16) return load_bfloat(row + 2 * c);
 }
 
-static inline const uint8_t* row_at(const Rows& rows, int64_t r) {
-  return rows.base + (rows.ids ? rows.ids[r] : r) * rows.row_bytes;
-}
-
-// What a tile reads: R rows, and the rows of the tile after it, which are fetched ahead if FETCH.
-template <int R>
-struct RowTile {
-  const uint8_t* now[R];
-  const uint8_t* next[R];
-};
-
-template <int R>
-static inline RowTile<R> row_tile(const Rows& rows, int64_t r, int64_t end) {
-  RowTile<R> tile;
-  for (int i = 0; i < R; ++i) {
-    tile.now[i] = row_at(rows, r + i);
-    tile.next[i] = row_at(rows, r + R + i < end ? r + R + i : r + i);
-  }
-  return tile;
-}
-
-// Random rows are fetched ahead up to this many bytes each; past that the hardware follows a row by itself,
-// and more would push the current rows out of the first cache.
-constexpr int64_t kFetchBytes = 4096;
-
 template <Format F, int R, int T, bool Fetch>
 static inline void float_tile(const RowTile<R>& tile, const float* x, int64_t x_stride, int64_t n,
                               float (&out)[T][R]) {
@@ -81,57 +56,10 @@ static inline void float_tile(const RowTile<R>& tile, const float* x, int64_t x_
   }
 }
 
-template <Format F, int R, int T, bool Fetch, bool Single>
-static inline void int_step(const RowTile<R>& tile, const Tokens& tokens, int64_t t0, int64_t block,
-                            Vec (&acc)[T][R]) {
-  constexpr int kBytes = kFormatInfo[F].block_bytes;
-  IntTokens xs[T];
-#pragma GCC unroll 8
-  for (int t = 0; t < T; ++t) {
-    const int64_t at = (t0 + t) * tokens.q_stride + block * kBlock;
-    xs[t] = int_tokens<F>(tokens.q + at, tokens.d + at / kBlock, tokens.sums + at / 4);
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-    if constexpr (Fetch) {
-      if (block * kBytes < kFetchBytes) __builtin_prefetch(tile.next[r] + block * kBytes);
-    }
-    const IntWeights w = int_weights<F, Single>(tile.now[r] + block * kBytes);
-#pragma GCC unroll 8
-    for (int t = 0; t < T; ++t) acc[t][r] = fma(int_dot(w, xs[t]), mul(w.d, xs[t].d), acc[t][r]);
-  }
-}
-
-template <Format F, int R, int T, bool Fetch>
-static inline void int_tile(const RowTile<R>& tile, const Tokens& tokens, int64_t t0, int64_t n,
-                            float (&out)[T][R]) {
-  Vec acc[T][R];
-#pragma GCC unroll 8
-  for (int t = 0; t < T; ++t) {
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) acc[t][r] = zero();
-  }
-  const int64_t blocks = n / kBlock;
-  int64_t b = 0;
-  for (; b + kStepBlocks <= blocks; b += kStepBlocks) {
-    int_step<F, R, T, Fetch, false>(tile, tokens, t0, b, acc);
-  }
-  if (kStepBlocks == 2 && b < blocks) int_step<F, R, T, Fetch, true>(tile, tokens, t0, b, acc);
-#pragma GCC unroll 8
-  for (int t = 0; t < T; ++t) {
-    if constexpr (R == 4) {
-      sum4(acc[t][0], acc[t][1], acc[t][2], acc[t][3], out[t]);
-    } else {
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) out[t][r] = sum(acc[t][r]);
-    }
-  }
-}
-
 template <Format F, int R, int T, bool Fetch>
 static void dot_tile(const DotJob& job, const RowTile<R>& tile, int64_t r0, int64_t t0) {
   float sums[T][R];
-  if constexpr (F == kQ8_0 || F == kQ4_0) {
+  if constexpr (is_integer(F)) {
     int_tile<F, R, T, Fetch>(tile, job.tokens, t0, job.columns, sums);
   } else {
     float_tile<F, R, T, Fetch>(tile, job.tokens.x + t0 * job.tokens.x_stride, job.tokens.x_stride,
@@ -148,7 +76,7 @@ static void dot_tile(const DotJob& job, const RowTile<R>& tile, int64_t r0, int6
 
 template <Format F, int R>
 static inline void dot_rows(const DotJob& job, int64_t r, int64_t end, int64_t t0, int64_t t1) {
-  constexpr int kTokens = F == kQ8_0 || F == kQ4_0 ? kIntTokens : kFloatTokens;
+  constexpr int kTokens = is_integer(F) ? kIntTokens : kFloatTokens;
   const RowTile<R> tile = row_tile<R>(job.rows, r, end);
   if (t1 - t0 == 1) return dot_tile<F, R, 1, true>(job, tile, r, t0);
   int64_t t = t0;

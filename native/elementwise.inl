@@ -96,7 +96,7 @@ constexpr float kTinyBlock = 1e-35f;
 
 static void quantize(const float* x, int64_t n, int8_t* q, float* d, int16_t* sums) {
   const Vec minus = splat(-1.0f);
-  for (int64_t b = 0; b < n / kBlock; ++b, x += kBlock, q += kBlock, sums += kBlock / 4) {
+  for (int64_t b = 0; b < n / kBlock; ++b, x += kBlock, q += kBlock, sums += kBlock / 16) {
     Vec peak = zero(), poison = zero();
     for (int i = 0; i < kBlock; i += kLanes) {
       const Vec v = load(x + i);
@@ -106,7 +106,7 @@ static void quantize(const float* x, int64_t n, int8_t* q, float* d, int16_t* su
     const float largest_value = largest(peak), marker = sum(poison);
     if (marker != 0.0f || largest_value < kTinyBlock) {
       memset(q, 0, kBlock);
-      memset(sums, 0, kBlock / 4 * sizeof(int16_t));
+      memset(sums, 0, kBlock / 16 * sizeof(int16_t));
       d[b] = marker;
       continue;
     }

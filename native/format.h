@@ -9,7 +9,7 @@
 
 namespace thermocline {
 
-enum Format : int { kF32 = 0, kF16 = 1, kBF16 = 2, kQ8_0 = 3, kQ4_0 = 4, kFormats = 5 };
+enum Format : int { kF32, kF16, kBF16, kQ8_0, kQ4_0, kQ4_K, kQ5_K, kQ6_K, kFormats };
 
 struct FormatInfo {
   int ggml_type;
@@ -19,12 +19,63 @@ struct FormatInfo {
 };
 
 constexpr FormatInfo kFormatInfo[kFormats] = {
-    {0, 1, 4, "F32"}, {1, 1, 2, "F16"}, {30, 1, 2, "BF16"}, {8, 32, 34, "Q8_0"}, {2, 32, 18, "Q4_0"},
+    {0, 1, 4, "F32"},    {1, 1, 2, "F16"},       {30, 1, 2, "BF16"},     {8, 32, 34, "Q8_0"},
+    {2, 32, 18, "Q4_0"}, {12, 256, 144, "Q4_K"}, {13, 256, 176, "Q5_K"}, {14, 256, 210, "Q6_K"},
 };
 
-// Elements that share a scale in Q8_0, Q4_0 and in quantised activations.
+// Elements that share a scale in Q8_0, Q4_0 and in quantised activations. The blocks of K-quants hold eight
+// parts of as many, which the kernels count as blocks.
 constexpr int kBlock = 32;
 
-static constexpr bool is_integer(Format format) { return format == kQ8_0 || format == kQ4_0; }
+// Formats whose dot products are taken in integers.
+static constexpr bool is_integer(Format format) { return format >= kQ8_0; }
+static constexpr bool is_k_quant(Format format) { return format >= kQ4_K; }
+// Formats whose numbers are lifted by a minimum for each 32: x = scale * q - minimum.
+static constexpr bool has_minima(Format format) { return format == kQ4_K || format == kQ5_K; }
+// What is stored is the number plus this.
+static constexpr int offset_of(Format format) { return format == kQ4_0 ? 8 : format == kQ6_K ? 32 : 0; }
+
+// The 32 elements with index b of a row: where their block begins, and their part of it.
+template <Format F>
+struct Part {
+  const uint8_t* block;
+  int part;
+};
+
+template <Format F>
+static inline Part<F> part_at(const uint8_t* row, int64_t b) {
+  constexpr int kParts = kFormatInfo[F].block / kBlock;
+  return {row + b / kParts * kFormatInfo[F].block_bytes, static_cast<int>(b % kParts)};
+}
+
+// The 6-bit scale and minimum of part j, which Q4_K and Q5_K pack into 12 bytes.
+struct ScaleMin {
+  int scale, least;
+};
+
+static inline ScaleMin scale_min(const uint8_t* packed, int j) {
+  if (j < 4) return {packed[j] & 63, packed[j + 4] & 63};
+  return {(packed[j + 4] & 15) | packed[j - 4] >> 6 << 4, packed[j + 4] >> 4 | packed[j] >> 6 << 4};
+}
+
+// The 32 numbers of a part of a K-quant as they are stored, without sign: plain code for levels without their
+// own.
+template <Format F>
+static inline void unpack_part(const Part<F>& at, uint8_t* q) {
+  const uint8_t* low = at.block + (F == kQ4_K ? 16 : F == kQ5_K ? 48 : at.part / 4 * 64);
+  if constexpr (F == kQ6_K) {
+    const uint8_t* high = at.block + 128 + at.part / 4 * 32;
+    const int j = at.part % 4;
+    low += j % 2 * 32;
+    for (int i = 0; i < kBlock; ++i)
+      q[i] = static_cast<uint8_t>((low[i] >> j / 2 * 4 & 15) | (high[i] >> 2 * j & 3) << 4);
+  } else {
+    low += at.part / 2 * 32;
+    for (int i = 0; i < kBlock; ++i) q[i] = low[i] >> at.part % 2 * 4 & 15;
+    if constexpr (F == kQ5_K) {
+      for (int i = 0; i < kBlock; ++i) q[i] |= static_cast<uint8_t>((at.block[16 + i] >> at.part & 1) << 4);
+    }
+  }
+}
 
 }  // namespace thermocline

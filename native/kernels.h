@@ -18,8 +18,8 @@ struct Rows {
 };
 
 // Activations of a batch. Integer formats read the quantised form: per block of 32 a float scale `d` and 32
-// signed bytes `q` in [-127, 127]; `sums` holds the sum of every 4 neighbouring bytes. `q_stride` is a whole
-// number of pairs of blocks, the last padded with zeros, so that a kernel may read past `columns`.
+// signed bytes `q` in [-127, 127]; `sums` holds the sum of every 16 neighbouring bytes. `q_stride` is a whole
+// number of four blocks, the last padded with zeros, so that a kernel may read past `columns`.
 struct Tokens {
   const float* x;
   int64_t x_stride;

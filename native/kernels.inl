@@ -1,6 +1,7 @@
 // All kernels of one instruction set. Included by kernels_<isa>.cpp after THERMOCLINE_ISA is defined and the
-// simd header of the level is included. Includes C headers only: templates of the C++ library would be
-// compiled for this instruction set and could be picked by the linker for all the program.
+// simd header of the level is included, and THERMOCLINE_INT_DOT names the integer dot products of the level.
+// Includes C headers only: templates of the C++ library would be compiled for this instruction set and could
+// be picked by the linker for all the program.
 
 #include <math.h>
 #include <string.h>
@@ -11,13 +12,17 @@ namespace thermocline::THERMOCLINE_ISA {
 
 // In the order in which they build on each other.
 // clang-format off
+#include "rows.inl"
+#include THERMOCLINE_INT_DOT
 #include "dot.inl"
 #include "axpy.inl"
 #include "elementwise.inl"
 #include "scan.inl"
 // clang-format on
 
-#define THERMOCLINE_FORMATS(kernel) {kernel<kF32>, kernel<kF16>, kernel<kBF16>, kernel<kQ8_0>, kernel<kQ4_0>}
+#define THERMOCLINE_FORMATS(kernel)                            \
+  {kernel<kF32>,  kernel<kF16>,  kernel<kBF16>, kernel<kQ8_0>, \
+   kernel<kQ4_0>, kernel<kQ4_K>, kernel<kQ5_K>, kernel<kQ6_K>}
 
 static constexpr Kernels make_kernels(const char* name) {
   return {

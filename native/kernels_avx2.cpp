@@ -1,4 +1,5 @@
 #define THERMOCLINE_ISA avx2_level
+#define THERMOCLINE_INT_DOT "dot_blocks.inl"
 #include "simd_avx2.h"
 //
 #include "kernels.inl"

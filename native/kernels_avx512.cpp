@@ -1,4 +1,5 @@
 #define THERMOCLINE_ISA avx512_level
+#define THERMOCLINE_INT_DOT "dot_quads.inl"
 #include "simd_avx512.h"
 //
 #include "kernels.inl"

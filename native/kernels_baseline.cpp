@@ -1,4 +1,5 @@
 #define THERMOCLINE_ISA baseline_level
+#define THERMOCLINE_INT_DOT "dot_blocks.inl"
 #include "simd_baseline.h"
 //
 #include "kernels.inl"

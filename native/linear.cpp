@@ -36,10 +36,10 @@ Batch::Batch(Context& context, const float* x, int64_t count, int64_t columns, b
   tokens_.x = x;
   tokens_.x_stride = columns;
   if (!quantised) return;
-  const int64_t stride = round_up(columns, 2 * kBlock);
+  const int64_t stride = round_up(columns, 4 * kBlock);
   q_ = context.arena.take<int8_t>(count * stride);
   d_ = context.arena.take<float>(count * stride / kBlock);
-  sums_ = context.arena.take<int16_t>(count * stride / 4);
+  sums_ = context.arena.take<int16_t>(count * stride / 16);
   tokens_.q = q_;
   tokens_.d = d_;
   tokens_.sums = sums_;
@@ -59,13 +59,14 @@ void Batch::quantise_piece(const Kernels& kernels, int64_t piece) {
   const int64_t end = std::min(begin + kPiece, columns_), stride = tokens_.q_stride;
   int8_t* q = q_ + token * stride;
   float* d = d_ + token * stride / kBlock;
-  int16_t* sums = sums_ + token * stride / 4;
+  int16_t* sums = sums_ + token * stride / 16;
   kernels.quantize(tokens_.x + token * columns_ + begin, end - begin, q + begin, d + begin / kBlock,
-                   sums + begin / 4);
+                   sums + begin / 16);
   if (end == columns_ && stride > columns_) {
-    std::memset(q + columns_, 0, kBlock);
-    std::memset(sums + columns_ / 4, 0, kBlock / 4 * sizeof(int16_t));
-    d[columns_ / kBlock] = 0.0f;
+    const int64_t rest = stride - columns_;
+    std::memset(q + columns_, 0, static_cast<size_t>(rest));
+    std::fill(sums + columns_ / 16, sums + stride / 16, int16_t{0});
+    std::fill(d + columns_ / kBlock, d + stride / kBlock, 0.0f);
   }
 }
 

@@ -12,7 +12,10 @@ static bool row_finite(const uint8_t* row, int64_t columns) {
   if constexpr (F == kF32) return !any_set(row + 2, columns, 4, 0x7F80);  // the high half, little endian
   if constexpr (F == kF16) return !any_set(row, columns, 2, 0x7C00);
   if constexpr (F == kBF16) return !any_set(row, columns, 2, 0x7F80);
-  return !any_set(row, columns / kBlock, kFormatInfo[F].block_bytes, 0x7C00);
+  const int64_t blocks = columns / kFormatInfo[F].block;
+  constexpr int kBytes = kFormatInfo[F].block_bytes;
+  if (has_minima(F) && any_set(row + 2, blocks, kBytes, 0x7C00)) return false;
+  return !any_set(row + (F == kQ6_K ? 208 : 0), blocks, kBytes, 0x7C00);
 }
 
 template <Format F>

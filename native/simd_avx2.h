@@ -95,7 +95,7 @@ static inline void store_f16(uint8_t* p, Vec v) {
 }
 static inline float scale_of(const uint8_t* p) { return _cvtsh_ss(load_u16(p)); }
 
-// 32 rounded values of x * inverse as bytes, and the sums of every four.
+// 32 rounded values of x * inverse as bytes, and the sums of both halves.
 static inline void pack_block(const float* x, float inverse, int8_t* q, int16_t* sums) {
   const Vec scale = splat(inverse);
   __m256i r[4];
@@ -106,11 +106,10 @@ static inline void pack_block(const float* x, float inverse, int8_t* q, int16_t*
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(q), ordered);
   const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), ordered);
   const __m256i fours = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
-  const __m128i narrow = _mm_packs_epi32(_mm256_castsi256_si128(fours), _mm256_extracti128_si256(fours, 1));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(sums), narrow);
+  const __m256i two = _mm256_hadd_epi32(fours, fours), one = _mm256_hadd_epi32(two, two);
+  sums[0] = static_cast<int16_t>(_mm256_extract_epi32(one, 0));
+  sums[1] = static_cast<int16_t>(_mm256_extract_epi32(one, 4));
 }
-
-constexpr int kStepBlocks = 1;
 
 struct IntTokens {
   __m256i q;
@@ -118,28 +117,74 @@ struct IntTokens {
 };
 struct IntWeights {
   __m256i q, magnitude;
-  Vec d;
+  Vec d, least;
 };
 
-template <Format F>
-static inline IntTokens int_tokens(const int8_t* q, const float* d, const int16_t*) {
+static inline IntTokens int_tokens(const int8_t* q, const float* d) {
   return {load_256(q), _mm256_broadcast_ss(d)};
 }
 
+// The low halves of 16 bytes, then the high ones.
 static inline __m256i nibbles(const uint8_t* p) {
   const __m128i packed = load_128(p);
   const __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(packed), _mm_srli_epi16(packed, 4), 1);
-  return _mm256_sub_epi8(_mm256_and_si256(both, _mm256_set1_epi8(15)), _mm256_set1_epi8(8));
+  return _mm256_and_si256(both, _mm256_set1_epi8(15));
 }
 
-template <Format F, bool Single>
-static inline IntWeights int_weights(const uint8_t* p) {
-  const __m256i q = F == kQ8_0 ? load_256(p + 2) : nibbles(p + 2);
-  return {q, _mm256_abs_epi8(q), splat(scale_of(p))};
+// One half of each of 32 bytes.
+static inline __m256i half_bytes(const uint8_t* p, bool high) {
+  return _mm256_and_si256(_mm256_srl_epi16(load_256(p), _mm_cvtsi32_si128(high ? 4 : 0)),
+                          _mm256_set1_epi8(15));
+}
+
+// The 32 numbers of a part, without its scale.
+template <Format F>
+static inline __m256i numbers(const Part<F>& at) {
+  const uint8_t* p = at.block;
+  const int j = at.part;
+  if constexpr (F == kQ8_0) {
+    return load_256(p + 2);
+  } else if constexpr (F == kQ4_0) {
+    return _mm256_sub_epi8(nibbles(p + 2), _mm256_set1_epi8(8));
+  } else if constexpr (F == kQ4_K) {
+    return half_bytes(p + 16 + j / 2 * 32, j % 2);
+  } else if constexpr (F == kQ5_K) {
+    const __m256i bit = _mm256_set1_epi8(static_cast<char>(1 << j));
+    const __m256i set = _mm256_cmpeq_epi8(_mm256_and_si256(load_256(p + 16), bit), bit);
+    return _mm256_or_si256(half_bytes(p + 48 + j / 2 * 32, j % 2),
+                           _mm256_and_si256(set, _mm256_set1_epi8(16)));
+  } else {
+    const int k = j % 4;
+    const __m256i low = half_bytes(p + j / 4 * 64 + k % 2 * 32, k / 2);
+    const __m256i two = _mm256_srl_epi16(load_256(p + 128 + j / 4 * 32), _mm_cvtsi32_si128(2 * k));
+    const __m256i high = _mm256_slli_epi16(_mm256_and_si256(two, _mm256_set1_epi8(3)), 4);
+    return _mm256_sub_epi8(_mm256_or_si256(low, high), _mm256_set1_epi8(32));
+  }
+}
+
+template <Format F>
+static inline IntWeights int_weights(const Part<F>& at) {
+  IntWeights w;
+  w.q = numbers<F>(at);
+  w.magnitude = _mm256_abs_epi8(w.q);
+  const float d = scale_of(at.block + (F == kQ6_K ? 208 : 0));
+  w.d = splat(d);
+  if constexpr (has_minima(F)) {
+    const ScaleMin s = scale_min(at.block + 4, at.part);
+    w.d = splat(d * static_cast<float>(s.scale));
+    w.least = splat(scale_of(at.block + 2) * static_cast<float>(s.least));
+  }
+  if constexpr (F == kQ6_K) {
+    const auto* s = reinterpret_cast<const int8_t*>(at.block + 192 + 2 * at.part);
+    const __m128 first = _mm_set1_ps(d * s[0]), second = _mm_set1_ps(d * s[1]);
+    w.d = _mm256_insertf128_ps(_mm256_castps128_ps256(first), second, 1);
+  }
+  return w;
 }
 
 // |w| (at most 128) times x with w's sign (at most 127): a pair of products stays below 2^15, so that
 // nothing saturates.
+template <Format F>
 static inline Vec int_dot(const IntWeights& w, const IntTokens& x) {
   const __m256i pairs = _mm256_maddubs_epi16(w.magnitude, _mm256_sign_epi8(x.q, w.q));
   return _mm256_cvtepi32_ps(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
@@ -147,16 +192,23 @@ static inline Vec int_dot(const IntWeights& w, const IntTokens& x) {
 
 static inline Vec floats_of_bytes(__m128i bytes) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)); }
 
-// The 32 floats of a block.
+// The 32 floats of a part.
 template <Format F>
-static inline void load_block(const uint8_t* p, Vec (&w)[kBlock / kLanes]) {
-  const Vec d = splat(scale_of(p));
-  const __m256i q = F == kQ8_0 ? load_256(p + 2) : nibbles(p + 2);
-  const __m128i low = _mm256_castsi256_si128(q), high = _mm256_extracti128_si256(q, 1);
-  w[0] = mul(d, floats_of_bytes(low));
-  w[1] = mul(d, floats_of_bytes(_mm_srli_si128(low, 8)));
-  w[2] = mul(d, floats_of_bytes(high));
-  w[3] = mul(d, floats_of_bytes(_mm_srli_si128(high, 8)));
+static inline void load_block(const Part<F>& at, Vec (&w)[kBlock / kLanes]) {
+  const IntWeights packed = int_weights<F>(at);
+  const __m128i low = _mm256_castsi256_si128(packed.q), high = _mm256_extracti128_si256(packed.q, 1);
+  Vec first = packed.d, second = packed.d;
+  if constexpr (F == kQ6_K) {
+    first = _mm256_permute2f128_ps(packed.d, packed.d, 0x00);
+    second = _mm256_permute2f128_ps(packed.d, packed.d, 0x11);
+  }
+  w[0] = mul(first, floats_of_bytes(low));
+  w[1] = mul(first, floats_of_bytes(_mm_srli_si128(low, 8)));
+  w[2] = mul(second, floats_of_bytes(high));
+  w[3] = mul(second, floats_of_bytes(_mm_srli_si128(high, 8)));
+  if constexpr (has_minima(F)) {
+    for (Vec& v : w) v = _mm256_sub_ps(v, packed.least);
+  }
 }
 
 }  // namespace thermocline::THERMOCLINE_ISA

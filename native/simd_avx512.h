@@ -86,7 +86,7 @@ static inline void store_f16(uint8_t* p, Vec v) {
 }
 static inline float scale_of(const uint8_t* p) { return _cvtsh_ss(load_u16(p)); }
 
-// 32 rounded values of x * inverse as bytes, and the sums of every four.
+// 32 rounded values of x * inverse as bytes, and the sums of both halves.
 static inline void pack_block(const float* x, float inverse, int8_t* q, int16_t* sums) {
   const Vec scale = splat(inverse);
   const __m128i low = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(mul(load(x), scale)));
@@ -94,62 +94,251 @@ static inline void pack_block(const float* x, float inverse, int8_t* q, int16_t*
   const __m256i bytes = _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(q), bytes);
   const __m256i fours = _mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_set1_epi8(1), bytes);
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(sums), _mm256_cvtepi32_epi16(fours));
+  const __m256i two = _mm256_hadd_epi32(fours, fours), one = _mm256_hadd_epi32(two, two);
+  sums[0] = static_cast<int16_t>(_mm256_extract_epi32(one, 0));
+  sums[1] = static_cast<int16_t>(_mm256_extract_epi32(one, 4));
 }
 
-// A step takes two blocks: lanes 0 to 7 hold the first, 8 to 15 the second.
-constexpr int kStepBlocks = 2;
-
-// VNNI multiplies unsigned by signed bytes. Weights are read with an offset that makes them unsigned (128 for
-// Q8_0, 8 for Q4_0, which is stored so); `correction` is minus the offset times the sum of four
-// activations and starts the sum, so that the integer result is exact.
-struct IntTokens {
-  __m512i q, correction;
-  Vec d;
+// Four blocks of a row, b to b + 3, at once: a vector holds the first 16 numbers of each, another one the
+// second 16. VNNI multiplies unsigned by signed bytes, so numbers are read with an offset that makes them
+// unsigned (as Q4_0 and Q6_K are stored); the offset times the sum of the activations is taken off the sums.
+struct Quad {
+  __m512i first, second;
 };
-struct IntWeights {
-  __m512i q;
-  Vec d;
-};
-
-static inline Vec spread_pair(__m128 pair) {
-  const __m512i lanes = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
-  return _mm512_permutexvar_ps(lanes, _mm512_castps128_ps512(pair));
-}
 
 template <Format F>
-static inline IntTokens int_tokens(const int8_t* q, const float* d, const int16_t* sums) {
-  const __m512i four = _mm512_slli_epi32(_mm512_cvtepi16_epi32(load_256(sums)), F == kQ8_0 ? 7 : 3);
-  const __m128 pair = _mm_castpd_ps(_mm_load_sd(reinterpret_cast<const double*>(d)));
-  return {_mm512_loadu_si512(q), _mm512_sub_epi32(_mm512_setzero_si512(), four), spread_pair(pair)};
+constexpr int kUnsigned = F == kQ8_0 ? 128 : offset_of(F);
+
+static inline __m512i load_quad(const uint8_t* a, const uint8_t* b, const uint8_t* c, const uint8_t* d) {
+  __m512i v = _mm512_castsi128_si512(load_128(a));
+  v = _mm512_inserti32x4(v, load_128(b), 1);
+  v = _mm512_inserti32x4(v, load_128(c), 2);
+  return _mm512_inserti32x4(v, load_128(d), 3);
 }
 
-template <Format F, bool Single>
-static inline IntWeights int_weights(const uint8_t* p) {
+// Lanes of 128 bits of v, in the order that `kLanesOf` names, each shifted right by its number of bits.
+template <int kOrder>
+static inline __m512i nibble_lanes(__m512i v, __m512i shifts) {
+  const __m512i moved = _mm512_shuffle_i32x4(v, v, kOrder);
+  return _mm512_and_si512(_mm512_srlv_epi64(moved, shifts), _mm512_set1_epi8(15));
+}
+
+// Blocks b to b + 3 of a row whose last block is `last`, which is read again in place of those past it.
+template <Format F>
+static inline Quad load_quad_of(const uint8_t* row, int64_t b, int64_t last) {
   constexpr int kBytes = kFormatInfo[F].block_bytes;
-  const uint8_t* second = Single ? p : p + kBytes;
-  const uint32_t scales = load_u16(p) | (Single ? 0u : static_cast<uint32_t>(load_u16(second)) << 16);
-  const Vec d = spread_pair(_mm_cvtph_ps(_mm_cvtsi32_si128(static_cast<int>(scales))));
-  if constexpr (F == kQ8_0) {
-    __m512i q = _mm512_castsi256_si512(load_256(p + 2));
-    q = _mm512_inserti64x4(q, load_256(second + 2), 1);
-    return {_mm512_xor_si512(q, _mm512_set1_epi8(static_cast<char>(0x80))), d};
+  if constexpr (!is_k_quant(F)) {
+    const uint8_t* p[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) p[i] = row + (b + i < last ? b + i : last) * kBytes + 2;
+    const __m512i v = load_quad(p[0], p[1], p[2], p[3]);
+    if constexpr (F == kQ8_0) {
+      const __m512i w = load_quad(p[0] + 16, p[1] + 16, p[2] + 16, p[3] + 16);
+      const __m512i sign = _mm512_set1_epi8(static_cast<char>(0x80));
+      return {_mm512_xor_si512(v, sign), _mm512_xor_si512(w, sign)};
+    } else {
+      const __m512i mask = _mm512_set1_epi8(15);
+      return {_mm512_and_si512(v, mask), _mm512_and_si512(_mm512_srli_epi16(v, 4), mask)};
+    }
   } else {
-    __m512i q = _mm512_broadcast_i32x4(load_128(p + 2));
-    q = _mm512_mask_broadcast_i32x4(q, 0xFF00, load_128(second + 2));
-    q = _mm512_srlv_epi64(q, _mm512_setr_epi64(0, 0, 4, 4, 0, 0, 4, 4));
-    return {_mm512_and_si512(q, _mm512_set1_epi8(15)), d};
+    (void)last;
+    const uint8_t* p = row + b / 8 * kBytes;
+    const int half = static_cast<int>(b / 4 % 2);
+    if constexpr (F == kQ6_K) {
+      const __m512i low = _mm512_loadu_si512(p + half * 64),
+                    shifts = _mm512_setr_epi64(0, 0, 0, 0, 4, 4, 4, 4);
+      // Brings the two bits of each of the four blocks to bits 4 and 5 of their bytes.
+      const __m512i turns = _mm512_setr_epi64(4, 4, 2, 2, 0, 0, 62, 62), high = _mm512_set1_epi8(0x30);
+      const uint8_t* two = p + 128 + half * 32;
+      const __m512i first = _mm512_rolv_epi64(_mm512_broadcast_i32x4(load_128(two)), turns);
+      const __m512i second = _mm512_rolv_epi64(_mm512_broadcast_i32x4(load_128(two + 16)), turns);
+      return {_mm512_or_si512(nibble_lanes<0x88>(low, shifts), _mm512_and_si512(first, high)),
+              _mm512_or_si512(nibble_lanes<0xDD>(low, shifts), _mm512_and_si512(second, high))};
+    } else {
+      const __m512i low = _mm512_loadu_si512(p + (F == kQ4_K ? 16 : 48) + half * 64);
+      const __m512i shifts = _mm512_setr_epi64(0, 0, 4, 4, 0, 0, 4, 4);
+      Quad quad{nibble_lanes<0xA0>(low, shifts), nibble_lanes<0xF5>(low, shifts)};
+      if constexpr (F == kQ5_K) {
+        const __m512i bit = _mm512_slli_epi64(
+            _mm512_setr_epi32(0x01010101, 0x01010101, 0x01010101, 0x01010101, 0x02020202, 0x02020202,
+                              0x02020202, 0x02020202, 0x04040404, 0x04040404, 0x04040404, 0x04040404,
+                              0x08080808, 0x08080808, 0x08080808, 0x08080808),
+            static_cast<unsigned>(4 * half));
+        const __m512i sixteen = _mm512_set1_epi8(16);
+        const __mmask64 first = _mm512_test_epi8_mask(_mm512_broadcast_i32x4(load_128(p + 16)), bit);
+        const __mmask64 second = _mm512_test_epi8_mask(_mm512_broadcast_i32x4(load_128(p + 32)), bit);
+        quad.first = _mm512_mask_add_epi8(quad.first, first, quad.first, sixteen);
+        quad.second = _mm512_mask_add_epi8(quad.second, second, quad.second, sixteen);
+      }
+      return quad;
+    }
   }
 }
 
-static inline Vec int_dot(const IntWeights& w, const IntTokens& x) {
-  return _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(x.correction, w.q, x.q));
+// Scales of four blocks of four rows, in lanes block by block: of all numbers of a block or, in Q6_K, of the
+// first 16 and the second 16; and the minima.
+struct QuadScales {
+  Vec first, second, least;
+};
+
+static inline Vec spread_rows(__m128 rows) { return _mm512_broadcast_f32x4(rows); }
+static inline Vec floats_of_scales(__m128i bytes, Vec d) {
+  return mul(d, _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)));
+}
+static inline int load_int(const uint8_t* p) {
+  int value;
+  std::memcpy(&value, p, sizeof value);
+  return value;
+}
+static inline __m128i ints_of(const uint8_t* const (&p)[4], int at) {
+  return _mm_setr_epi32(load_int(p[0] + at), load_int(p[1] + at), load_int(p[2] + at), load_int(p[3] + at));
+}
+static inline __m128 halves_of(const uint8_t* const (&p)[4], int at) {
+  const auto half = [&](int i) { return static_cast<short>(load_u16(p[i] + at)); };
+  return _mm_cvtph_ps(_mm_setr_epi16(half(0), half(1), half(2), half(3), 0, 0, 0, 0));
 }
 
-// The 32 floats of a block. A nibble picks its value from a table of sixteen, of which the permutation reads
+template <Format F>
+static inline QuadScales load_scales(const uint8_t* const (&rows)[4], int64_t b, int64_t last) {
+  constexpr int kBytes = kFormatInfo[F].block_bytes;
+  if constexpr (!is_k_quant(F)) {
+    int64_t at[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) at[i] = (b + i < last ? b + i : last) * kBytes;
+    const auto half = [&](int i, int r) { return static_cast<short>(load_u16(rows[r] + at[i])); };
+    const __m256i halves = _mm256_setr_epi16(
+        half(0, 0), half(0, 1), half(0, 2), half(0, 3), half(1, 0), half(1, 1), half(1, 2), half(1, 3),
+        half(2, 0), half(2, 1), half(2, 2), half(2, 3), half(3, 0), half(3, 1), half(3, 2), half(3, 3));
+    return {_mm512_cvtph_ps(halves), zero(), zero()};
+  } else {
+    (void)last;
+    const uint8_t* p[4];
+    for (int r = 0; r < 4; ++r) p[r] = rows[r] + b / 8 * kBytes;
+    const int half = static_cast<int>(b / 4 % 2);
+    const Vec d = spread_rows(halves_of(p, F == kQ6_K ? 208 : 0));
+    if constexpr (F == kQ6_K) {
+      const auto bytes = [&](int r) {
+        return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p[r] + 192 + 8 * half));
+      };
+      const __m128i ab = _mm_unpacklo_epi8(bytes(0), bytes(1)), cd = _mm_unpacklo_epi8(bytes(2), bytes(3));
+      const __m128 low = _mm_castsi128_ps(_mm_unpacklo_epi16(ab, cd));
+      const __m128 high = _mm_castsi128_ps(_mm_unpackhi_epi16(ab, cd));
+      return {floats_of_scales(_mm_castps_si128(_mm_shuffle_ps(low, high, 0x88)), d),
+              floats_of_scales(_mm_castps_si128(_mm_shuffle_ps(low, high, 0xDD)), d), zero()};
+    } else {
+      const __m128i six = _mm_set1_epi8(63), four = _mm_set1_epi8(15), two = _mm_set1_epi8(0x30);
+      __m128i scale = ints_of(p, 4), least = ints_of(p, 8);
+      if (half == 0) {
+        scale = _mm_and_si128(scale, six);
+        least = _mm_and_si128(least, six);
+      } else {
+        const __m128i low = ints_of(p, 12);
+        scale = _mm_or_si128(_mm_and_si128(low, four), _mm_and_si128(_mm_srli_epi16(scale, 2), two));
+        least = _mm_or_si128(_mm_and_si128(_mm_srli_epi16(low, 4), four),
+                             _mm_and_si128(_mm_srli_epi16(least, 2), two));
+      }
+      const __m128i turn = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+      return {floats_of_scales(_mm_shuffle_epi8(scale, turn), d), zero(),
+              floats_of_scales(_mm_shuffle_epi8(least, turn), spread_rows(halves_of(p, 2)))};
+    }
+  }
+}
+
+// Activations of four blocks, as the quads lie; values for a block repeat for four rows.
+struct QuadTokens {
+  __m512i first, second;      // numbers
+  __m512i lift, second_lift;  // what the offset adds to the sums; of the first 16 and the second in Q6_K
+  Vec d, sums;                // scale; scale times sum, for the minima
+};
+
+static inline __m512i spread_blocks(__m128i four) {
+  const __m512i lanes = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+  return _mm512_permutexvar_epi32(lanes, _mm512_castsi128_si512(four));
+}
+
+template <Format F>
+static inline QuadTokens load_tokens(const int8_t* q, const float* d, const int16_t* sums) {
+  const __m512i low = _mm512_loadu_si512(q), high = _mm512_loadu_si512(q + 64);
+  QuadTokens x;
+  x.first = _mm512_shuffle_i32x4(low, high, 0x88);
+  x.second = _mm512_shuffle_i32x4(low, high, 0xDD);
+  x.d = _mm512_castsi512_ps(spread_blocks(load_128(d)));
+  const __m128i halves = load_128(sums);
+  if constexpr (F == kQ6_K) {
+    x.lift = _mm512_slli_epi32(spread_blocks(_mm_srai_epi32(_mm_slli_epi32(halves, 16), 16)), 5);
+    x.second_lift = _mm512_slli_epi32(spread_blocks(_mm_srai_epi32(halves, 16)), 5);
+  } else {
+    const __m512i whole = spread_blocks(_mm_madd_epi16(halves, _mm_set1_epi16(1)));
+    if constexpr (has_minima(F)) {
+      x.sums = mul(x.d, _mm512_cvtepi32_ps(whole));
+    } else {
+      x.lift = _mm512_slli_epi32(whole, F == kQ8_0 ? 7 : 3);
+    }
+  }
+  return x;
+}
+
+// Sums of the four integers in each 128 bits of a, b, c and d, which become four neighbours.
+static inline __m512i sum_fours(__m512i a, __m512i b, __m512i c, __m512i d) {
+  const __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+  const __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+  return _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+}
+
+// What four blocks of four rows add to the sums: block i of row r to lane 4 i + r. Integers are exact, so
+// that any other order of theirs gives the same; the float operations are the ones that panels repeat.
+template <Format F>
+static inline Vec add_quads(const Quad (&w)[4], const QuadScales& scales, const QuadTokens& x, Vec acc) {
+  const __m512i none = _mm512_setzero_si512();
+  __m512i first[4], second[4];
+#pragma GCC unroll 4
+  for (int r = 0; r < 4; ++r) {
+    first[r] = _mm512_dpbusd_epi32(none, w[r].first, x.first);
+    second[r] = _mm512_dpbusd_epi32(F == kQ6_K ? none : first[r], w[r].second, x.second);
+  }
+  const Vec scale = mul(scales.first, x.d);
+  if constexpr (F == kQ6_K) {
+    const __m512i one = _mm512_sub_epi32(sum_fours(first[0], first[1], first[2], first[3]), x.lift);
+    const __m512i two =
+        _mm512_sub_epi32(sum_fours(second[0], second[1], second[2], second[3]), x.second_lift);
+    return fma(_mm512_cvtepi32_ps(two), mul(scales.second, x.d), fma(_mm512_cvtepi32_ps(one), scale, acc));
+  } else {
+    __m512i all = sum_fours(second[0], second[1], second[2], second[3]);
+    if constexpr (kUnsigned<F> != 0) all = _mm512_sub_epi32(all, x.lift);
+    acc = fma(_mm512_cvtepi32_ps(all), scale, acc);
+    return has_minima(F) ? _mm512_fnmadd_ps(scales.least, x.sums, acc) : acc;
+  }
+}
+
+// The sums of four rows: blocks 0, 4, 8 ... of a row are one sum, 1, 5, 9 ... the next.
+static inline __m128 sum_blocks(Vec acc) {
+  const __m128 a = _mm_add_ps(_mm512_castps512_ps128(acc), _mm512_extractf32x4_ps(acc, 1));
+  return _mm_add_ps(a, _mm_add_ps(_mm512_extractf32x4_ps(acc, 2), _mm512_extractf32x4_ps(acc, 3)));
+}
+
+// The 32 floats of a part. A nibble picks its value from a table of sixteen, of which the permutation reads
 // the four low bits of an index only.
 template <Format F>
-static inline void load_block(const uint8_t* p, Vec (&w)[kBlock / kLanes]) {
+static inline void load_block(const Part<F>& at, Vec (&w)[kBlock / kLanes]) {
+  const uint8_t* p = at.block;
+  if constexpr (is_k_quant(F)) {
+    uint8_t q[kBlock];
+    unpack_part<F>(at, q);
+    const float d = scale_of(p + (F == kQ6_K ? 208 : 0));
+    for (int v = 0; v < 2; ++v) {
+      const __m512i number = _mm512_cvtepu8_epi32(load_128(q + 16 * v));
+      if constexpr (F == kQ6_K) {
+        const float scale = d * static_cast<int8_t>(p[192 + 2 * at.part + v]);
+        w[v] = mul(splat(scale), _mm512_cvtepi32_ps(_mm512_sub_epi32(number, _mm512_set1_epi32(32))));
+      } else {
+        const ScaleMin s = scale_min(p + 4, at.part);
+        const float least = scale_of(p + 2) * static_cast<float>(s.least);
+        w[v] =
+            _mm512_fmsub_ps(splat(d * static_cast<float>(s.scale)), _mm512_cvtepi32_ps(number), splat(least));
+      }
+    }
+    return;
+  }
   const Vec d = _mm512_cvtph_ps(_mm256_set1_epi16(static_cast<short>(load_u16(p))));
   if constexpr (F == kQ8_0) {
     w[0] = mul(d, _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_128(p + 2))));

@@ -85,20 +85,17 @@ static inline void store_f16(uint8_t* p, Vec v) {
 }
 static inline float scale_of(const uint8_t* p) { return load_half(p); }
 
-// 32 rounded values of x * inverse as bytes, and the sums of every four.
+// 32 rounded values of x * inverse as bytes, and the sums of both halves.
 static inline void pack_block(const float* x, float inverse, int8_t* q, int16_t* sums) {
+  sums[0] = sums[1] = 0;
   for (int i = 0; i < kBlock; i += 4) {
     const Vec r = nearest(load(x + i) * inverse);
-    int total = 0;
     for (int j = 0; j < 4; ++j) {
       q[i + j] = static_cast<int8_t>(r[j]);
-      total += q[i + j];
+      sums[i / 16] = static_cast<int16_t>(sums[i / 16] + q[i + j]);
     }
-    sums[i / 4] = static_cast<int16_t>(total);
   }
 }
-
-constexpr int kStepBlocks = 1;
 
 struct IntTokens {
   const int8_t* q;
@@ -106,53 +103,73 @@ struct IntTokens {
 };
 struct IntWeights {
   int8_t q[kBlock];
-  Vec d;
+  int scale[2];  // of the halves, Q6_K only
+  Vec d, least;
 };
 
+static inline IntTokens int_tokens(const int8_t* q, const float* d) { return {q, splat(*d)}; }
+
+// The 32 numbers of a part, without its scale.
 template <Format F>
-static inline IntTokens int_tokens(const int8_t* q, const float* d, const int16_t*) {
-  return {q, splat(*d)};
+static inline void unpack(const Part<F>& at, int8_t* q) {
+  const uint8_t* p = at.block + 2;
+  if constexpr (F == kQ8_0) {
+    std::memcpy(q, p, kBlock);
+  } else if constexpr (F == kQ4_0) {
+    for (int i = 0; i < 16; ++i) {
+      q[i] = static_cast<int8_t>((p[i] & 15) - 8);
+      q[16 + i] = static_cast<int8_t>((p[i] >> 4) - 8);
+    }
+  } else {
+    uint8_t stored[kBlock];
+    unpack_part<F>(at, stored);
+    for (int i = 0; i < kBlock; ++i) q[i] = static_cast<int8_t>(stored[i] - offset_of(F));
+  }
 }
 
-template <Format F, bool Single>
-static inline IntWeights int_weights(const uint8_t* p) {
+template <Format F>
+static inline IntWeights int_weights(const Part<F>& at) {
   IntWeights w;
-  w.d = splat(load_half(p));
-  if constexpr (F == kQ8_0) {
-    std::memcpy(w.q, p + 2, kBlock);
-  } else {
-    for (int i = 0; i < 16; ++i) {
-      w.q[i] = static_cast<int8_t>((p[2 + i] & 15) - 8);
-      w.q[16 + i] = static_cast<int8_t>((p[2 + i] >> 4) - 8);
-    }
+  unpack<F>(at, w.q);
+  float d = load_half(at.block + (F == kQ6_K ? 208 : 0));
+  if constexpr (has_minima(F)) {
+    const ScaleMin s = scale_min(at.block + 4, at.part);
+    d *= static_cast<float>(s.scale);
+    w.least = splat(load_half(at.block + 2) * static_cast<float>(s.least));
   }
+  if constexpr (F == kQ6_K) {
+    for (int i = 0; i < 2; ++i) w.scale[i] = static_cast<int8_t>(at.block[192 + 2 * at.part + i]);
+  }
+  w.d = splat(d);
   return w;
 }
 
+template <Format F>
 static inline Vec int_dot(const IntWeights& w, const IntTokens& x) {
-  int32_t lane[kLanes] = {};
-  for (int i = 0; i < kBlock; i += kLanes) {
-    for (int j = 0; j < kLanes; ++j) lane[j] += static_cast<int32_t>(w.q[i + j]) * x.q[i + j];
+  Int total{};
+  for (int half = 0; half < 2; ++half) {
+    int32_t lane[kLanes] = {};
+    for (int i = half * 16; i < half * 16 + 16; i += kLanes) {
+      for (int j = 0; j < kLanes; ++j) lane[j] += static_cast<int32_t>(w.q[i + j]) * x.q[i + j];
+    }
+    Int v;
+    std::memcpy(&v, lane, sizeof v);
+    total += F == kQ6_K ? v * w.scale[half] : v;
   }
-  Int v;
-  std::memcpy(&v, lane, sizeof v);
-  return __builtin_convertvector(v, Vec);
+  return __builtin_convertvector(total, Vec);
 }
 
-// The 32 floats of a block.
+// The 32 floats of a part.
 template <Format F>
-static inline void load_block(const uint8_t* p, Vec (&w)[kBlock / kLanes]) {
-  const float d = load_half(p);
-  float value[kBlock];
-  if constexpr (F == kQ8_0) {
-    for (int i = 0; i < kBlock; ++i) value[i] = d * static_cast<float>(static_cast<int8_t>(p[2 + i]));
-  } else {
-    for (int i = 0; i < 16; ++i) {
-      value[i] = d * static_cast<float>((p[2 + i] & 15) - 8);
-      value[16 + i] = d * static_cast<float>((p[2 + i] >> 4) - 8);
-    }
+static inline void load_block(const Part<F>& at, Vec (&w)[kBlock / kLanes]) {
+  const IntWeights packed = int_weights<F>(at);
+  for (int i = 0; i < kBlock / kLanes; ++i) {
+    const int8_t* q = packed.q + i * kLanes;
+    Vec d = packed.d;
+    if (F == kQ6_K) d *= static_cast<float>(packed.scale[i * kLanes / 16]);
+    w[i] = d * Vec{float(q[0]), float(q[1]), float(q[2]), float(q[3])};
+    if (has_minima(F)) w[i] -= packed.least;
   }
-  for (int i = 0; i < kBlock / kLanes; ++i) w[i] = load(value + i * kLanes);
 }
 
 }  // namespace thermocline::THERMOCLINE_ISA

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from thermocline.activity import accumulator as module
 from thermocline.activity.accumulator import Accumulator
 from thermocline.activity.statistics import SIZE_BINS, Activity, merge_all
 from thermocline.errors import FingerprintError, NumericalError, UsageError
@@ -51,8 +52,9 @@ def sets(step: Step, layer: int, threshold: float = 0.0) -> list[set[int]]:
     return [{j for j in range(NEURONS) if abs(float(row[j])) > threshold} for row in step[layer]]
 
 
-@pytest.mark.parametrize("threshold", [0.0, 0.7])
-def test_every_count_is_that_of_brute_force(threshold: float) -> None:
+@pytest.mark.parametrize(("threshold", "rows"), [(0.0, 128), (0.7, 128), (0.0, 1), (0.0, 2), (0.7, 3)])
+def test_every_count_is_that_of_brute_force(threshold: float, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ROWS", rows)
     sequences = [random_steps(1, [7, 1, 5]), random_steps(2, [4])]
     activity = count(sequences, threshold=threshold)
     fired, contribution = np.zeros((LAYERS, NEURONS), int), np.zeros((LAYERS, NEURONS))

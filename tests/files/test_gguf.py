@@ -48,12 +48,12 @@ def same(a: object, b: object) -> bool:
 
 
 def tensors() -> st.SearchStrategy[list[tuple[str, str, tuple[int, int], int]]]:
-    one = st.tuples(
-        st.text("abc.0_", min_size=1, max_size=63),
-        st.sampled_from(sorted(BY_NAME)),
-        st.tuples(st.integers(1, 4), st.sampled_from([32, 64])),
-        st.integers(0, 1000),
-    )
+    def of_format(name: str) -> st.SearchStrategy[tuple[str, str, tuple[int, int], int]]:
+        block = max(BY_NAME[name].block, 32)
+        shape = st.tuples(st.integers(1, 4), st.sampled_from([block, 2 * block]))
+        return st.tuples(st.text("abc.0_", min_size=1, max_size=63), st.just(name), shape, st.integers(0, 1000))
+
+    one = st.sampled_from(sorted(BY_NAME)).flatmap(of_format)
     return st.lists(one, max_size=5, unique_by=lambda t: t[0])
 
 

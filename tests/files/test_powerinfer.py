@@ -130,8 +130,8 @@ def with_nan(scale: float) -> Callable[[str], Weight]:
 
 
 def in_k_quants(name: str) -> NewTensor:
-    fmt = next(f for f in GGML_TYPES.values() if f.name == "Q6_K")
-    return NewTensor(name, fmt, (32, 256), lambda: np.zeros((32, 210), np.uint8))
+    fmt = next(f for f in GGML_TYPES.values() if f.name == "Q3_K")
+    return NewTensor(name, fmt, (32, 256), lambda: np.zeros((32, fmt.block_bytes), np.uint8))
 
 
 NAN = matrix(32, N_EMBD)
@@ -159,7 +159,7 @@ REFUSED: dict[str, tuple[Callable[[], dict[str, Any]], dict[str, Any], type[Ther
     "infinite-scale": (changed(l2__fc2=with_nan(np.inf)), {}, NumericalError, "layer 2: fc2 holds NaN or infinity"),
     "threshold-nan": (changed(), {THRESHOLD_KEY: np.float32("nan")}, ModelFormatError, "found nan; allowed: a finite"),
     "threshold-text": (changed(), {THRESHOLD_KEY: "0"}, ModelFormatError, 'found the string "0"; allowed'),
-    "format": (changed(l1__fc1=in_k_quants), {}, UnsupportedModelError, "is stored as Q6_K"),
+    "format": (changed(l1__fc1=in_k_quants), {}, UnsupportedModelError, "is stored as Q3_K"),
     "three-axes": (
         changed(l1__fc1=lambda n: NewTensor(n, Q5_0, (2, 2, 32), lambda: np.zeros((4, 22), np.uint8))),
         {},

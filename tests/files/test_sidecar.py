@@ -28,7 +28,7 @@ KIND = SidecarKind.PREDICTOR
 
 def tensors() -> dict[str, object]:
     random = np.random.default_rng(1)
-    matrix = random.normal(size=(5, 64)).astype(np.float32)
+    matrix = random.normal(size=(5, 256)).astype(np.float32)
     arrays = {
         "counts": np.arange(12, dtype=np.int64).reshape(3, 4),
         "odd": np.arange(3, dtype=np.uint8),
@@ -155,14 +155,14 @@ def test_another_kind_and_another_version_and_no_sidecar_at_all(tmp_path: Path) 
 
 
 HOSTILE_NOTES = [
-    ({"format": "Q9", "shape": [5, 64]}, "unknown format"),
+    ({"format": "Q9", "shape": [5, 256]}, "unknown format"),
     ({"format": "Q8_0", "shape": [5, 65]}, "multiple of 32"),
     ({"format": "Q8_0", "shape": [5, 1 << 62]}, "two counts"),
     ({"format": "Q8_0", "shape": [5, 96]}, "is stored as"),
-    ({"format": "Q8_0", "shape": [True, 64]}, "two counts"),
-    ({"format": "Q8_0", "shape": [0, 64]}, "two counts"),
+    ({"format": "Q8_0", "shape": [True, 256]}, "two counts"),
+    ({"format": "Q8_0", "shape": [0, 256]}, "two counts"),
     ({"format": "F32", "shape": [5, 17]}, "is stored as"),
-    ({"format": ["Q8_0"], "shape": [5, 64]}, "unknown format"),
+    ({"format": ["Q8_0"], "shape": [5, 256]}, "unknown format"),
     ({"format": "Q8_0"}, "needs format and shape"),
     ([], "needs format and shape"),
 ]

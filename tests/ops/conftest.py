@@ -107,14 +107,20 @@ def _linear_bound(x: Any, w: Any, fmt: BlockFormat) -> Any:
     """How far a product may be off (T, rows), beside an exact one.
 
     n products and sums in float32 are off by at most (n + 3) eps times the sum of their magnitudes. Integer formats
-    round x to steps of a 127th of its block's largest magnitude: half a step an element at most. What underflows
-    is below the smallest normal float an element, and blocks below 1e-35 are taken as zero.
+    round x to steps of a 127th of its block's largest magnitude: half a step an element at most. K-quants
+    subtract the sum of minima from that of what lies above them: magnitudes up to the largest of the part, and twice
+    that. What underflows is below the smallest normal float an element, and blocks below 1e-35 are taken as zero.
     """
     x, w = np.abs(x.astype(np.float64)), np.abs(w.astype(np.float64))
-    bound = (x.shape[1] + 3) * EPS * (x @ w.T) + x.shape[1] * 2.0**-126
+    if fmt.block == 256:
+        parts = w.reshape(w.shape[0], w.shape[1] // 32, 32)
+        summed = w + 2 * np.repeat(parts.max(axis=2), 32, axis=1)
+    else:
+        summed = w
+    bound = (x.shape[1] + 3) * EPS * (x @ summed.T) + x.shape[1] * 2.0**-126
     if fmt.block > 1:
-        blocks = x.reshape(x.shape[0], -1, fmt.block)
-        step = (blocks.max(axis=2) / 127)[:, :, None] * np.ones(fmt.block)
+        blocks = x.reshape(x.shape[0], x.shape[1] // 32, 32)
+        step = (blocks.max(axis=2) / 127)[:, :, None] * np.ones(32)
         bound += (0.501 * step.reshape(x.shape) + 1e-35) @ w.T
     return bound
 

@@ -9,7 +9,7 @@ from thermocline.files.quantize import quantize, to_float
 from thermocline.files.weight import Weight
 
 ROWS = (0, 1, 3, 4, 5, 33)
-WIDTHS = {1: (0, 1, 15, 16, 17, 33, 100), 32: (0, 32, 64, 96, 160)}
+WIDTHS = {1: (0, 1, 15, 16, 17, 33, 100), 32: (0, 32, 64, 96, 160), 256: (0, 256, 512, 768)}
 """Round a vector's lanes of any level; block formats come in whole blocks, odd numbers of them too."""
 TOKENS = (1, 2, 3, 6, 7, 9)
 
@@ -49,8 +49,9 @@ def test_linear_shares_x_among_formats_with_biases_and_sums(
 
 @pytest.mark.parametrize("fmt", BY_NAME.values(), ids=lambda f: f.name)
 def test_linear_is_the_same_whatever_the_threads_and_the_batch(team, skewed, weight, fmt):
-    w = weight(skewed((230, 352)), fmt, offset=0)
-    x = skewed((70, 352))
+    width = 352 if fmt.block < 256 else 512
+    w = weight(skewed((230, width)), fmt, offset=0)
+    x = skewed((70, width))
     results = []
     for ops in team:
         matrix = ops.place(w)
@@ -66,16 +67,17 @@ def test_linear_is_the_same_whatever_the_threads_and_the_batch(team, skewed, wei
 @pytest.mark.parametrize("fmt", BY_NAME.values(), ids=lambda f: f.name)
 def test_nothing_is_read_past_the_last_row(ops, rng, fmt):
     page = mmap.PAGESIZE
-    packed = quantize(rng.standard_normal((3, 96)).astype(np.float32), fmt)
+    width = max(96, fmt.block)
+    packed = quantize(rng.standard_normal((3, width)).astype(np.float32), fmt)
     room = mmap.mmap(-1, 2 * page)
     address = ctypes.addressof(ctypes.c_char.from_buffer(room))
     libc = ctypes.CDLL(None, use_errno=True)
     assert libc.mprotect(ctypes.c_void_p(address + page), ctypes.c_size_t(page), 0) == 0
     data = np.frombuffer(room, np.uint8, count=packed.size, offset=page - packed.size).reshape(packed.shape)
     data[...] = packed
-    w = Weight("w", fmt, (3, 96), data)
+    w = Weight("w", fmt, (3, width), data)
     for tokens in (1, 2, 9):
-        x, out = rng.standard_normal((tokens, 96)).astype(np.float32), np.empty((tokens, 3), np.float32)
+        x, out = rng.standard_normal((tokens, width)).astype(np.float32), np.empty((tokens, 3), np.float32)
         ops.linear(x, (ops.place(w),), (out,))
         assert np.isfinite(out).all()
     assert libc.mprotect(ctypes.c_void_p(address + page), ctypes.c_size_t(page), mmap.PROT_READ) == 0

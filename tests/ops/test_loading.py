@@ -3,16 +3,21 @@
 import numpy as np
 import pytest
 
-from thermocline.files.formats import BY_NAME, F16, F32, Q4_0, Q8_0
+from thermocline.files.formats import BF16, BY_NAME, F16, F32, Q4_0, Q6_K, Q8_0
 from thermocline.files.quantize import dequantize, quantize, to_float
 from thermocline.files.weight import Weight
 from thermocline.ops.contract import KVLayer
 
+SHAPES = {32: [(32, 32), (96, 160), (64, 64), (160, 288)], 256: [(256, 256), (512, 768)]}
+SHAPES[1] = SHAPES[32]
+RECORDS = (F32, F16, BF16, Q8_0, Q4_0)
+"""What records can be made in."""
 
-@pytest.mark.parametrize("fmt", BY_NAME.values(), ids=lambda f: f.name)
+
+@pytest.mark.parametrize("fmt", RECORDS, ids=lambda f: f.name)
 @pytest.mark.parametrize("source", BY_NAME.values(), ids=lambda f: f.name)
 def test_records_are_the_bytes_of_the_python_quantisers(ops, rng, weight, source, fmt):
-    for n_embd, n_ff in [(32, 32), (96, 160), (64, 64), (160, 288)]:
+    for n_embd, n_ff in SHAPES[max(source.block, fmt.block)]:
         values = rng.standard_normal((n_embd, n_ff)).astype(np.float32)
         values[3] *= 100
         values[:, 5] = 0
@@ -66,10 +71,10 @@ def test_what_does_not_fit_the_format_is_an_infinite_change(ops, weight, fmt, ba
 
 @pytest.mark.parametrize("fmt", BY_NAME.values(), ids=lambda f: f.name)
 def test_check_finite_finds_the_first_bad_row(ops, rng, weight, fmt):
-    rows, width = 400, 96
+    rows, width = 400, max(96, fmt.block)
     sound = weight(rng.standard_normal((rows, width)).astype(np.float32), fmt)
     assert ops.check_finite(ops.place(sound)) == -1
-    last = {1: width - 1, 32: 2}[fmt.block] * fmt.block_bytes
+    last = {1: (width - 1) * fmt.block_bytes, 32: 2 * fmt.block_bytes, 256: 208 if fmt is Q6_K else 2}[fmt.block]
     patterns = [np.inf, -np.inf, np.nan]
     for row in (399, 250, 0):
         for pattern in patterns:

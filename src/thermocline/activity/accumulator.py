@@ -17,6 +17,8 @@ from thermocline.ops.contract import Array
 
 Bools = npt.NDArray[np.bool_]
 
+ROWS = 128
+"""Tokens compared with all earlier ones at once."""
 PIECE = 1 << 22
 """Elements of a down projection looked at together."""
 
@@ -117,12 +119,18 @@ def most_alike(active: Bools, count: npt.NDArray[np.intp]) -> npt.NDArray[np.int
     Similar is intersection over union; two empty sets are equal.
     """
     numbers = active.astype(np.float32)  # the product counts exactly: n_ff is far below 2^24
-    common = numbers[1:] @ numbers.T
-    union = count[1:, None] + count[None, :] - common
+    found = [_latest_alike(numbers, count, start) for start in range(1, len(active), ROWS)]
+    return np.concatenate(found) if found else np.zeros(0, np.intp)
+
+
+def _latest_alike(numbers: npt.NDArray[np.float32], count: npt.NDArray[np.intp], start: int) -> npt.NDArray[np.intp]:
+    """The same for the tokens from `start`, at most ROWS of them."""
+    stop = min(start + ROWS, len(numbers))
+    common = numbers[start:stop] @ numbers[: stop - 1].T
+    union = count[start:stop, None] + count[: stop - 1] - common
     likeness = np.divide(common, union, out=np.ones(common.shape), where=union > 0)
-    later = np.arange(len(active))[None, :] > np.arange(len(active) - 1)[:, None]
-    likeness[later] = -1.0
-    latest: npt.NDArray[np.intp] = len(active) - 1 - likeness[:, ::-1].argmax(axis=1)
+    likeness[np.arange(stop - 1) >= np.arange(start, stop)[:, None]] = -1.0  # neither itself nor a later one
+    latest: npt.NDArray[np.intp] = stop - 2 - likeness[:, ::-1].argmax(axis=1)
     return latest
 
 

@@ -34,10 +34,13 @@ F16 = BlockFormat("F16", 1, 1, 2)
 Q4_0 = BlockFormat("Q4_0", 2, 32, 18)
 Q8_0 = BlockFormat("Q8_0", 8, 32, 34)
 BF16 = BlockFormat("BF16", 30, 1, 2)
+Q4_K = BlockFormat("Q4_K", 12, 256, 144)
+Q5_K = BlockFormat("Q5_K", 13, 256, 176)
+Q6_K = BlockFormat("Q6_K", 14, 256, 210)
 Q5_0 = BlockFormat("Q5_0", 6, 32, 22)
 """Only read, in PowerInfer's predictors, where `quantize.widened` makes it Q8_0 without loss."""
 
-FORMATS: dict[int, BlockFormat] = {f.ggml_type: f for f in (F32, F16, Q4_0, Q8_0, BF16)}
+FORMATS: dict[int, BlockFormat] = {f.ggml_type: f for f in (F32, F16, Q4_0, Q8_0, BF16, Q4_K, Q5_K, Q6_K)}
 """The formats that can be computed with."""
 
 BY_NAME: dict[str, BlockFormat] = {f.name: f for f in FORMATS.values()}
@@ -49,9 +52,6 @@ _ONLY_LISTED = (
     BlockFormat("Q8_1", 9, 32, 40),
     BlockFormat("Q2_K", 10, 256, 84),
     BlockFormat("Q3_K", 11, 256, 110),
-    BlockFormat("Q4_K", 12, 256, 144),
-    BlockFormat("Q5_K", 13, 256, 176),
-    BlockFormat("Q6_K", 14, 256, 210),
     BlockFormat("Q8_K", 15, 256, 292),
     BlockFormat("IQ2_XXS", 16, 256, 66),
     BlockFormat("IQ2_XS", 17, 256, 74),

@@ -10,18 +10,23 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from thermocline.errors import NumericalError, UnsupportedModelError
-from thermocline.files.formats import BF16, F16, F32, Q4_0, Q5_0, Q8_0, BlockFormat
+from thermocline.errors import UnsupportedModelError
+from thermocline.files.formats import BF16, F16, F32, Q4_0, Q4_K, Q5_0, Q5_K, Q6_K, Q8_0, BlockFormat
+from thermocline.files.kquants import FROM_BLOCKS, SCALES, to_q4_k, to_q5_k, to_q6_k
+from thermocline.files.rounding import half, reciprocal, round_away
 from thermocline.files.weight import Bytes, Weight
 
 Floats = npt.NDArray[np.float32]
 
+_K_QUANTS: Final = {Q4_K: to_q4_k, Q5_K: to_q5_k, Q6_K: to_q6_k}
 _CHUNK: Final = 1 << 18
 """Elements quantised at once: the temporaries stay in the cache."""
 
 
 def quantize(x: Floats, fmt: BlockFormat) -> Bytes:
-    """Rows of float32 (rows, columns) in `fmt`: uint8 (rows, row_bytes), the bytes ggml's reference writes.
+    """Rows of float32 (rows, columns) in `fmt`: uint8 (rows, row_bytes).
+
+    The bytes are those that ggml's reference writes, but for the K-quants (see `kquants`).
 
     Blocks whose scale has no reciprocal in float32, where ggml's result is undefined, become zeros.
 
@@ -35,7 +40,7 @@ def quantize(x: Floats, fmt: BlockFormat) -> Bytes:
         raise UnsupportedModelError(f"rows of {columns} elements: {fmt.name} needs a multiple of {fmt.block}")
     if fmt is F32:
         return x.view(np.uint8)
-    pack = {F16: _to_f16, BF16: _to_bf16, Q8_0: _to_q8_0, Q4_0: _to_q4_0}[fmt]
+    pack = {F16: _to_f16, BF16: _to_bf16, Q8_0: _to_q8_0, Q4_0: _to_q4_0, **_K_QUANTS}[fmt]
     blocks = x.reshape(-1, fmt.block)
     packed = np.empty((len(blocks), fmt.block_bytes), np.uint8)
     step = _CHUNK // fmt.block
@@ -57,6 +62,8 @@ def dequantize(data: Bytes, fmt: BlockFormat, columns: int) -> Floats:
     if fmt is BF16:
         return (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(rows, columns)
     blocks = data.reshape(-1, fmt.block_bytes)
+    if fmt in FROM_BLOCKS:
+        return FROM_BLOCKS[fmt](blocks).reshape(rows, columns)
     scale = blocks[:, :2].copy().view(np.float16).astype(np.float32)
     if fmt is Q8_0:
         q = blocks[:, 2:].view(np.int8).astype(np.float32)
@@ -100,7 +107,8 @@ def all_finite(weight: Weight) -> bool:
     for start in range(0, weight.rows, step):
         data = weight.data[start : start + step]
         if weight.format.block > 1:
-            scales = np.ascontiguousarray(data).reshape(-1, weight.format.block_bytes)[:, :2]
+            where = SCALES.get(weight.format, slice(0, 2))
+            scales = np.ascontiguousarray(data).reshape(-1, weight.format.block_bytes)[:, where]
             finite = np.isfinite(scales.copy().view(np.float16)).all()
         else:
             finite = np.isfinite(dequantize(data, weight.format, weight.columns)).all()
@@ -115,7 +123,7 @@ def from_float(name: str, x: Floats, fmt: BlockFormat) -> Weight:
 
 
 def _to_f16(x: Floats) -> Bytes:
-    return _half(x, x, "F16").view(np.uint8)
+    return half(x, x, "F16").view(np.uint8)
 
 
 def _to_bf16(x: Floats) -> Bytes:
@@ -127,18 +135,18 @@ def _to_bf16(x: Floats) -> Bytes:
 
 def _to_q8_0(blocks: Floats) -> Bytes:
     scale = np.abs(blocks).max(axis=1, keepdims=True) / np.float32(127)
-    half = _half(scale, blocks, "Q8_0", finite=True)
-    q = _round_away(blocks * _reciprocal(scale)).astype(np.int8)
-    return np.concatenate([half.view(np.uint8), q.view(np.uint8)], axis=1)
+    stored = half(scale, blocks, "Q8_0", finite=True)
+    q = round_away(blocks * reciprocal(scale)).astype(np.int8)
+    return np.concatenate([stored.view(np.uint8), q.view(np.uint8)], axis=1)
 
 
 def _to_q4_0(blocks: Floats) -> Bytes:
     extreme = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=1, keepdims=True), axis=1)
     scale = extreme / np.float32(-8)
-    half = _half(scale, blocks, "Q4_0", finite=True)
-    q = (blocks * _reciprocal(scale) + np.float32(8.5)).astype(np.uint8).clip(0, 15)
+    stored = half(scale, blocks, "Q4_0", finite=True)
+    q = (blocks * reciprocal(scale) + np.float32(8.5)).astype(np.uint8).clip(0, 15)
     middle = q.shape[1] // 2
-    return np.concatenate([half.view(np.uint8), q[:, :middle] | (q[:, middle:] << 4)], axis=1)
+    return np.concatenate([stored.view(np.uint8), q[:, :middle] | (q[:, middle:] << 4)], axis=1)
 
 
 def _widen_q5_0(blocks: Bytes) -> Bytes:
@@ -147,31 +155,3 @@ def _widen_q5_0(blocks: Bytes) -> Bytes:
     fifth = np.unpackbits(blocks[:, 2:6], axis=1, bitorder="little")
     q = (low | (fifth << 4)).view(np.int8) - np.int8(16)
     return np.concatenate([blocks[:, :2], q.view(np.uint8)], axis=1)
-
-
-def _half(values: Floats, source: Floats, name: str, *, finite: bool = False) -> npt.NDArray[np.float16]:
-    """`values` in float16; refused where finite ones overflow or, if `finite`, where any is not finite."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        half = values.astype(np.float16)
-    bad = ~np.isfinite(half)
-    if not finite:
-        bad &= np.isfinite(values)
-    if bad.any():
-        worst = source[np.unravel_index(np.abs(source).argmax(), source.shape)]
-        raise NumericalError(f"found {worst:g}, which {name} cannot store: use F32 or BF16")
-    return half
-
-
-def _reciprocal(scale: Floats) -> Floats:
-    """1 / scale, and 0 where that is not finite."""
-    with np.errstate(divide="ignore", over="ignore"):
-        inverse: Floats = np.float32(1) / scale
-    inverse[~np.isfinite(inverse)] = 0
-    return inverse
-
-
-def _round_away(x: Floats) -> Floats:
-    """Round half away from zero, as C's roundf does and numpy's rint does not."""
-    whole = np.floor(np.abs(x))
-    rounded: Floats = np.copysign(whole + np.floor(2 * (np.abs(x) - whole)), x)
-    return rounded

@@ -2,7 +2,7 @@
 
 A standard file stores the down projection in rows of n_ff, in which one neuron is a column scattered over
 the whole matrix. Transposing is exact for F32, F16 and BF16; block formats are quantised anew along the other
-axis, and the error is measured.
+axis (K-quants as Q8_0), and the error is measured.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from thermocline.errors import NumericalError, printable
-from thermocline.files.formats import F16, BlockFormat
+from thermocline.files.formats import F16, Q8_0, BlockFormat
 from thermocline.files.quantize import dequantize, quantize
 from thermocline.files.weight import Bytes, Weight
 from thermocline.ops.contract import Matrix
@@ -42,8 +42,13 @@ class Transposer(Protocol):
 
 
 def record_format(down: Weight) -> BlockFormat:
-    """The format of a down projection's records: its own, or F16 where n_embd is no whole number of blocks."""
-    return down.format if down.rows % down.format.block == 0 else F16
+    """The format of a down projection's records: its own, or F16 where n_embd is no whole number of blocks.
+
+    K-quants become Q8_0: their scales would have to be searched for anew, which costs minutes, and Q8_0 adds an error
+    far below theirs.
+    """
+    fmt = Q8_0 if down.format.block > Q8_0.block else down.format
+    return fmt if down.rows % fmt.block == 0 else F16
 
 
 def transpose(source: Weight, out: Bytes, fmt: BlockFormat) -> Reblocked:

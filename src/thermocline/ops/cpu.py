@@ -23,7 +23,7 @@ class CpuOps:
     """The contract over `thermocline._native`, with its own threads.
 
     Results do not depend on the number of threads, on skipping, nor on which tokens share a batch, bit for bit.
-    They do depend on the instruction set. Where a weight is Q8_0 or Q4_0, activations are rounded to 8 bits
+    They do depend on the instruction set. Where a weight is in a block format, activations are rounded to 8 bits
     in blocks of 32 before they meet it (except in the down projection of neuron records).
 
     Calls from several Python threads run one after another. Not usable in a forked child.
@@ -148,8 +148,8 @@ class CpuOps:
     def transpose_requantize(self, matrix: Matrix, out: Bytes, fmt: BlockFormat) -> tuple[float, float]:
         """Turn ffn_down (n_embd rows of n_ff) into neuron records: `out` (n_ff, row_bytes of n_embd) uint8, in `fmt`.
 
-        Rounds like `files.quantize`, bit for bit. Returns the largest and the root mean square change of an element;
-        the largest is infinite if something is not finite or beyond the range of `fmt`.
+        Rounds like `files.quantize`, bit for bit; `fmt` is no K-quant. Returns the largest and the root mean square
+        change of an element; the largest is infinite if something is not finite or beyond the range of `fmt`.
         """
         return self._context.transpose_requantize(matrix, out, fmt.ggml_type)
 

@@ -1,0 +1,49 @@
+// Integer dot products, four blocks of 32 of four rows at a time.
+
+template <Format F, int T, bool Fetch>
+static inline void int_step(const RowTile<4>& tile, const Tokens& tokens, int64_t t0, int64_t b, int64_t last,
+                            Vec (&acc)[T]) {
+  constexpr int kStepBytes = kFormatInfo[F].block_bytes * 4 * kBlock / kFormatInfo[F].block;
+  if constexpr (Fetch) {
+    const int64_t at = b / 4 * kStepBytes;
+    if (at < kFetchBytes) {
+#pragma GCC unroll 4
+      for (int r = 0; r < 4; ++r) {
+#pragma GCC unroll 4
+        for (int i = 0; i < kStepBytes; i += 64) __builtin_prefetch(tile.next[r] + at + i);
+      }
+    }
+  }
+  Quad w[4];
+#pragma GCC unroll 4
+  for (int r = 0; r < 4; ++r) w[r] = load_quad_of<F>(tile.now[r], b, last);
+  const QuadScales scales = load_scales<F>(tile.now, b, last);
+#pragma GCC unroll 8
+  for (int t = 0; t < T; ++t) {
+    const int64_t at = (t0 + t) * tokens.q_stride + b * kBlock;
+    const QuadTokens x = load_tokens<F>(tokens.q + at, tokens.d + at / kBlock, tokens.sums + at / 16);
+    acc[t] = add_quads<F>(w, scales, x, acc[t]);
+  }
+}
+
+template <Format F, int R, int T, bool Fetch>
+static inline void int_tile(const RowTile<R>& tile, const Tokens& tokens, int64_t t0, int64_t n,
+                            float (&out)[T][R]) {
+  RowTile<4> four;
+  for (int i = 0; i < 4; ++i) {
+    four.now[i] = tile.now[i % R];
+    four.next[i] = tile.next[i % R];
+  }
+  Vec acc[T];
+  for (int t = 0; t < T; ++t) acc[t] = zero();
+  const int64_t blocks = n / kBlock;
+  int64_t b = 0;
+  // Where the last block is surely no nearer than the fourth, the compiler sees that none is clamped.
+  for (; b + 4 <= blocks; b += 4) int_step<F, T, Fetch>(four, tokens, t0, b, b + 3, acc);
+  if (b < blocks) int_step<F, T, Fetch>(four, tokens, t0, b, blocks - 1, acc);
+  for (int t = 0; t < T; ++t) {
+    float sums[4];
+    _mm_storeu_ps(sums, sum_blocks(acc[t]));
+    for (int r = 0; r < R; ++r) out[t][r] = sums[r];
+  }
+}
