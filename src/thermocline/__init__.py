@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 __all__ = [
     "LLM", "LoadSettings", "SamplingSettings", "ThermoclineError", "__version__", "describe", "examine",
-    "merge_activities", "profile", "read_activity", "report", "shipped_model",
+    "merge_activities", "order", "profile", "read_activity", "report", "shipped_model",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         describe,
         examine,
         merge_activities,
+        order,
         profile,
         read_activity,
         report,
@@ -29,6 +30,7 @@ _HOMES = {
     "describe": "thermocline.api",
     "examine": "thermocline.api",
     "merge_activities": "thermocline.api",
+    "order": "thermocline.api",
     "profile": "thermocline.api",
     "read_activity": "thermocline.api",
     "report": "thermocline.api",

@@ -17,6 +17,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from thermocline.activity.order import By, Order, save_order
 from thermocline.activity.profile import Existing, Profiled, Progress
 from thermocline.activity.report import write_report
 from thermocline.activity.statistics import Activity, merge_all
@@ -37,9 +38,10 @@ from thermocline.runtime.report import RunReport
 from thermocline.text.chat import ChatTemplate
 
 __all__ = [
-    "LLM", "Activity", "BenchRow", "Existing", "FinishReason", "Generation", "Item", "LoadSettings", "ModelInfo",
-    "PredictorInfo", "Profiled", "Progress", "RunReport", "SamplingSettings", "Stream", "Survey", "ThermoclineError",
-    "describe", "examine", "merge_activities", "profile", "read_activity", "report", "shipped_model",
+    "LLM", "Activity", "BenchRow", "By", "Existing", "FinishReason", "Generation", "Item", "LoadSettings", "ModelInfo",
+    "Order", "PredictorInfo", "Profiled", "Progress", "RunReport", "SamplingSettings", "Stream", "Survey",
+    "ThermoclineError", "describe", "examine", "merge_activities", "order", "profile", "read_activity", "report",
+    "shipped_model",
 ]  # fmt: skip
 
 Settings = TypeVar("Settings", LoadSettings, SamplingSettings)
@@ -291,6 +293,23 @@ def merge_activities(paths: Sequence[str | Path], output: str | Path) -> Activit
     merged = merge_all([load_activity(path) for path in paths])
     save_activity(merged, output)
     return merged
+
+
+def order(path: str | Path, output: str | Path, *, by: By | str = By.FREQUENCY) -> Order:
+    """Take the hottest-first order of each layer's neurons from an activity and write it to `output`.
+
+    Raises:
+        ModelFormatError: `path` is no activity.
+        UsageError: the activity does not know what the order is asked by.
+        OutputError: the file could not be written.
+    """
+    try:
+        by = By(by)
+    except ValueError:
+        raise UsageError(f"by is {printable(str(by))}; allowed: {', '.join(By)}") from None
+    made = Order.of(load_activity(path), by)
+    save_order(made, output)
+    return made
 
 
 def report(

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from thermocline import read_activity
+from thermocline.activity.order import load_order
 
 TEXT = "def first(n):\n    return n + 1\n" * 20
 CALL = ("-c", 64, "-t", 1)
@@ -76,6 +77,18 @@ def test_report_writes_a_page_and_pictures(command, tiny_model, text) -> None:
     assert json.loads(command("report", "x", "-o", "r.html", "--json").out) == {"written": ["r.html"]}
 
 
+def test_an_order_is_that_of_its_activity(command, tiny_model, text) -> None:
+    command("profile", "-m", tiny_model, "--text", text, "-o", "x", *CALL)
+    done = command("activity", "order", "x", "-o", "o")
+    assert (done.code, done.err) == (0, "")
+    assert "2 layers of 96, by frequency" in done.out
+    assert (load_order("o").order == read_activity("x").order).all()
+    record = json.loads(command("activity", "order", "x", "-o", "o", "--by", "contribution", "--json").out)
+    tokens = read_activity("x").tokens
+    assert record == {"output": "o", "by": "contribution", "n_layer": 2, "n_ff": 96, "tokens": tokens}
+    assert (load_order("o").order != read_activity("x").order).any()
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "problem"),
     [
@@ -92,6 +105,8 @@ def test_report_writes_a_page_and_pictures(command, tiny_model, text) -> None:
         (["activity", "show", "code.py"], 1, "header length"),
         (["activity", "show", "nowhere"], 1, "does not exist"),
         (["activity", "merge", "x", "-o", "y"], 2, "two files or more"),
+        (["activity", "order", "x", "-o", "y", "--by", "luck"], 2, "allowed: frequency, contribution"),
+        (["activity", "order", "code.py", "-o", "y"], 1, "header length"),
         (["report", "x"], 2, "nothing to write"),
         (["report", "nowhere", "-o", "y"], 1, "does not exist"),
         (["report", "x", "-o", "no/y"], 1, "No such file"),

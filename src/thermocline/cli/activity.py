@@ -16,13 +16,15 @@ from thermocline.errors import UsageError
 if TYPE_CHECKING:
     from thermocline.api import Activity
 
-HELP = """Show which neurons fire, or add up the statistics of several runs.
+HELP = """Show which neurons fire, add up the statistics of several runs, or sort the neurons.
 
 For example:
 
   thermocline activity show model.activity.safetensors
 
-  thermocline activity merge wiki.safetensors code.safetensors -o model.activity.safetensors"""
+  thermocline activity merge wiki.safetensors code.safetensors -o model.activity.safetensors
+
+  thermocline activity order model.activity.safetensors -o model.order.safetensors"""
 
 activity = App(name="activity", help=HELP, help_format="plaintext", result_action="return_value")
 
@@ -66,6 +68,35 @@ def merge(
         write_json(merged.summary())
     else:
         print_tables(*activity_tables(merged))
+    return 0
+
+
+@activity.command
+def order(
+    file: str,
+    /,
+    *,
+    output: Annotated[str, flag("--output", "-o", help="File to write, such as X.order.safetensors.")],
+    by: Annotated[
+        str, flag("--by", help="What makes a neuron hot: frequency, or contribution (|activation| x down row).")
+    ] = "frequency",
+    as_json: JsonFlag = False,
+) -> int:
+    """Sort each layer's neurons, hottest first, and write the order to a file of its own.
+
+    For example:
+
+      thermocline activity order model.activity.safetensors -o model.order.safetensors
+    """
+    made = thermocline.order(file, output, by=by)
+    n_layer, n_ff = made.order.shape
+    shares = {share: float(made.temperature[:, : max(1, n_ff * share // 100)].mean()) for share in (1, 10, 50, 100)}
+    if as_json:
+        write_json({"output": output, "by": made.by, "n_layer": n_layer, "n_ff": n_ff, "tokens": made.tokens})
+    else:
+        hot = ", ".join(f"hottest {share}%: {mean:.1%}" for share, mean in shares.items())
+        rows = [("written", output), ("neurons", f"{n_layer} layers of {n_ff}, by {made.by}"), ("mean firing", hot)]
+        print_tables(facts(rows))
     return 0
 
 

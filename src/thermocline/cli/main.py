@@ -23,7 +23,7 @@ VERBS = {
     "show": "Say what a model file is.",
     "bench": "Measure how fast a model runs here.",
     "profile": "Count which neurons of a model fire.",
-    "activity": "Show which neurons fire, or add up the statistics of several runs.",
+    "activity": "Show which neurons fire, add up the statistics of several runs, or sort the neurons.",
     "report": "Draw which neurons fire, as a page of pictures.",
     "doctor": "Say what this machine has and which kernels will run.",
 }

@@ -57,6 +57,7 @@ class SidecarKind(StrEnum):
 
     ACTIVITY = "activity"
     PREDICTOR = "predictor"
+    ORDER = "order"
     JOURNAL = "journal"
 
 
