@@ -54,10 +54,13 @@ void bind_embed(Context& context, const MatrixHandle& table, const Input& tokens
   run(context, [&] { embed(context, table.matrix, ids, n, to); });
 }
 
-void bind_rms_norm(Context& context, const Input& x, const Input& weight, double eps, const Output& out) {
+// RMSNorm, or LayerNorm if there is a bias.
+void bind_norm(Context& context, const Input& x, const Input& weight, const Input* bias, double eps,
+               const Output& out) {
   require(x.ndim() > 0, "x", "has no axis");
   const int64_t n = length(x, x.ndim() - 1);
   const float* w = data_of<float>(weight, "weight", {n});
+  const float* b = bias ? data_of<float>(*bias, "bias", {n}) : nullptr;
   const auto contiguous = [&](const auto& array, const char* name) {
     switch (x.ndim()) {
       case 1:
@@ -72,7 +75,19 @@ void bind_rms_norm(Context& context, const Input& x, const Input& weight, double
   const float* from = contiguous(x, "x");
   float* to = contiguous(out, "out");
   if (n == 0) return;
-  run(context, [&] { rms_norm(context, from, static_cast<int64_t>(x.size()) / n, n, w, eps, to); });
+  const int64_t rows = static_cast<int64_t>(x.size()) / n;
+  run(context, [&] {
+    b ? layer_norm(context, from, rows, n, w, b, eps, to) : rms_norm(context, from, rows, n, w, eps, to);
+  });
+}
+
+void bind_rms_norm(Context& context, const Input& x, const Input& weight, double eps, const Output& out) {
+  bind_norm(context, x, weight, nullptr, eps, out);
+}
+
+void bind_layer_norm(Context& context, const Input& x, const Input& weight, const Input& bias, double eps,
+                     const Output& out) {
+  bind_norm(context, x, weight, &bias, eps, out);
 }
 
 void bind_linear(Context& context, const Input& x, const nb::tuple& matrices, const nb::tuple& outs,
@@ -150,18 +165,26 @@ void bind_attention(Context& context, const Input& q, const Input& k, const Inpu
 
 // Activation kinds as in ops.contract, and how the neurons of a block lie.
 FfnBlock block_of(const MatrixHandle* gate, const MatrixHandle& up, const MatrixHandle& down, bool records,
-                  int activation, bool both, float threshold) {
+                  int activation, bool both, float threshold, const std::optional<Input>& up_bias) {
   const Matrix& u = up.matrix;
   const Matrix& d = down.matrix;
-  require(activation >= kSilu && activation <= kRelu2, "activation", "is unknown");
+  require(activation >= kSilu && activation <= kGelu, "activation", "is unknown");
   require(threshold >= 0.0f, "threshold", "is negative or not a number");
   require(!gate || (gate->matrix.rows == u.rows && gate->matrix.cols == u.cols), "gate",
           "has another shape than up");
   require(!both || gate, "both", "needs a gate");
   require(records ? d.rows == u.rows && d.cols == u.cols : d.cols == u.rows && d.rows == u.cols, "down",
           "does not have the shape that up asks for");
-  return {gate ? &gate->matrix : nullptr,      &u,   &d,        records,
-          static_cast<Activation>(activation), both, threshold, u.rows};
+  const float* bias = up_bias ? data_of<float>(*up_bias, "up_bias", {u.rows}) : nullptr;
+  return {gate ? &gate->matrix : nullptr,
+          &u,
+          &d,
+          records,
+          static_cast<Activation>(activation),
+          both,
+          threshold,
+          bias,
+          u.rows};
 }
 
 const int32_t* active_of(const std::optional<Input>& active, int64_t neurons, int64_t* count) {
@@ -176,14 +199,12 @@ const int32_t* active_of(const std::optional<Input>& active, int64_t neurons, in
   return ids;
 }
 
-std::tuple<int64_t, int64_t, int64_t, int64_t> bind_ffn(Context& context, const Input& x,
-                                                        const MatrixHandle* gate, const MatrixHandle& up,
-                                                        const MatrixHandle& down, bool records,
-                                                        int activation, bool both, float threshold,
-                                                        const std::optional<Input>& active, const Output& out,
-                                                        bool skip_zeros,
-                                                        const std::optional<Output>& hidden) {
-  const FfnBlock block = block_of(gate, up, down, records, activation, both, threshold);
+std::tuple<int64_t, int64_t, int64_t, int64_t> bind_ffn(
+    Context& context, const Input& x, const MatrixHandle* gate, const MatrixHandle& up,
+    const MatrixHandle& down, bool records, int activation, bool both, float threshold,
+    const std::optional<Input>& up_bias, const std::optional<Input>& active, const Output& out,
+    bool skip_zeros, const std::optional<Output>& hidden) {
+  const FfnBlock block = block_of(gate, up, down, records, activation, both, threshold, up_bias);
   const float* from = data_of<float>(x, "x", {kAny, block.up->cols});
   const int64_t tokens = length(x, 0);
   int64_t count = 0;
@@ -268,6 +289,8 @@ NB_MODULE(_native, m) {
       .def("park", [](Context& self) { self.pool.park(); })
       .def("embed", &bind_embed, nb::arg("table"), nb::arg("tokens"), nb::arg("out"))
       .def("rms_norm", &bind_rms_norm, nb::arg("x"), nb::arg("weight"), nb::arg("eps"), nb::arg("out"))
+      .def("layer_norm", &bind_layer_norm, nb::arg("x"), nb::arg("weight"), nb::arg("bias"), nb::arg("eps"),
+           nb::arg("out"))
       .def("linear", &bind_linear, nb::arg("x"), nb::arg("matrices"), nb::arg("outs"),
            nb::arg("biases").none(), nb::arg("add"))
       .def("rope", &bind_rope, nb::arg("x"), nb::arg("table"), nb::arg("positions"), nb::arg("interleaved"))
@@ -275,7 +298,8 @@ NB_MODULE(_native, m) {
            nb::arg("values"), nb::arg("start"), nb::arg("scale"), nb::arg("window"), nb::arg("out"))
       .def("ffn", &bind_ffn, nb::arg("x"), nb::arg("gate").none(), nb::arg("up"), nb::arg("down"),
            nb::arg("records"), nb::arg("activation"), nb::arg("both"), nb::arg("threshold"),
-           nb::arg("active").none(), nb::arg("out"), nb::arg("skip_zeros"), nb::arg("hidden").none())
+           nb::arg("up_bias").none(), nb::arg("active").none(), nb::arg("out"), nb::arg("skip_zeros"),
+           nb::arg("hidden").none())
       .def("predict", &bind_predict, nb::arg("x"), nb::arg("fc1"), nb::arg("fc2"), nb::arg("scores"))
       .def("select", &bind_select, nb::arg("scores"), nb::arg("threshold"), nb::arg("out"))
       .def("transpose_requantize", &bind_transpose, nb::arg("source"), nb::arg("out"), nb::arg("ggml_type"))

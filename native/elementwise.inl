@@ -23,6 +23,8 @@ static inline Vec exponential(Vec x) {
   return mul(power, step_from(x, low));
 }
 
+#include "gelu.inl"
+
 // The last elements go through a vector as well: what becomes of a value must not depend on where it stands.
 template <class Map>
 static inline void map_vectors(float* x, int64_t n, Map map) {
@@ -39,6 +41,8 @@ static void activate(Activation activation, float threshold, float* x, int64_t n
   const Vec limit = splat(threshold), one = splat(1.0f), minus = splat(-1.0f);
   if (activation == kSilu) {
     map_vectors(x, n, [=](Vec v) { return div(v, add(one, exponential(mul(v, minus)))); });
+  } else if (activation == kGelu) {
+    map_vectors(x, n, [=](Vec v) { return gelu(v); });
   } else if (activation == kRelu) {
     map_vectors(x, n, [=](Vec v) { return keep_above(v, limit); });
   } else {

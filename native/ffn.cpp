@@ -96,6 +96,15 @@ class Slice {
     dot_chunk(context_.kernels, matrix.format, job, r0, r1, tokens_, scratch);
   }
 
+  // The up projection, with its bias where there is one.
+  void project_up(const int32_t* ids, float* out, int64_t r0, int64_t r1, float* scratch) {
+    project(*block_.up, ids, out, r0, r1, scratch);
+    if (!block_.up_bias) return;
+    for (int64_t t = 0; t < tokens_; ++t) {
+      for (int64_t r = r0; r < r1; ++r) out[t * count_ + r] += block_.up_bias[ids ? ids[r] : r];
+    }
+  }
+
   void activate(float* values, int64_t r0, int64_t r1) {
     for (int64_t t = 0; t < tokens_; ++t) {
       context_.kernels.activate(block_.activation, block_.threshold, values + t * count_ + r0, r1 - r0);
@@ -105,12 +114,16 @@ class Slice {
   // Positions p0 .. p1: the activated gate (or up, if there is no gate); also h, unless closed neurons are to
   // be skipped first.
   void open(int64_t p0, int64_t p1, float* scratch) {
-    project(block_.gate ? *block_.gate : *block_.up, active_, first_, p0, p1, scratch);
+    if (block_.gate) {
+      project(*block_.gate, active_, first_, p0, p1, scratch);
+    } else {
+      project_up(active_, first_, p0, p1, scratch);
+    }
     activate(first_, p0, p1);
     flag(first_, p0, p1, opened_);
     if (compact_) return;
     if (block_.gate) {
-      project(*block_.up, active_, h_, p0, p1, scratch);
+      project_up(active_, h_, p0, p1, scratch);
       gate(p0, p1);
     }
     fired_.fetch_add(flag(h_, p0, p1, wanted_), std::memory_order_relaxed);
@@ -127,7 +140,7 @@ class Slice {
   }
 
   void finish_kept(int64_t k0, int64_t k1, float* scratch) {
-    project(*block_.up, kept_ids_, h_, k0, k1, scratch);
+    project_up(kept_ids_, h_, k0, k1, scratch);
     gate(k0, k1);
     fired_.fetch_add(flag(h_, k0, k1, wanted_), std::memory_order_relaxed);
   }

@@ -16,6 +16,7 @@ struct FfnBlock {
   Activation activation;
   bool both;
   float threshold;
+  const float* up_bias;  // (neurons), or null
   int64_t neurons;
 };
 

@@ -51,7 +51,7 @@ struct AxpyJob {
   int64_t acc_stride;
 };
 
-enum Activation : int { kSilu = 0, kRelu = 1, kRelu2 = 2 };
+enum Activation : int { kSilu = 0, kRelu = 1, kRelu2 = 2, kGelu = 3 };
 
 struct Kernels {
   const char* name;
@@ -74,6 +74,8 @@ struct Kernels {
   // `out` has room for n.
   int64_t (*select)(const float* scores, int64_t tokens, int64_t n, float threshold, int32_t* out);
   void (*rms_norm)(const float* x, const float* weight, double eps, float* out, int64_t n);
+  void (*layer_norm)(const float* x, const float* weight, const float* bias, double eps, float* out,
+                     int64_t n);
   void (*rope)(float* head, const float* cosine, const float* sine, int64_t half, bool interleaved);
   // Scores to exp(score * scale - m), their maximum m and their sum; n is a multiple of 16 and a score of
   // -inf becomes 0. Returns the sum; m is -inf and the sum 0 if there is no score.

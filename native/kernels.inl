@@ -17,6 +17,7 @@ namespace thermocline::THERMOCLINE_ISA {
 #include "dot.inl"
 #include "axpy.inl"
 #include "elementwise.inl"
+#include "layer_norm.inl"
 #include "scan.inl"
 // clang-format on
 
@@ -35,6 +36,7 @@ static constexpr Kernels make_kernels(const char* name) {
       activate,
       select,
       rms_norm,
+      layer_norm,
       rope,
       softmax_part,
       reduce,

@@ -30,6 +30,15 @@ void rms_norm(Context& context, const float* x, int64_t rows, int64_t columns, c
   });
 }
 
+void layer_norm(Context& context, const float* x, int64_t rows, int64_t columns, const float* weight,
+                const float* bias, double eps, float* out) {
+  share(context, rows, columns * 4, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      context.kernels.layer_norm(x + r * columns, weight, bias, eps, out + r * columns, columns);
+    }
+  });
+}
+
 void rope(Context& context, float* x, int64_t tokens, int64_t heads, int64_t dim, const float* table,
           int64_t half, const int32_t* positions, bool interleaved) {
   share(context, tokens, heads * dim * 4, [&](int64_t begin, int64_t end) {

@@ -41,6 +41,7 @@ class Context:
 
     def embed(self, table: Matrix, tokens: _Ints, out: _Floats) -> None: ...
     def rms_norm(self, x: _Floats, weight: _Floats, eps: float, out: _Floats) -> None: ...
+    def layer_norm(self, x: _Floats, weight: _Floats, bias: _Floats, eps: float, out: _Floats) -> None: ...
     def linear(
         self,
         x: _Floats,
@@ -72,6 +73,7 @@ class Context:
         activation: int,
         both: bool,
         threshold: float,
+        up_bias: _Floats | None,
         active: _Ints | None,
         out: _Floats,
         skip_zeros: bool,

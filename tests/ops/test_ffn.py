@@ -1,3 +1,6 @@
+import math
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -6,6 +9,7 @@ from thermocline.files.quantize import to_float
 from thermocline.ops.contract import ALL, Activation, ActiveSet, FfnKind, NeuronBlock
 
 EPS = 2.0**-24
+ERF = np.vectorize(math.erf, otypes=[np.float64])
 KINDS = {
     "swiglu": FfnKind(Activation.SILU, gated=True),
     "reglu": FfnKind(Activation.RELU, gated=True),
@@ -14,11 +18,12 @@ KINDS = {
     "relu": FfnKind(Activation.RELU, gated=False),
     "relu2": FfnKind(Activation.RELU2, gated=False),
     "silu": FfnKind(Activation.SILU, gated=False),
+    "gelu": FfnKind(Activation.GELU, gated=False),
     "relu2 gated": FfnKind(Activation.RELU2, gated=True, threshold=0.2),
 }
 
 
-def make_block(weight, make, fmt, neurons, width, kind, *, records=True, down=None):
+def make_block(weight, make, fmt, neurons, width, kind, *, records=True, down=None, biased=False):
     """Weights of a block; `make` gives its values by shape."""
     shape = (neurons, width)
     return NeuronBlock(
@@ -28,12 +33,13 @@ def make_block(weight, make, fmt, neurons, width, kind, *, records=True, down=No
         records=records,
         kind=kind,
         neurons=neurons,
+        up_bias=make((neurons,)) if biased else None,
     )
 
 
 def placed(ops, block):
     gate = None if block.gate is None else ops.place(block.gate)
-    return NeuronBlock(gate, ops.place(block.up), ops.place(block.down), block.records, block.kind, block.neurons)
+    return replace(block, gate=gate, up=ops.place(block.up), down=ops.place(block.down))
 
 
 def act(x, error, kind):
@@ -41,6 +47,10 @@ def act(x, error, kind):
     if kind.activation is Activation.SILU:
         # Its slope is at most 1.1; exponential, sum and division round a few times.
         return x / (1 + np.exp(-x)), 1.1 * error + 8 * EPS * np.abs(x)
+    if kind.activation is Activation.GELU:
+        # Its slope is at most 1.13; the polynomial is good to 5e-8, and the exponent's rounding is amplified by x² / 2,
+        # of which the value's fall leaves less than 1.
+        return x * 0.5 * (1 + ERF(x / np.sqrt(2))), 1.13 * error + 16 * EPS * np.abs(x)
     kept = np.where(x > kind.threshold, x, 0)
     # Where the argument may fall on the other side of the threshold, the value may jump by all of it.
     off = error + np.where(np.abs(x - kind.threshold) <= error, kind.threshold, 0)
@@ -58,6 +68,9 @@ def hidden_bound(linear_bound, x, block):
     wide = x.astype(np.float64)
     up = to_float(block.up).astype(np.float64)
     u, du = wide @ up.T, linear_bound(x, up, block.up.format)
+    if block.up_bias is not None:
+        u = u + block.up_bias
+        du = du + EPS * np.abs(u)
     if block.gate is None:
         return act(u, du, block.kind)[1]
     gate = to_float(block.gate).astype(np.float64)
@@ -110,7 +123,7 @@ def test_records_agree_with_reference(ops, reference, rng, weight, fence, linear
     kind = KINDS[name]
     for neurons, width, tokens in [(1, 32, 1), (17, 64, 3), (300, 96, 1), (290, 160, 5)]:
         width = -width // fmt.block * -fmt.block
-        block = make_block(weight, make, fmt, neurons, width, kind)
+        block = make_block(weight, make, fmt, neurons, width, kind, biased=neurons % 2 == 0)
         some = ActiveSet(np.flatnonzero(rng.random(neurons) < 0.4).astype(np.int32))
         x = make((tokens, width))
         for active in (ALL, some):
@@ -120,14 +133,14 @@ def test_records_agree_with_reference(ops, reference, rng, weight, fence, linear
 
 
 @pytest.mark.parametrize("fmt", BY_NAME.values(), ids=lambda f: f.name)
-@pytest.mark.parametrize("name", ["swiglu", "relu"])
+@pytest.mark.parametrize("name", ["swiglu", "relu", "gelu"])
 def test_the_standard_layout_agrees_with_reference(ops, reference, rng, weight, fence, linear_bound, fmt, name):
     def make(shape):
         return rng.standard_normal(shape).astype(np.float32)
 
     for neurons, width, tokens in [(32, 32, 1), (288, 96, 1), (96, 64, 9)]:
         neurons, width = (-n // fmt.block * -fmt.block for n in (neurons, width))
-        block = make_block(weight, make, fmt, neurons, width, KINDS[name], records=False)
+        block = make_block(weight, make, fmt, neurons, width, KINDS[name], records=False, biased=width > 64)
         some = ActiveSet(np.arange(0, neurons, 3, dtype=np.int32))
         x = make((tokens, width))
         for active in (ALL, some):
@@ -179,10 +192,10 @@ def test_counts_are_exact_where_the_arithmetic_is(ops, reference, rng, weight, f
 
 
 @pytest.mark.parametrize("fmt", BY_NAME.values(), ids=lambda f: f.name)
-@pytest.mark.parametrize("name", ["reglu", "drelu", "relu2", "fatrelu"])
+@pytest.mark.parametrize("name", ["reglu", "drelu", "relu2", "fatrelu", "relu"])
 def test_the_sum_is_the_same_whatever_is_skipped_and_shared(team, skewed, weight, fmt, name):
     neurons, width, tokens = 700, 288 if fmt.block < 256 else 512, 35
-    block = make_block(weight, skewed, fmt, neurons, width, KINDS[name])
+    block = make_block(weight, skewed, fmt, neurons, width, KINDS[name], biased=name in {"relu", "reglu"})
     x = skewed((tokens, width))
     for active in (ALL, ActiveSet(np.arange(0, neurons, 3, dtype=np.int32))):
         results = set()
@@ -197,6 +210,23 @@ def test_the_sum_is_the_same_whatever_is_skipped_and_shared(team, skewed, weight
                     ops.ffn(x[t : t + 1], at, active, single, skip_zeros=skip)
                     assert single.tobytes() == out[t].tobytes()
         assert len(results) == 1
+
+
+def test_gelu_is_exact_from_end_to_end(ops, reference, weight):
+    """Every magnitude, both tails, infinities and NaN: one neuron with weight 1 shows the activation itself."""
+    x = np.concatenate([np.linspace(-20, 20, 4001), [-1e30, 1e30, np.inf, np.nan, 0.0, -0.0, 1e-40]])[:, None]
+    x = x.astype(np.float32)
+    one = weight(np.ones((1, 1), np.float32), F32)
+    block = NeuronBlock(None, one, one, True, KINDS["gelu"], 1)
+    hidden, out = np.empty_like(x), np.zeros_like(x)
+    ops.ffn(x, placed(ops, block), ALL, out, skip_zeros=False, hidden=hidden)
+    expected = np.array([v * 0.5 * math.erfc(-v / math.sqrt(2)) for v in x[:, 0].astype(np.float64)])
+    # From -13.2 on the exponential is 0, and so is the value to float32.
+    off = 64 * EPS * np.abs(expected) + 2.0**-126
+    finite = np.isfinite(expected)
+    assert (np.abs(hidden[finite, 0] - expected[finite]) <= off[finite]).all()
+    assert hidden[4003, 0] == np.inf
+    assert np.isnan(hidden[4004, 0])
 
 
 def test_a_batch_beyond_one_slice(team, rng, weight):

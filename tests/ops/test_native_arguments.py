@@ -59,6 +59,7 @@ REFUSALS = {
     "tokens holds an index": lambda c: c.embed(matrix(), np.array([4], np.int32), floats(1, 8)),
     "tokens is not int32": lambda c: c.embed(matrix(), np.array([0]), floats(1, 8)),
     "weight has shape": lambda c: c.rms_norm(floats(2, 8), floats(7), 1e-5, floats(2, 8)),
+    "bias has shape": lambda c: c.layer_norm(floats(2, 8), floats(8), floats(1, 8), 1e-5, floats(2, 8)),
     "out has shape": lambda c: c.rms_norm(floats(2, 8), floats(8), 1e-5, floats(8)),
     "positions holds": lambda c: c.rope(floats(1, 2, 8), floats(3, 2, 4), np.array([3], np.int32), False),
     "table rotates more": lambda c: c.rope(floats(1, 2, 8), floats(3, 2, 5), np.array([0], np.int32), False),
@@ -89,7 +90,8 @@ def test_context_refuses(context, message):
 def ffn(context, **changes):
     arguments = {
         "x": floats(1, 8), "gate": matrix(), "up": matrix(), "down": matrix(), "records": True, "activation": 1,
-        "both": False, "threshold": 0.0, "active": None, "out": floats(1, 8), "skip_zeros": True, "hidden": None,
+        "both": False, "threshold": 0.0, "up_bias": None, "active": None, "out": floats(1, 8), "skip_zeros": True,
+        "hidden": None,
     }  # fmt: skip
     return context.ffn(**(arguments | changes))
 
@@ -106,9 +108,10 @@ def ffn(context, **changes):
         ({"gate": None, "both": True}, "both needs a gate"),
         ({"records": False}, "down does not have the shape"),
         ({"down": matrix(8, 4)}, "down does not have the shape"),
-        ({"activation": 3}, "activation is unknown"),
+        ({"activation": 4}, "activation is unknown"),
         ({"threshold": -1.0}, "threshold is negative"),
         ({"threshold": float("nan")}, "threshold is negative or not a number"),
+        ({"up_bias": floats(5)}, "up_bias has shape"),
         ({"hidden": floats(1, 5)}, "hidden has shape"),
         ({"out": floats(1, 4)}, "out has shape"),
         ({"x": floats(1, 4)}, "x has shape"),

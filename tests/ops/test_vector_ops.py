@@ -38,6 +38,38 @@ def test_rms_norm_of_huge_values_does_not_overflow(ops):
     np.testing.assert_allclose(out, 1, rtol=4 * EPS)
 
 
+@pytest.mark.parametrize("lead", [(0,), (1,), (70,), (3, 5), ()], ids=str)
+def test_layer_norm_agrees_with_reference(ops, reference, skewed, fence, lead):
+    for width in WIDTHS:
+        x, weight, bias = skewed((*lead, width)), skewed((width,)), skewed((width,))
+        out, expected = fence((*lead, width)), np.empty((*lead, width), np.float32)
+        ops.layer_norm(x, weight, bias, 1e-5, out.array)
+        reference.layer_norm(x, weight, bias, 1e-5, expected)
+        # Mean and scale are computed in float64; the centred value, its product with the weight and the sum round once
+        # each. Normed values are at most the root of the width.
+        reach = np.sqrt(width) * np.abs(weight) + np.abs(bias)
+        assert (np.abs(out.check() - expected) <= 4 * EPS * reach + 2.0**-126).all()
+        ops.layer_norm(x, weight, bias, 1e-5, x)
+        assert x.tobytes() == out.array.tobytes()
+
+
+def test_layer_norm_keeps_its_digits_far_from_zero(ops):
+    """Values of one unit around 2^20: a variance from the mean of squares in float32 would be lost."""
+    x, out = np.float32(1 << 20) + np.tile(np.float32([-1, 1]), (1, 32)), np.empty((1, 64), np.float32)
+    ops.layer_norm(x, np.ones(64, np.float32), np.zeros(64, np.float32), 1e-12, out)
+    np.testing.assert_allclose(out, np.tile([-1, 1], (1, 32)), rtol=4 * EPS)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3])
+def test_add_is_that_of_float32(ops, reference, skewed, rows):
+    x = skewed((rows, 17))
+    for y in (skewed((17,)), skewed((rows, 17))):
+        ours, expected = x.copy(), x.copy()
+        ops.add(ours, y)
+        reference.add(expected, y)
+        assert ours.tobytes() == expected.tobytes() == (x + y).tobytes()
+
+
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize(
     ("heads", "dim", "half"), [(1, 2, 1), (3, 8, 4), (2, 9, 3), (5, 34, 17), (2, 80, 40), (4, 6, 0)]

@@ -24,11 +24,12 @@ Matrix = Any
 
 
 class Activation(StrEnum):
-    """Scalar nonlinearity of the FFN."""
+    """Scalar nonlinearity of the FFN. GELU is the exact one, x times the normal distribution's Φ(x)."""
 
     SILU = "silu"
     RELU = "relu"
     RELU2 = "relu2"
+    GELU = "gelu"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,7 @@ class FfnKind:
 
     gated:     h = act(g) * u            (SwiGLU, ReGLU)
     both:      h = act(g) * act(u)       (dReLU)
-    otherwise: h = act(u)                (no gate: ReLU, ReLU²)
+    otherwise: h = act(u)                (no gate: ReLU, ReLU², GELU)
 
     `threshold` is FATReLU's: relu(x) is x where x > threshold, else 0. It applies to RELU and RELU2 only.
     """
@@ -50,7 +51,7 @@ class FfnKind:
     @property
     def sparse(self) -> bool:
         """Whether neurons can be exactly zero, so that skipping them is free of error."""
-        return self.activation is not Activation.SILU
+        return self.activation in (Activation.RELU, Activation.RELU2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,8 @@ class NeuronBlock:
 
     `gate` (None if the family has none) and `up` have one row of n_embd per neuron. `down` is either
     neuron records (`records`: one row of n_embd per neuron, transposed) or the standard layout (n_embd rows
-    of one element per neuron). Only records can be skipped.
+    of one element per neuron). Only records can be skipped. `up_bias` (neurons), if there is one, is added to
+    up's products before the activation.
     """
 
     gate: Matrix | None
@@ -68,6 +70,7 @@ class NeuronBlock:
     records: bool
     kind: FfnKind
     neurons: int
+    up_bias: Array | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +120,12 @@ class Ops(Protocol):
 
     def rms_norm(self, x: Array, weight: Array, eps: float, out: Array) -> None:
         """Over the last axis: x / sqrt(mean(x²) + eps) * weight. `out` may be `x`."""
+
+    def layer_norm(self, x: Array, weight: Array, bias: Array, eps: float, out: Array) -> None:
+        """Over the last axis: (x - mean(x)) / sqrt(variance(x) + eps) * weight + bias. `out` may be `x`."""
+
+    def add(self, x: Array, y: Array) -> None:
+        """Add y, which is (T, n), or (n) for every token, to x (T, n)."""
 
     def linear(
         self,

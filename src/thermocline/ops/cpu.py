@@ -16,7 +16,7 @@ from thermocline.ops.contract import Activation, ActiveSet, Array, FfnWork, KVLa
 LEVELS = ("baseline", "avx2", "avx512")
 """Every level that kernels exist for, weakest first."""
 
-_ACTIVATIONS = {Activation.SILU: 0, Activation.RELU: 1, Activation.RELU2: 2}
+_ACTIVATIONS = {Activation.SILU: 0, Activation.RELU: 1, Activation.RELU2: 2, Activation.GELU: 3}
 
 
 class CpuOps:
@@ -78,6 +78,14 @@ class CpuOps:
         """See the contract; `x` has one to three axes."""
         self._context.rms_norm(x, weight, eps, out)
 
+    def layer_norm(self, x: Array, weight: Array, bias: Array, eps: float, out: Array) -> None:
+        """See the contract; `x` has one to three axes."""
+        self._context.layer_norm(x, weight, bias, eps, out)
+
+    def add(self, x: Array, y: Array) -> None:
+        """See the contract."""
+        np.add(x, y, out=x)
+
     def linear(
         self,
         x: Array,
@@ -130,6 +138,7 @@ class CpuOps:
                 _ACTIVATIONS[kind.activation],
                 kind.both,
                 kind.threshold,
+                block.up_bias,
                 active.indices,
                 out,
                 skip_zeros,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,16 @@ class ReferenceOps:
         """See the contract."""
         wide = x.astype(np.float64)
         out[...] = wide / np.sqrt((wide**2).mean(axis=-1, keepdims=True) + eps) * weight
+
+    def layer_norm(self, x: Array, weight: Array, bias: Array, eps: float, out: Array) -> None:
+        """See the contract."""
+        wide = x.astype(np.float64)
+        centred = wide - wide.mean(axis=-1, keepdims=True)
+        out[...] = centred / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + eps) * weight + bias
+
+    def add(self, x: Array, y: Array) -> None:
+        """See the contract."""
+        x[...] = x.astype(np.float64) + y
 
     def linear(
         self,
@@ -117,6 +128,8 @@ class ReferenceOps:
         computed[slice(None) if active.indices is None else active.indices] = True
         wide = x.astype(np.float64)
         up = wide @ to_float(block.up).astype(np.float64).T
+        if block.up_bias is not None:
+            up += block.up_bias
         gate = up if block.gate is None else wide @ to_float(block.gate).astype(np.float64).T
         h = np.where(computed, _neuron(gate, up, block.kind), 0.0)
         down = to_float(block.down).astype(np.float64)
@@ -165,5 +178,11 @@ def _activate(x: npt.NDArray[np.float64], kind: FfnKind) -> npt.NDArray[np.float
     if kind.activation is Activation.SILU:
         smooth: npt.NDArray[np.float64] = x / (1 + np.exp(-x))
         return smooth
+    if kind.activation is Activation.GELU:
+        bell: npt.NDArray[np.float64] = x * 0.5 * (1 + _erf(x / math.sqrt(2)))
+        return bell
     kept: npt.NDArray[np.float64] = np.where(x > kind.threshold, x, 0.0)
     return kept * kept if kind.activation is Activation.RELU2 else kept
+
+
+_erf = np.vectorize(math.erf, otypes=[np.float64])
