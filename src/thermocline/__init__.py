@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 __all__ = [
     "LLM", "LoadSettings", "SamplingSettings", "ThermoclineError", "__version__", "describe", "examine",
-    "merge_activities", "order", "profile", "read_activity", "report", "shipped_model",
+    "merge_activities", "order", "perplexity", "profile", "read_activity", "report", "shipped_model",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         examine,
         merge_activities,
         order,
+        perplexity,
         profile,
         read_activity,
         report,
@@ -31,6 +32,7 @@ _HOMES = {
     "examine": "thermocline.api",
     "merge_activities": "thermocline.api",
     "order": "thermocline.api",
+    "perplexity": "thermocline.api",
     "profile": "thermocline.api",
     "read_activity": "thermocline.api",
     "report": "thermocline.api",

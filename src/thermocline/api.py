@@ -33,15 +33,16 @@ from thermocline.runtime.describe import ModelInfo, PredictorInfo
 from thermocline.runtime.describe import describe as describe_source
 from thermocline.runtime.generation import FinishReason, Generation, Item, Stream
 from thermocline.runtime.loading import LoadedModel, load_model
+from thermocline.runtime.perplexity import Perplexity, Scored, measure_perplexity
 from thermocline.runtime.profiling import profile_model
 from thermocline.runtime.report import RunReport
 from thermocline.text.chat import ChatTemplate
 
 __all__ = [
     "LLM", "Activity", "BenchRow", "By", "Existing", "FinishReason", "Generation", "Item", "LoadSettings", "ModelInfo",
-    "Order", "PredictorInfo", "Profiled", "Progress", "RunReport", "SamplingSettings", "Stream", "Survey",
-    "ThermoclineError", "describe", "examine", "merge_activities", "order", "profile", "read_activity", "report",
-    "shipped_model",
+    "Order", "Perplexity", "PredictorInfo", "Profiled", "Progress", "RunReport", "SamplingSettings", "Scored", "Stream",
+    "Survey", "ThermoclineError", "describe", "examine", "merge_activities", "order", "perplexity", "profile",
+    "read_activity", "report", "shipped_model",
 ]  # fmt: skip
 
 Settings = TypeVar("Settings", LoadSettings, SamplingSettings)
@@ -267,6 +268,39 @@ def profile(
             threshold=threshold,
             existing=Existing(existing),
             restart=restart,
+            notice=notice,
+            progress=progress,
+        )
+    finally:
+        source.close()
+
+
+def perplexity(
+    model: str | Path | None,
+    texts: Sequence[str | Path],
+    settings: LoadSettings | None = None,
+    *,
+    chunks: int = 0,
+    stride: int = 0,
+    notice: Callable[[str], None] | None = None,
+    progress: Callable[[Scored], None] | None = None,
+) -> Perplexity:
+    """Measure how well a model predicts texts (files, or folders of them), as llama.cpp does.
+
+    Chunks have `settings.ctx_size` tokens (0: 512), of which the second half is scored; at most `chunks` are read (0:
+    all). With a `stride`, chunks overlap and every token is scored once.
+
+    Raises:
+        ThermoclineError: the subclass and the message say what was in the way.
+    """
+    source = open_model(shipped_model() if model is None else model)
+    try:
+        return measure_perplexity(
+            source,
+            texts,
+            settings or LoadSettings(),
+            chunks=chunks,
+            stride=stride,
             notice=notice,
             progress=progress,
         )

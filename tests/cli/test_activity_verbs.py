@@ -89,6 +89,16 @@ def test_an_order_is_that_of_its_activity(command, tiny_model, text) -> None:
     assert (load_order("o").order != read_activity("x").order).any()
 
 
+def test_perplexity_tells_a_person_and_a_machine(command, tiny_model, text) -> None:
+    call = ("perplexity", "-m", tiny_model, "--text", text, "-c", 64, "-t", 1)
+    record = json.loads(command(*call, "--json").out)
+    done = command(*call, "--chunks", 1000)
+    assert (done.code, done.err) == (0, "")
+    assert f"{record['perplexity']:.4f} +/- {record['error']:.4f}" in done.out
+    assert f"{record['tokens']} tokens in {record['chunks']} chunks of 64 tokens, second half scored" in done.out
+    assert "every token scored once" in command(*call, "--stride", 32).out
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "problem"),
     [
@@ -107,6 +117,8 @@ def test_an_order_is_that_of_its_activity(command, tiny_model, text) -> None:
         (["activity", "merge", "x", "-o", "y"], 2, "two files or more"),
         (["activity", "order", "x", "-o", "y", "--by", "luck"], 2, "allowed: frequency, contribution"),
         (["activity", "order", "code.py", "-o", "y"], 1, "header length"),
+        (["perplexity", "--text", "nowhere"], 2, "nowhere cannot be read"),
+        (["perplexity", "--text", "code.py", "-c", "100000"], 2, "give more text or a smaller -c"),
         (["report", "x"], 2, "nothing to write"),
         (["report", "nowhere", "-o", "y"], 1, "does not exist"),
         (["report", "x", "-o", "no/y"], 1, "No such file"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -20,7 +20,7 @@ import numpy.typing as npt
 from thermocline.activity.accumulator import Accumulator
 from thermocline.activity.statistics import Activity, Floats
 from thermocline.activity.store import activity_of, load_activity, save_activity
-from thermocline.activity.texts import Corpus, RefusedTextError, TextFile, Tokenize, Window, is_text, windows
+from thermocline.activity.texts import Corpus, Reading, Tokenize
 from thermocline.errors import FingerprintError, ModelFormatError, OutputError, UsageError, printable
 from thermocline.files.sidecar import SidecarKind, read_sidecar
 from thermocline.model.network import Observer
@@ -138,7 +138,7 @@ def profile(
     if old is not None and any(record.get("id") == run.id for record in old.runs):
         journal.unlink(missing_ok=True)  # killed between the last two steps of a run: all was done
         return Profiled(old, run.tokens, run.tokens, len(corpus.files), (), time.perf_counter() - began)
-    reading = _Reading(corpus, subject, tokens)
+    reading = Reading(corpus, subject.tokenize, subject.prefix, subject.runner.window, tokens)
     accumulator = Accumulator(before or start, subject.down_norms, subject.runner.to_host)
     resumed, saved = run.tokens, time.perf_counter()
     if before is None:
@@ -169,44 +169,6 @@ def profile(
 def journal_of(output: Path) -> Path:
     """Where an unfinished run that will write `output` keeps what it has."""
     return output.with_name(output.name + ".journal")
-
-
-class _Reading:
-    """The windows of a run, in order, up to its token limit; what was skipped and how far it is."""
-
-    def __init__(self, corpus: Corpus, subject: Subject, limit: int) -> None:
-        self._corpus, self._subject, self._limit = corpus, subject, limit
-        self.skipped: list[Path] = []
-        self.nbytes = 0
-        self.share = 0.0
-
-    def __iter__(self) -> Iterator[Window]:
-        tokens = before = texts = 0
-        whole = max(self._corpus.nbytes, 1)
-        for file in self._corpus.files:
-            if not is_text(file):
-                self.skipped.append(file.path)
-            else:
-                for window in self._windows(file):
-                    if self._limit and tokens + len(window.tokens) >= self._limit:
-                        window = Window(window.tokens[: self._limit - tokens], window.nbytes)
-                    tokens += len(window.tokens)
-                    self.nbytes = texts + window.nbytes
-                    share = (before + window.nbytes) / whole
-                    self.share = max(share, tokens / self._limit) if self._limit else share
-                    yield window
-                    if tokens == self._limit:
-                        return
-                texts += file.size
-            before += file.size
-
-    def _windows(self, file: TextFile) -> Iterator[Window]:
-        """The file's windows, up to where the tokenizer refuses to go on."""
-        subject = self._subject
-        try:
-            yield from windows(file, subject.tokenize, subject.prefix, subject.runner.window)
-        except RefusedTextError:
-            self.skipped.append(file.path)
 
 
 def _require_settings(tokens: int, threshold: float) -> None:

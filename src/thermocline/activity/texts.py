@@ -94,6 +94,15 @@ def is_text(file: TextFile) -> bool:
         return False
 
 
+def read_text(file: TextFile) -> str:
+    """The whole text of a file of which `is_text` is true.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
+    return "".join(_pieces(file))
+
+
 def windows(file: TextFile, tokenize: Tokenize, prefix: Sequence[int], length: int) -> Iterator[Window]:
     """The document's tokens cut to sequences of at most `length`, each with `prefix` (bos) before it.
 
@@ -116,6 +125,48 @@ def windows(file: TextFile, tokenize: Tokenize, prefix: Sequence[int], length: i
             nbytes = done + size * min(start + room, len(tokens)) // len(tokens)
             yield Window((*prefix, *part), min(nbytes, file.size))
         done += size
+
+
+class Reading:
+    """The windows of all texts of a corpus, in order, up to a limit of tokens (0: none).
+
+    While it is iterated over, `share` tells how much of it is done (0 to 1), `nbytes` how many bytes of text were
+    read, and `skipped` which files are no text, or one that the tokenizer refuses.
+    """
+
+    def __init__(self, corpus: Corpus, tokenize: Tokenize, prefix: Sequence[int], length: int, limit: int = 0) -> None:
+        self._corpus, self._limit = corpus, limit
+        self._tokenize, self._prefix, self._length = tokenize, prefix, length
+        self.skipped: list[Path] = []
+        self.nbytes = 0
+        self.share = 0.0
+
+    def __iter__(self) -> Iterator[Window]:
+        tokens = before = texts = 0
+        whole = max(self._corpus.nbytes, 1)
+        for file in self._corpus.files:
+            if not is_text(file):
+                self.skipped.append(file.path)
+            else:
+                for window in self._windows(file):
+                    if self._limit and tokens + len(window.tokens) >= self._limit:
+                        window = Window(window.tokens[: self._limit - tokens], window.nbytes)
+                    tokens += len(window.tokens)
+                    self.nbytes = texts + window.nbytes
+                    share = (before + window.nbytes) / whole
+                    self.share = max(share, tokens / self._limit) if self._limit else share
+                    yield window
+                    if tokens == self._limit:
+                        return
+                texts += file.size
+            before += file.size
+
+    def _windows(self, file: TextFile) -> Iterator[Window]:
+        """The file's windows, up to where the tokenizer refuses to go on."""
+        try:
+            yield from windows(file, self._tokenize, self._prefix, self._length)
+        except RefusedTextError:
+            self.skipped.append(file.path)
 
 
 def _below(folder: Path) -> Iterator[Path]:

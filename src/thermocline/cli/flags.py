@@ -69,6 +69,10 @@ MODEL_HELP = "GGUF file or Hugging Face folder; without it, the small model that
 VERBOSE_HELP = "Tell measurements and notices even where standard error is no terminal."
 
 ModelFlag = Annotated[str | None, flag("--model", "-m", help=MODEL_HELP)]
+TextFlag = Annotated[
+    tuple[str, ...],
+    Parameter(name="--text", negative=(), consume_multiple=True, help="Files to read, and folders to read all of."),
+]
 JsonFlag = Annotated[bool, flag("--json", help="Print one JSON object instead.")]
 VerboseFlag = Annotated[bool, flag("--verbose", "-v", help=VERBOSE_HELP)]
 

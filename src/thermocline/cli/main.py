@@ -25,6 +25,7 @@ VERBS = {
     "profile": "Count which neurons of a model fire.",
     "activity": "Show which neurons fire, add up the statistics of several runs, or sort the neurons.",
     "report": "Draw which neurons fire, as a page of pictures.",
+    "perplexity": "Measure how well a model predicts a text.",
     "doctor": "Say what this machine has and which kernels will run.",
 }
 

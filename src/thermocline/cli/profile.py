@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import sys
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Annotated, Any
-
-from cyclopts import Parameter
-from rich.console import Console
-from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
 
 import thermocline
 from thermocline.cli.activity import activity_tables
-from thermocline.cli.flags import JsonFlag, ModelFlag, VerboseFlag, count, flag, with_settings
+from thermocline.cli.bars import progress_bar
+from thermocline.cli.flags import JsonFlag, ModelFlag, TextFlag, VerboseFlag, count, flag, with_settings
 from thermocline.cli.output import status, write_json
 from thermocline.cli.tables import print_tables
 from thermocline.config import LoadSettings
 from thermocline.errors import UsageError, printable
 
 if TYPE_CHECKING:
-    from thermocline.api import Profiled, Progress
+    from thermocline.api import Profiled
 
 SHOWN = 3
 """How many of the skipped files are named."""
@@ -30,12 +24,7 @@ SHOWN = 3
 def profile(
     *,
     model: ModelFlag = None,
-    text: Annotated[
-        tuple[str, ...],
-        Parameter(
-            name="--text", negative=(), consume_multiple=True, help="Files to read, and folders to read all files of."
-        ),
-    ],
+    text: TextFlag,
     output: Annotated[str, flag("--output", "-o", help="File to write, such as X.activity.safetensors.")],
     tokens: Annotated[int, count("--tokens", "-n", help="Most tokens to read; 0 reads all.")] = 0,
     threshold: Annotated[
@@ -64,14 +53,7 @@ def profile(
     if merge and overwrite:
         raise UsageError("give --merge or --overwrite, not both")
     existing = "merge" if merge else "overwrite" if overwrite else "refuse"
-    with _bar() as bar:
-        task = None if bar is None else bar.add_task("", total=1.0)
-
-        def show(progress: Progress) -> None:
-            if bar is not None and task is not None:
-                line = f"{progress.tokens:,} tokens, {progress.tokens_per_second:,.0f} tokens/s"
-                bar.update(task, completed=progress.share, description=line)
-
+    with progress_bar() as show:
         done = thermocline.profile(
             model,
             text,
@@ -82,7 +64,7 @@ def profile(
             existing=existing,
             restart=restart,
             notice=lambda line: status(f"note: {line}", always=verbose),
-            progress=show,
+            progress=lambda p: show(p.share, f"{p.tokens:,} tokens, {p.tokens_per_second:,.0f} tokens/s"),
         )
     for line in _told(done):
         status(line, always=verbose)
@@ -91,14 +73,6 @@ def profile(
     else:
         print_tables(*activity_tables(done.activity))
     return 0
-
-
-def _bar() -> Any:
-    """A progress bar on standard error; none where nobody is watching."""
-    if sys.stderr is None or not sys.stderr.isatty():
-        return nullcontext(None)
-    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
-    return Bar(*columns, console=Console(stderr=True), transient=True)
 
 
 def _told(done: Profiled) -> list[str]:
