@@ -20,6 +20,7 @@
 #include "linear.h"
 #include "predictor.h"
 #include "probes.h"
+#include "reader_bindings.h"
 #include "requantize.h"
 #include "vector_ops.h"
 
@@ -310,6 +311,7 @@ NB_MODULE(_native, m) {
           },
           nb::arg("matrix"));
 
+  bind_reader(m);
   m.def("read_bandwidth", &bind_read_bandwidth, nb::arg("context"), nb::arg("buffer"));
 }
 

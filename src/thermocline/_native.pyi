@@ -89,5 +89,23 @@ class Context:
     def check_finite(self, matrix: Matrix) -> int:
         """First row that holds a NaN or an infinity in a value or a block scale, or -1."""
 
+class Reader:
+    """A file that is read past the page cache, with several reads in flight. Errors are OSError."""
+
+    def __init__(self, path: str, depth: int, largest: int, direct: bool = True) -> None: ...
+    @property
+    def direct(self) -> bool: ...
+    @property
+    def depth(self) -> int: ...
+    @property
+    def largest(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    def stats(self) -> tuple[int, int, float]:
+        """Requests, bytes, and seconds during which something was in flight."""
+
+    def submit(self, requests: npt.NDArray[np.int64], parts: npt.NDArray[np.int64], out: _Bytes) -> int: ...
+    def wait(self, ticket: int) -> None: ...
+
 def read_bandwidth(context: Context, buffer: _Bytes) -> float:
     """Bytes a second at which all threads of `context` together read `buffer` once."""

@@ -1,44 +1,60 @@
-"""`thermocline doctor`: say what this machine has and which kernels will run."""
+"""`thermocline doctor`: say what this machine has and what it can do."""
 
 from __future__ import annotations
 
 import platform
-from typing import TYPE_CHECKING
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from rich.table import Table
 
 import thermocline
-from thermocline.cli.flags import JsonFlag
-from thermocline.cli.output import write_json
+from thermocline.cli.flags import JsonFlag, flag
+from thermocline.cli.output import status, write_json
 from thermocline.cli.tables import facts, print_tables, size_of
 
 if TYPE_CHECKING:
-    from thermocline.api import Survey
+    from thermocline.api import Probe, Survey
+
+DISK_HELP = "File (such as a model) or folder whose disk to measure; without, that of the user's cache folder."
 
 
 def doctor(
     *,
+    refresh: Annotated[bool, flag("--refresh", help="Measure again what was measured before.")] = False,
+    disk: Annotated[str | None, flag("--disk", help=DISK_HELP)] = None,
     as_json: JsonFlag = False,
 ) -> int:
-    """Say what this machine has, which kernels will run on it, and how fast it reads memory (measured now).
+    """Say what this machine has, which kernels will run on it, and how fast its memory and its disk are.
+
+    Measuring takes some seconds, once; the results are kept in the user's cache folder, for `plan` too.
 
     For example:
 
       thermocline doctor
 
+      thermocline doctor --refresh --disk model.gguf
+
       thermocline doctor --json
     """
-    survey = thermocline.examine(measure=True)
+    survey, probe = thermocline.probe_machine(
+        refresh=refresh, disk=None if disk is None else Path(disk), tell=lambda line: status(f"{line} ...")
+    )
     if as_json:
-        write_json(survey.as_dict() | {"thermocline": thermocline.__version__, "python": platform.python_version()})
+        versions = {"thermocline": thermocline.__version__, "python": platform.python_version()}
+        write_json(survey.as_dict() | {"probe": probe.as_dict()} | versions)
     else:
-        print_tables(facts(_rows(survey)))
+        print_tables(facts(_rows(survey, probe)), *_disk_tables(probe))
     return 0
 
 
-def _rows(survey: Survey) -> list[tuple[str, str]]:
-    cores, memory, bandwidth = survey.cores, survey.memory, survey.bandwidth
+def _rows(survey: Survey, probe: Probe) -> list[tuple[str, str]]:
+    cores, memory = survey.cores, survey.memory
     quota = f", limited to the time of {cores.quota:g}" if cores.quota is not None else ""
     limit = f", limited to {size_of(memory.limit)}" if memory.limit is not None else ""
-    rows = [
+    speeds = ", ".join(f"{rate / 1e9:.1f} GB/s with {_threads(n)}" for n, rate in probe.memory.by_threads)
+    return [
         ("thermocline", f"{thermocline.__version__}, Python {platform.python_version()}"),
         ("system", survey.system),
         ("processor", cores.model),
@@ -48,10 +64,63 @@ def _rows(survey: Survey) -> list[tuple[str, str]]:
         ("caches", ", ".join(f"{c.name} {size_of(c.size)} for {c.shared_by}" for c in survey.caches) or "unknown"),
         ("memory", f"{size_of(memory.total)}, {size_of(memory.available)} free{limit}"),
         ("pages", f"{size_of(memory.page)}, transparent huge pages: {memory.huge_pages}"),
+        ("reading memory", speeds),
+        ("beside a device", f"{probe.memory.beside_device / 1e9:.1f} GB/s for half of the threads while others read"),
+        ("products", f"{probe.flops / 1e9:.0f} billion operations/s over many tokens (F16 weights)"),
+        ("launch", f"{probe.launch * 1e6:.1f} µs to start an op on all threads"),
+        ("hand-over", f"{probe.handover * 1e6:.1f} µs to wake another thread: the crossing to an emulated device"),
+        *_gpu_rows(probe),
+        *_disk_rows(probe),
+        *(("not measured", reason) for reason in probe.unmeasured),
+        ("measured", time.strftime("%Y-%m-%d %H:%M", time.localtime(probe.measured)) + "; again with --refresh"),
     ]
-    if bandwidth is not None:
-        rows.append(
-            ("reading", f"{bandwidth.single:.1f} GB/s with 1 thread, {bandwidth.all:.1f} with {bandwidth.threads}")
-        )
-    rows.append(("GPU", "not used: this version computes on the CPU"))
+
+
+def _gpu_rows(probe: Probe) -> list[tuple[str, str]]:
+    if not probe.gpus:
+        return [("GPU", "none found; --device emulated runs the same code with part of the RAM")]
+    rows = []
+    for gpu, speed in zip(probe.gpus, probe.gpu_speeds, strict=True):
+        link = f"PCIe {gpu.pcie} x{gpu.lanes}" if gpu.pcie and gpu.lanes else "link unknown"
+        rows.append(("GPU", f"{gpu.name}, {size_of(gpu.total)} of VRAM, {link}, driver {gpu.driver}"))
+        if speed is not None:
+            rows += [
+                ("VRAM", f"{speed.vram / 1e9:.0f} GB/s; products {speed.flops / 1e12:.1f} tera-operations/s"),
+                ("link", f"{speed.link / 1e9:.1f} GB/s, {speed.link_busy / 1e9:.1f} while the CPU reads memory"),
+                ("GPU costs", f"{speed.launch * 1e6:.1f} µs a launch, {speed.crossing * 1e6:.1f} µs a crossing"),
+            ]
     return rows
+
+
+def _disk_rows(probe: Probe) -> list[tuple[str, str]]:
+    rows = []
+    for disk in probe.disks:
+        way = "direct reads" if disk.direct else "no direct reads here: these went through the page cache"
+        rows.append((f"disk {disk.name}", f"{disk.filesystem}, {way}; {disk.sequential / 1e6:.0f} MB/s in sequence"))
+        if disk.beside_ram and disk.ram_beside:
+            rows.append(
+                (
+                    "disk and memory",
+                    f"{disk.beside_ram / 1e6:.0f} MB/s of 64 KiB reads beside {disk.ram_beside / 1e9:.1f} GB/s of memory",
+                )
+            )
+    return rows
+
+
+def _disk_tables(probe: Probe) -> list[Table]:
+    """Of every disk how fast random reads are, by their size and by how many are in flight."""
+    tables = []
+    for disk in probe.disks:
+        depths = sorted({depth for _, depth, _ in disk.random})
+        table = Table("random reads of", *(f"{depth} in flight" for depth in depths), title=f"{disk.name}, MB/s")
+        for column in table.columns[1:]:
+            column.justify = "right"
+        rates = {(size, depth): rate for size, depth, rate in disk.random}
+        for size in sorted({size for size, _, _ in disk.random}):
+            table.add_row(size_of(size), *(f"{rates[size, depth] / 1e6:.0f}" for depth in depths))
+        tables.append(table)
+    return tables
+
+
+def _threads(count: int) -> str:
+    return "1 thread" if count == 1 else f"{count} threads"

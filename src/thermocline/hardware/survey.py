@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import platform
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from thermocline import _native
-from thermocline.errors import OutputError
-from thermocline.hardware.bandwidth import Bandwidth, measure_bandwidth, recall, remember
+from thermocline.hardware.bandwidth import Bandwidth, measure_bandwidth
 from thermocline.hardware.cores import Cores, find_cores
 from thermocline.hardware.memory import Cache, Memory, find_caches, find_memory
 
@@ -38,26 +36,18 @@ class Survey:
         return asdict(self) | derived | {"fingerprint": self.fingerprint}
 
 
-def examine(*, measure: bool = True, threads: int = 0) -> Survey:
+def examine(*, measure: bool = False, threads: int = 0) -> Survey:
     """Look at this machine.
 
-    With `measure`, read bandwidth is measured now (a second or so) with one thread and with `threads` (0: all
-    cores) and remembered; without, it is what was measured before, if anything was.
+    With `measure`, read bandwidth is measured now (half a second) with one thread and with `threads` (0: all cores).
     """
     cores, caches = find_cores(), find_caches()
-    survey = Survey(
+    last = max((cache.size for cache in caches), default=0)
+    return Survey(
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         cores=cores,
         isa=tuple(_native.isa_levels()),
         memory=find_memory(),
         caches=caches,
-        bandwidth=None,
+        bandwidth=measure_bandwidth(threads or cores.threads, last) if measure else None,
     )
-    if not measure:
-        return replace(survey, bandwidth=recall(survey.fingerprint))
-    last = max((cache.size for cache in caches), default=0)
-    bandwidth = measure_bandwidth(threads or cores.threads, last)
-    if not threads:
-        with contextlib.suppress(OutputError):  # a home that cannot be written only means measuring again
-            remember(survey.fingerprint, bandwidth)
-    return replace(survey, bandwidth=bandwidth)

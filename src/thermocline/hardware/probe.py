@@ -1,0 +1,304 @@
+"""What this machine can do, measured once and kept: memory, disk, GPU, and what it costs to hand work over."""
+
+from __future__ import annotations
+
+import queue
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from thermocline import _native
+from thermocline.errors import HardwareError, OutputError
+from thermocline.hardware.bandwidth import best_rate, read_buffer
+from thermocline.hardware.cache import home, recall, remember
+from thermocline.hardware.disk import DiskSpeed, find_disk, measure_disk, random_rate
+from thermocline.hardware.gpu import Gpu, GpuSpeed, find_gpus, measure_gpu
+from thermocline.hardware.machine import Machine, Processor
+from thermocline.hardware.reader import Reader
+from thermocline.hardware.survey import Survey, examine
+
+SECONDS = 0.2
+"""How long memory is read for one figure."""
+F16 = 1
+"""ggml's number of the format."""
+GEMM_TOKENS, GEMM_SIZE = 256, 1024
+BESIDE_SIZE = 64 << 10
+"""Bytes of the reads that run beside memory's."""
+VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemorySpeed:
+    """Bytes/s of reading RAM: (threads, bytes/s) alone, and `beside_device` with one half of the threads (at least one)
+    while as many others read too, as an emulated device does.
+    """
+
+    by_threads: tuple[tuple[int, float], ...]
+    beside_device: float
+
+    @property
+    def best(self) -> float:
+        """With all threads."""
+        return self.by_threads[-1][1]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """What was measured here, at Unix time `measured`.
+
+    `flops` of products over many tokens. `launch` is the seconds to hand an op to the pool of threads and get it
+    back; `handover` to wake another thread with work and hear from it, which is the crossing to an emulated device.
+    `disks` go by device. `unmeasured` says in words what could not be measured.
+    """
+
+    measured: float
+    memory: MemorySpeed
+    flops: float
+    launch: float
+    handover: float
+    disks: tuple[DiskSpeed, ...]
+    gpus: tuple[Gpu, ...]
+    gpu_speeds: tuple[GpuSpeed | None, ...]
+    unmeasured: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        return asdict(self)
+
+    def disk_of(self, path: Path) -> DiskSpeed | None:
+        """What was measured of the disk that `path` lies on."""
+        device = find_disk(path).device
+        return next((disk for disk in self.disks if disk.device == device), None)
+
+
+def probe_machine(
+    *, refresh: bool = False, disk: Path | None = None, tell: Callable[[str], None] | None = None
+) -> tuple[Survey, Probe]:
+    """Look at this machine; what was measured on it before is taken as it is, unless `refresh`.
+
+    `disk` is a file or folder whose disk to measure; without, it is that of the folder where measurements are kept.
+    A disk that is not yet known is measured and added. `tell` hears what is measured next.
+    """
+    survey = examine()
+    say = tell or (lambda _: None)
+    place = home() if disk is None else disk
+    kept = None if refresh else _restored(recall(survey.fingerprint))
+    probe = kept
+    if probe is None or probe.gpus != _without_free(find_gpus()):
+        probe = _measured(survey, say)
+    if probe.disk_of(place) is None:
+        probe = _with_disk(probe, survey, place, say)
+    if probe != kept:
+        try:
+            remember(survey.fingerprint, {"version": VERSION, "probe": probe.as_dict()})
+        except OutputError as error:
+            say(f"these measurements cannot be kept: {error}")
+    return survey, probe
+
+
+def machine_of(survey: Survey, probe: Probe, disk: Path | None = None) -> Machine:
+    """This machine as placement sees it; with the disk of the path `disk`, if that was measured."""
+    memory, speed = probe.memory, None if disk is None else probe.disk_of(disk)
+    gpu, link, crossing = None, 1.0, 0.0
+    if probe.gpus and probe.gpu_speeds[0] is not None:
+        card, fast = probe.gpus[0], probe.gpu_speeds[0]
+        gpu = Processor(
+            name=card.name, capacity=card.total, bandwidth=fast.vram, bandwidth_busy=fast.vram, flops=fast.flops,
+            launch=fast.launch,
+        )  # fmt: skip
+        link, crossing = fast.link, fast.crossing
+    busy = memory.best if speed is None else speed.ram_beside or memory.best
+    return Machine(
+        name=survey.cores.model,
+        cpu=Processor(
+            name=f"{survey.cores.model}, {survey.cores.threads} threads",
+            capacity=survey.memory.usable,
+            bandwidth=memory.best,
+            bandwidth_busy=min(busy, memory.best),
+            flops=probe.flops,
+            launch=probe.launch,
+        ),
+        gpu=gpu,
+        disk=None if speed is None else speed.disk,
+        link=link,
+        crossing=crossing,
+    )
+
+
+def emulated(machine: Machine, probe: Probe, capacity: int) -> Machine:
+    """The same machine with a device that is emulated by half of its threads, with `capacity` bytes of arena."""
+    half, alone = probe.memory.beside_device, probe.memory.by_threads[0][1]
+    device = Processor(
+        name="emulated device",
+        capacity=capacity,
+        bandwidth=max(half, alone),
+        bandwidth_busy=half,
+        flops=machine.cpu.flops / 2,
+        launch=probe.launch,
+    )
+    cpu = replace(machine.cpu, bandwidth_busy=min(half, machine.cpu.bandwidth))
+    return replace(machine, cpu=cpu, gpu=device, link=machine.cpu.bandwidth, crossing=probe.handover)
+
+
+def _measured(survey: Survey, say: Callable[[str], None]) -> Probe:
+    threads = survey.cores.threads
+    say("measuring memory")
+    buffer = read_buffer(max((cache.size for cache in survey.caches), default=0))
+    counts = sorted({1, *(1 << i for i in range(1, threads.bit_length()) if 1 << i < threads), threads})
+    by_threads = tuple((count, best_rate(buffer, count, SECONDS)) for count in counts)
+    half = max(1, threads // 2)
+    beside = _while_reading(buffer, half, lambda: best_rate(buffer, half, SECONDS, pin=False))
+    say("measuring arithmetic and hand-overs")
+    gpus = _without_free(find_gpus())
+    if gpus:
+        say("measuring the GPU")
+    speeds = tuple(measure_gpu(g.index, lambda call: _while_reading(buffer, threads, call)) for g in gpus)
+    lacking = [f"{g.name}: nothing is measured without torch and CUDA" for g, s in zip(gpus, speeds, strict=True) if not s]
+    return Probe(
+        measured=time.time(),
+        memory=MemorySpeed(by_threads=by_threads, beside_device=beside),
+        flops=_flops(threads),
+        launch=_launch(threads),
+        handover=_handover(),
+        disks=(),
+        gpus=gpus,
+        gpu_speeds=speeds,
+        unmeasured=tuple(lacking),
+    )
+
+
+def _with_disk(probe: Probe, survey: Survey, place: Path, say: Callable[[str], None]) -> Probe:
+    """The probe with one more disk, or with the reason why it could not be measured."""
+    threads = survey.cores.threads
+
+    def beside(reader: Reader) -> tuple[float, float]:
+        buffer = read_buffer(0)
+        disk = _while_reading(buffer, threads, lambda: random_rate(reader, BESIDE_SIZE, SECONDS))
+        ram = _while_busy(
+            lambda: random_rate(reader, BESIDE_SIZE, 0.02), lambda: best_rate(buffer, threads, SECONDS, pin=False)
+        )
+        return disk, ram
+
+    say(f"measuring the disk of {place}")
+    try:
+        if place == home():
+            place.mkdir(parents=True, exist_ok=True)
+        speed = measure_disk(place, beside=beside)
+    except (HardwareError, OSError) as error:
+        return replace(probe, unmeasured=tuple(dict.fromkeys((*probe.unmeasured, f"disk: {error}"))))
+    return replace(probe, disks=(*probe.disks, speed))
+
+
+def _while_reading(buffer: np.ndarray[Any, np.dtype[np.uint8]], threads: int, call: Callable[[], float]) -> float:
+    """What `call` measures while `threads` threads read memory."""
+    context = _native.Context(threads, "auto", False)
+    return _while_busy(lambda: _native.read_bandwidth(context, buffer), call)
+
+
+def _while_busy(other: Callable[[], float], call: Callable[[], float]) -> float:
+    """What `call` measures while `other` runs again and again in another thread."""
+    stop, started = threading.Event(), threading.Event()
+
+    def loop() -> None:
+        while not stop.is_set():
+            other()
+            started.set()
+
+    thread = threading.Thread(target=loop, daemon=True)
+    thread.start()
+    started.wait(10)
+    try:
+        return call()
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _flops(threads: int) -> float:
+    """Operations/s of a product of 256 tokens with a half-precision matrix."""
+    context = _native.Context(threads, "auto")
+    weights = np.ones((GEMM_SIZE, GEMM_SIZE), np.float16).view(np.uint8)
+    matrix = _native.Matrix(weights, F16, GEMM_SIZE, GEMM_SIZE)
+    x, out = np.ones((GEMM_TOKENS, GEMM_SIZE), np.float32), np.zeros((GEMM_TOKENS, GEMM_SIZE), np.float32)
+    seconds = _median(lambda: context.linear(x, (matrix,), (out,), None, False), 9)
+    return 2.0 * GEMM_TOKENS * GEMM_SIZE * GEMM_SIZE / seconds
+
+
+def _launch(threads: int) -> float:
+    context, byte = _native.Context(threads, "auto"), np.ones(1, np.uint8)
+    return _median(lambda: _native.read_bandwidth(context, byte), 2000)
+
+
+def _handover() -> float:
+    """Half of the way there and back through a waiting thread."""
+    there: queue.SimpleQueue[int] = queue.SimpleQueue()
+    back: queue.SimpleQueue[int] = queue.SimpleQueue()
+
+    def serve() -> None:
+        while there.get():
+            back.put(1)
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+
+    def call() -> None:
+        there.put(1)
+        back.get()
+
+    seconds = _median(call, 500)
+    there.put(0)
+    thread.join()
+    return seconds / 2
+
+
+def _median(call: Callable[[], Any], repeats: int) -> float:
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - began)
+    return max(statistics.median(times), 1e-9)
+
+
+def _without_free(gpus: tuple[Gpu, ...]) -> tuple[Gpu, ...]:
+    """Free memory changes by the second and is no property of the machine."""
+    return tuple(replace(gpu, free=0) for gpu in gpus)
+
+
+def _restored(kept: dict[str, Any] | None) -> Probe | None:
+    """The probe that was kept; None if it is not ours to trust."""
+    try:
+        if kept is None or kept["version"] != VERSION:
+            return None
+        found = kept["probe"]
+        memory = found["memory"]
+        probe = Probe(
+            measured=float(found["measured"]),
+            memory=MemorySpeed(
+                by_threads=tuple((int(n), float(rate)) for n, rate in memory["by_threads"]),
+                beside_device=float(memory["beside_device"]),
+            ),
+            flops=float(found["flops"]),
+            launch=float(found["launch"]),
+            handover=float(found["handover"]),
+            disks=tuple(_disk(d) for d in found["disks"]),
+            gpus=tuple(Gpu(**g) for g in found["gpus"]),
+            gpu_speeds=tuple(None if s is None else GpuSpeed(**s) for s in found["gpu_speeds"]),
+            unmeasured=tuple(str(reason) for reason in found["unmeasured"]),
+        )
+        rates = [rate for _, rate in probe.memory.by_threads] + [probe.flops, probe.memory.beside_device]
+        usable = len(probe.gpus) == len(probe.gpu_speeds) and rates and all(0 < rate < 1e18 for rate in rates)
+        return probe if usable and all(disk.disk for disk in probe.disks) else None
+    except (HardwareError, ValueError, TypeError, KeyError, AttributeError):
+        return None
+
+
+def _disk(found: dict[str, Any]) -> DiskSpeed:
+    random = tuple((int(size), int(depth), float(rate)) for size, depth, rate in found["random"])
+    return DiskSpeed(**(found | {"random": random}))
