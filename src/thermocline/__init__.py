@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 __all__ = [
     "LLM", "LoadSettings", "SamplingSettings", "ThermoclineError", "__version__", "describe", "examine",
-    "merge_activities", "order", "perplexity", "profile", "read_activity", "report", "shipped_model",
+    "merge_activities", "order", "perplexity", "probe_machine", "profile", "read_activity", "report", "shipped_model",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         merge_activities,
         order,
         perplexity,
+        probe_machine,
         profile,
         read_activity,
         report,
@@ -33,6 +34,7 @@ _HOMES = {
     "merge_activities": "thermocline.api",
     "order": "thermocline.api",
     "perplexity": "thermocline.api",
+    "probe_machine": "thermocline.api",
     "profile": "thermocline.api",
     "read_activity": "thermocline.api",
     "report": "thermocline.api",

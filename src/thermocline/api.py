@@ -26,6 +26,7 @@ from thermocline.config import LoadSettings, SamplingSettings
 from thermocline.errors import ThermoclineError, UsageError, printable
 from thermocline.files.open import open_model
 from thermocline.files.source import ModelSource
+from thermocline.hardware.probe import Probe, probe_machine
 from thermocline.hardware.survey import Survey, examine
 from thermocline.model.spec import ModelSpec
 from thermocline.runtime.bench import BenchRow, run_bench
@@ -40,9 +41,9 @@ from thermocline.text.chat import ChatTemplate
 
 __all__ = [
     "LLM", "Activity", "BenchRow", "By", "Existing", "FinishReason", "Generation", "Item", "LoadSettings", "ModelInfo",
-    "Order", "Perplexity", "PredictorInfo", "Profiled", "Progress", "RunReport", "SamplingSettings", "Scored", "Stream",
-    "Survey", "ThermoclineError", "describe", "examine", "merge_activities", "order", "perplexity", "profile",
-    "read_activity", "report", "shipped_model",
+    "Order", "Perplexity", "PredictorInfo", "Probe", "Profiled", "Progress", "RunReport", "SamplingSettings", "Scored",
+    "Stream", "Survey", "ThermoclineError", "describe", "examine", "merge_activities", "order", "perplexity",
+    "probe_machine", "profile", "read_activity", "report", "shipped_model",
 ]  # fmt: skip
 
 Settings = TypeVar("Settings", LoadSettings, SamplingSettings)

@@ -189,14 +189,21 @@ def test_bench_json_and_a_small_context(command, tiny_model) -> None:
     assert record["peak_gigabytes_per_second"] > 0
 
 
-def test_doctor(command) -> None:
+def test_doctor(command, monkeypatch) -> None:
+    monkeypatch.setattr("thermocline.hardware.probe.SECONDS", 0.005)
+    monkeypatch.setattr("thermocline.hardware.disk.SCRATCH", 2 << 20)
     outcome = command("doctor")
     assert outcome.code == 0
-    for words in ("processor", "threads", "kernels", "memory", "GB/s with 1 thread"):
+    for words in ("processor", "threads", "kernels", "memory", "GB/s with 1 thread", "in flight", "hand-over", "GPU"):
         assert words in outcome.out
     record = json.loads(command("doctor", "--json").out)
     assert record["kernels"] in record["isa"]
-    assert record["bandwidth"]["all"] > 0
+    assert record["probe"]["memory"]["by_threads"][0][1] > 0
+    again = json.loads(command("doctor", "--json").out)
+    assert again["probe"] == record["probe"]
+    refreshed = json.loads(command("doctor", "--json", "--refresh").out)
+    assert refreshed["probe"]["measured"] > record["probe"]["measured"]
+    assert command("doctor", "--disk", "none.gguf").code == 2
 
 
 def test_chat_takes_turns_and_commands(command, tiny_model) -> None:

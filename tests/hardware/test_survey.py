@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 
@@ -10,11 +9,10 @@ import pytest
 
 from thermocline.errors import OutputError
 from thermocline.hardware import bandwidth as bandwidth_module
-from thermocline.hardware.bandwidth import Bandwidth, home, measure_bandwidth, recall, remember
+from thermocline.hardware.bandwidth import measure_bandwidth
+from thermocline.hardware.cache import home, recall, remember
 from thermocline.hardware.memory import Memory, find_caches, find_memory
 from thermocline.hardware.survey import examine
-
-FAST = Bandwidth(single=10.0, all=20.0, threads=2, measured=1.0)
 
 
 @pytest.fixture(autouse=True)
@@ -57,24 +55,20 @@ def test_memory_is_limited_by_the_control_group(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("small_probe")
 def test_bandwidth_is_measured() -> None:
     found = measure_bandwidth(2, seconds=0.01)
-    assert 0.1 < found.single < 10_000
-    assert 0.1 < found.all < 10_000
+    assert found.single > 0
+    assert found.all > 0
     assert found.threads == 2
 
 
 def test_a_measurement_is_remembered_for_this_machine_only(own_home: Path) -> None:
     assert recall("abc") is None
-    assert remember("abc", FAST) == own_home / "machine.json"
-    assert recall("abc") == FAST
+    assert remember("abc", {"x": 1}) == own_home / "machine.json"
+    assert recall("abc") == {"fingerprint": "abc", "x": 1}
     assert recall("other") is None
     assert [path.name for path in own_home.iterdir()] == ["machine.json"]
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["", "{", "[]", "null", '{"fingerprint": "abc"}', '{"fingerprint": "abc", "bandwidth": 3}',
-     '{"fingerprint": "abc", "bandwidth": {"single": "x", "all": 1, "threads": 1, "measured": 1}}'],
-)  # fmt: skip
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "3", '{"fingerprint": 3}', "[" * 100_000])
 def test_a_damaged_file_is_measured_again(own_home: Path, text: str) -> None:
     own_home.mkdir()
     (own_home / "machine.json").write_text(text)
@@ -84,7 +78,7 @@ def test_a_damaged_file_is_measured_again(own_home: Path, text: str) -> None:
 def test_a_home_that_cannot_be_written_is_told(own_home: Path) -> None:
     own_home.write_text("a file")
     with pytest.raises(OutputError, match="THERMOCLINE_HOME"):
-        remember("abc", FAST)
+        remember("abc", {})
     assert own_home.read_text() == "a file"
 
 
@@ -98,24 +92,14 @@ def test_home_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 
 @pytest.mark.usefixtures("small_probe")
-def test_the_survey_measures_and_remembers(own_home: Path) -> None:
-    survey = examine()
+def test_the_survey_measures_if_asked() -> None:
+    assert examine().bandwidth is None
+    survey = examine(measure=True)
     assert survey.bandwidth is not None
     assert survey.bandwidth.threads == survey.cores.threads
     assert survey.isa[0] == "baseline"
-    assert examine(measure=False).bandwidth == survey.bandwidth
-    kept = json.loads((own_home / "machine.json").read_text())
-    assert kept["fingerprint"] == survey.fingerprint
     assert survey.as_dict()["kernels"] == survey.isa[-1]
-
-
-@pytest.mark.usefixtures("small_probe")
-def test_a_survey_with_other_threads_is_not_remembered(own_home: Path) -> None:
-    assert examine(threads=1).bandwidth is not None
-    assert not own_home.exists()
-
-
-@pytest.mark.usefixtures("small_probe")
-def test_the_survey_works_without_a_home(own_home: Path) -> None:
-    own_home.write_text("a file")
-    assert examine().bandwidth is not None
+    assert survey.fingerprint == examine().fingerprint
+    one = examine(measure=True, threads=1).bandwidth
+    assert one is not None
+    assert one.single == one.all

@@ -42,8 +42,9 @@ def doctor(
         refresh=refresh, disk=None if disk is None else Path(disk), tell=lambda line: status(f"{line} ...")
     )
     if as_json:
+        found = {key: value for key, value in survey.as_dict().items() if key != "bandwidth"}
         versions = {"thermocline": thermocline.__version__, "python": platform.python_version()}
-        write_json(survey.as_dict() | {"probe": probe.as_dict()} | versions)
+        write_json(found | {"probe": probe.as_dict()} | versions)
     else:
         print_tables(facts(_rows(survey, probe)), *_disk_tables(probe))
     return 0
@@ -98,12 +99,8 @@ def _disk_rows(probe: Probe) -> list[tuple[str, str]]:
         way = "direct reads" if disk.direct else "no direct reads here: these went through the page cache"
         rows.append((f"disk {disk.name}", f"{disk.filesystem}, {way}; {disk.sequential / 1e6:.0f} MB/s in sequence"))
         if disk.beside_ram and disk.ram_beside:
-            rows.append(
-                (
-                    "disk and memory",
-                    f"{disk.beside_ram / 1e6:.0f} MB/s of 64 KiB reads beside {disk.ram_beside / 1e9:.1f} GB/s of memory",
-                )
-            )
+            beside = f"{disk.ram_beside / 1e9:.1f} GB/s of memory"
+            rows.append(("both at once", f"{disk.beside_ram / 1e6:.0f} MB/s in reads of 64 KiB, and {beside}"))
     return rows
 
 

@@ -32,7 +32,8 @@ class Gpu:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GpuSpeed:
     """Measured: bytes/s of VRAM and of the link from pinned memory, flops of half products, seconds of a launch and of
-    handing a vector there and back. `link_busy` is the link while the CPU reads memory."""
+    handing a vector there and back. `link_busy` is the link while the CPU reads memory.
+    """
 
     vram: float
     link: float

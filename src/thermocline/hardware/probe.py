@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from thermocline import _native
-from thermocline.errors import HardwareError, OutputError
+from thermocline.errors import HardwareError, OutputError, UsageError, printable
 from thermocline.hardware.bandwidth import best_rate, read_buffer
 from thermocline.hardware.cache import home, recall, remember
 from thermocline.hardware.disk import DiskSpeed, find_disk, measure_disk, random_rate
@@ -84,7 +84,12 @@ def probe_machine(
 
     `disk` is a file or folder whose disk to measure; without, it is that of the folder where measurements are kept.
     A disk that is not yet known is measured and added. `tell` hears what is measured next.
+
+    Raises:
+        UsageError: `disk` does not exist.
     """
+    if disk is not None and not disk.exists():
+        raise UsageError(f"{printable(str(disk))} does not exist; name a file or a folder on the disk to measure")
     survey = examine()
     say = tell or (lambda _: None)
     place = home() if disk is None else disk
@@ -159,7 +164,7 @@ def _measured(survey: Survey, say: Callable[[str], None]) -> Probe:
     if gpus:
         say("measuring the GPU")
     speeds = tuple(measure_gpu(g.index, lambda call: _while_reading(buffer, threads, call)) for g in gpus)
-    lacking = [f"{g.name}: nothing is measured without torch and CUDA" for g, s in zip(gpus, speeds, strict=True) if not s]
+    slow = [gpu.name for gpu, speed in zip(gpus, speeds, strict=True) if speed is None]
     return Probe(
         measured=time.time(),
         memory=MemorySpeed(by_threads=by_threads, beside_device=beside),
@@ -169,7 +174,7 @@ def _measured(survey: Survey, say: Callable[[str], None]) -> Probe:
         disks=(),
         gpus=gpus,
         gpu_speeds=speeds,
-        unmeasured=tuple(lacking),
+        unmeasured=tuple(f"{name}: nothing is measured without torch and CUDA" for name in slow),
     )
 
 
@@ -293,7 +298,9 @@ def _restored(kept: dict[str, Any] | None) -> Probe | None:
             unmeasured=tuple(str(reason) for reason in found["unmeasured"]),
         )
         rates = [rate for _, rate in probe.memory.by_threads] + [probe.flops, probe.memory.beside_device]
-        usable = len(probe.gpus) == len(probe.gpu_speeds) and rates and all(0 < rate < 1e18 for rate in rates)
+        usable = (
+            len(probe.gpus) == len(probe.gpu_speeds) and memory["by_threads"] and all(0 < rate < 1e18 for rate in rates)
+        )
         return probe if usable and all(disk.disk for disk in probe.disks) else None
     except (HardwareError, ValueError, TypeError, KeyError, AttributeError):
         return None

@@ -1,0 +1,179 @@
+"""What is measured once and kept."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from thermocline.errors import HardwareError
+from thermocline.hardware import bandwidth, disk, gpu, probe
+from thermocline.hardware.cache import recall, remember
+from thermocline.hardware.disk import DiskSpeed, find_disk, measure_disk
+from thermocline.hardware.gpu import Gpu, GpuSpeed, find_gpus
+from thermocline.hardware.probe import MemorySpeed, Probe, emulated, machine_of, probe_machine
+from thermocline.hardware.survey import examine
+
+
+@pytest.fixture(autouse=True)
+def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("THERMOCLINE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(bandwidth, "BUFFER", 1 << 20)
+    monkeypatch.setattr(bandwidth, "LARGE_CACHES", 0)
+    monkeypatch.setattr(probe, "SECONDS", 0.005)
+    monkeypatch.setattr(disk, "SCRATCH", 2 << 20)
+    monkeypatch.setattr(disk, "SMALLEST", 2 << 20)
+    monkeypatch.setattr(measure_disk, "__kwdefaults__", {"seconds": 0.002, "beside": None})
+    return tmp_path / "home"
+
+
+@pytest.fixture(scope="module")
+def known() -> Probe:
+    """A probe of this machine, as if it had been measured."""
+    speed = DiskSpeed(
+        device=find_disk(Path.cwd()).device, name="d", filesystem="f", direct=True, sequential=1e9,
+        random=((4096, 1, 1e8), (4096, 4, 2e8), (65536, 1, 5e8)), beside_ram=1e8, ram_beside=1e9,
+    )  # fmt: skip
+    return Probe(
+        measured=1.0, memory=MemorySpeed(by_threads=((1, 1e10), (2, 2e10)), beside_device=8e9), flops=1e11,
+        launch=1e-6, handover=1e-5, disks=(speed, replace(speed, device=find_disk(Path("/tmp")).device)), gpus=(),
+        gpu_speeds=(), unmeasured=("x",),
+    )  # fmt: skip
+
+
+def test_everything_is_measured_once(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    survey, first = probe_machine(tell=told.append)
+    assert len(told) == 3
+    assert [n for n, _ in first.memory.by_threads][-1] == survey.cores.threads
+    assert first.memory.best > 0
+    assert min(first.flops, first.launch, first.handover, first.memory.beside_device) > 0
+    (found,) = first.disks
+    assert found.beside_ram > 0
+    assert found.ram_beside > 0
+    assert {size for size, _, _ in found.random} == set(disk.SIZES)
+    assert sorted(path.name for path in quick.iterdir()) == ["machine.json"]
+    monkeypatch.setattr(probe, "_measured", None)  # what is kept is not measured again
+    told.clear()
+    assert probe_machine(tell=told.append) == (probe_machine()[0], first)
+    assert not told
+
+
+def test_refresh_measures_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, first = probe_machine()
+    monkeypatch.setattr(probe, "_flops", lambda _: 123.0)
+    assert probe_machine()[1].flops == first.flops
+    assert probe_machine(refresh=True)[1].flops == 123.0
+    assert probe_machine()[1].flops == 123.0
+
+
+def test_another_machine_measures_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    survey, first = probe_machine()
+    content = recall(survey.fingerprint)
+    assert content is not None
+    remember("another", {key: value for key, value in content.items() if key != "fingerprint"})
+    monkeypatch.setattr(probe, "_flops", lambda _: 5.0)
+    assert probe_machine()[1].flops == 5.0 != first.flops
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda k: k.update(version=99),
+        lambda k: k.pop("probe"),
+        lambda k: k["probe"].pop("memory"),
+        lambda k: k["probe"].update(flops="many"),
+        lambda k: k["probe"].update(flops=float("nan")),
+        lambda k: k["probe"].update(flops=-1),
+        lambda k: k["probe"]["memory"].update(by_threads=[]),
+        lambda k: k["probe"]["disks"][0].update(random=[[4096, 1, 0.0]]),
+        lambda k: k["probe"]["disks"][0].update(random=[]),
+        lambda k: k["probe"].update(disks=3),
+        lambda k: k["probe"].update(gpus=[{"index": 0}]),
+    ],
+)
+def test_a_damaged_file_is_not_trusted(quick: Path, monkeypatch: pytest.MonkeyPatch, known, damage) -> None:
+    monkeypatch.setattr(probe, "_measured", lambda *_: replace(known, measured=known.measured + 1))
+    remember(examine().fingerprint, {"version": probe.VERSION, "probe": known.as_dict()})
+    assert probe_machine()[1] == known
+    kept = json.loads((quick / "machine.json").read_text())
+    damage(kept)
+    (quick / "machine.json").write_text(json.dumps(kept))
+    assert probe_machine()[1].measured == known.measured + 1
+    assert probe_machine()[1].measured == known.measured + 1
+
+
+def test_a_new_disk_is_added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, first = probe_machine()
+    other = tmp_path / "model"
+    other.write_bytes(np.random.default_rng(0).bytes(3 << 20))
+    monkeypatch.setattr(disk, "_mount", lambda *_: ("otherfs", "/dev/other"))
+    real = disk.find_disk
+    monkeypatch.setattr(disk, "find_disk", lambda path: replace(real(path), device="9:9"))
+    monkeypatch.setattr(probe, "find_disk", disk.find_disk)
+    both = probe_machine(disk=other)[1]
+    assert [d.device for d in both.disks] == [first.disks[0].device, "9:9"]
+    assert both.memory == first.memory
+    assert probe_machine(disk=other)[1] == both
+
+
+def test_what_cannot_be_measured_is_said(quick: Path, tmp_path: Path) -> None:
+    quick.write_text("a file, where a folder should be")
+    told: list[str] = []
+    _, found = probe_machine(tell=told.append)
+    assert not found.disks
+    assert "disk" in found.unmeasured[0]
+    assert "THERMOCLINE_HOME" in told[-1]
+    small = tmp_path / "small"
+    small.write_bytes(b"x")
+    with pytest.raises(HardwareError, match="tell nothing"):
+        measure_disk(small)
+
+
+def test_machines_for_placement(tmp_path: Path) -> None:
+    survey, found = probe_machine()
+    plain = machine_of(survey, found)
+    assert plain.disk is None
+    assert plain.gpu is None
+    here = machine_of(survey, found, tmp_path)
+    assert here.disk is not None
+    assert here.disk.curve.bandwidth(4096) > 0
+    assert machine_of(survey, found).fingerprint == plain.fingerprint
+    split = emulated(plain, found, 1 << 20)
+    assert split.gpu is not None
+    assert split.gpu.capacity == 1 << 20
+    assert split.crossing == found.handover
+    card = Gpu(index=0, name="card", total=1 << 33, free=0, pcie=4, lanes=16, driver="1")
+    fast = GpuSpeed(vram=1e12, link=2e10, link_busy=1e10, flops=1e14, launch=3e-6, crossing=1e-5)
+    with_gpu = machine_of(survey, replace(found, gpus=(card,), gpu_speeds=(fast,)))
+    assert with_gpu.gpu is not None
+    assert with_gpu.gpu.bandwidth == 1e12
+    assert machine_of(survey, replace(found, gpus=(card,), gpu_speeds=(None,))).gpu is None
+
+
+def test_disks_are_found_by_their_mounts(tmp_path: Path) -> None:
+    mounts = tmp_path / "mountinfo"
+    device = find_disk(tmp_path).device
+    mounts.write_text(f"1 2 {device} / / rw shared:1 - ext4 /dev/thing rw\nodd line\n")
+    found = find_disk(tmp_path / "not" / "yet" / "there", mounts)
+    assert (found.filesystem, found.name) == ("ext4", "/dev/thing")
+    assert found.free > 0
+    assert find_disk(tmp_path, tmp_path / "none").filesystem == "unknown"
+
+
+def test_gpus_are_read_from_the_drivers_tool(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "_from_library", lambda: None)
+    text = "0, NVIDIA GeForce RTX 4090, 24564, 24000, 4, 16, 550.54\n1, Odd, [N/A], [N/A], [N/A], [N/A], x\nbroken\n"
+    first, second = find_gpus(lambda _: text)
+    assert first == Gpu(
+        index=0, name="NVIDIA GeForce RTX 4090", total=24564 << 20, free=24000 << 20, pcie=4, lanes=16, driver="550.54"
+    )
+    assert second.total == second.pcie == 0
+
+    def failing(_: list[str]) -> str:
+        raise OSError("no driver")
+
+    assert find_gpus(failing) == ()
