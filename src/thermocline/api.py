@@ -62,10 +62,18 @@ class LLM:
         self._template: ChatTemplate | None = None
 
     @classmethod
-    def load(cls, model: str | Path | None = None, settings: LoadSettings | None = None, **overrides: Any) -> LLM:
+    def load(
+        cls,
+        model: str | Path | None = None,
+        settings: LoadSettings | None = None,
+        *,
+        progress: Callable[[int, int], None] | None = None,
+        **overrides: Any,
+    ) -> LLM:
         """Load a GGUF file or a Hugging Face folder; without `model`, the one that comes with the package.
 
-        `overrides` are single fields of `LoadSettings`: `LLM.load("m.gguf", ctx_size=4096)`.
+        `overrides` are single fields of `LoadSettings`: `LLM.load("m.gguf", ctx_size=4096)`. `progress` is told how
+        many bytes of how many were read, while the weights are.
 
         Raises:
             ThermoclineError: the file, the machine or a setting does not allow it; the subclass says which.
@@ -73,7 +81,7 @@ class LLM:
         settings = _settings(LoadSettings, settings, overrides)
         source = open_model(shipped_model() if model is None else model)
         try:
-            return cls(load_model(source, settings), source)
+            return cls(load_model(source, settings, progress), source)
         except BaseException:
             source.close()
             raise

@@ -63,6 +63,8 @@ class LoadSettings:
     """Implementation of the arithmetic."""
     isa: str = "auto"
     """Instruction set of the native kernels; `doctor` lists those that this CPU has."""
+    mlock: bool = False
+    """Keep the weights in memory: the system may neither swap them out nor drop them."""
 
     def __post_init__(self) -> None:
         _check_numbers(self, LoadSettings, UsageError)

@@ -8,6 +8,7 @@ from rich.table import Table
 
 import thermocline
 from thermocline.cli.flags import JsonFlag, ModelFlag, VerboseFlag, count, with_settings
+from thermocline.cli.loading import load as load_model
 from thermocline.cli.output import notices, status, write_json
 from thermocline.cli.tables import facts, print_tables, size_of
 from thermocline.config import LoadSettings
@@ -40,7 +41,7 @@ def bench(
 
       thermocline bench --json
     """
-    with thermocline.LLM.load(model, load) as llm:
+    with load_model(model, load) as llm:
         notices(llm, always=verbose)
         room = llm.n_ctx - 1
         if not load.ctx_size and n_prompt == 512 and n_gen == 128 and room < n_prompt:

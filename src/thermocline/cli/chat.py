@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import thermocline
 from thermocline.cli.flags import ModelFlag, VerboseFlag, flag, with_settings
+from thermocline.cli.loading import load as load_model
 from thermocline.cli.output import notices, status, write_stream
 from thermocline.config import LoadSettings, SamplingSettings
 from thermocline.errors import ChatTemplateError, ContextError, ThermoclineError
@@ -43,7 +44,7 @@ def chat(
 
       thermocline chat --plain --stop $'\n\n'
     """
-    with thermocline.LLM.load(model, load) as llm:
+    with load_model(model, load) as llm:
         notices(llm, always=verbose)
         if not plain and not llm.has_chat_template:
             raise ChatTemplateError(

@@ -38,6 +38,7 @@ NOT_YET: dict[tuple[str, ...], str] = {
     ("--batch-size", "-b"): "prompts are computed in passes of --ubatch-size (-ub) tokens",
     ("--threads-batch", "-tb"): "prompt and answer use the same --threads (-t)",
     ("--flash-attn", "-fa"): "there is one implementation of attention",
+    ("--no-mmap",): "files are always mapped, and read at once when memory holds them; --mlock keeps them there",
     ("--override-tensor", "-ot"): "every tensor stays in the CPU's memory",
     ("--grammar", "--grammar-file"): "constrained output is not implemented",
     ("--json-schema", "-j"): "constrained output is not implemented",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import thermocline
 from thermocline.cli.flags import JsonFlag, ModelFlag, VerboseFlag, flag, with_settings
+from thermocline.cli.loading import load as load_model
 from thermocline.cli.output import INTERRUPTED, echo, notices, status, write_json, write_stream
 from thermocline.cli.prompt import read_prompt
 from thermocline.config import LoadSettings, SamplingSettings
@@ -57,7 +58,7 @@ def run(
         text = PROMPT
         sampling = replace(sampling, max_tokens=TOKENS) if sampling.max_tokens < 0 else sampling
         status("no prompt was given, so here is one; choose your own with -p", always=verbose)
-    with thermocline.LLM.load(model, load) as llm:
+    with load_model(model, load) as llm:
         notices(llm, always=verbose)
         if system is None:
             stream = llm.stream(text, sampling)

@@ -13,8 +13,9 @@ import numpy.typing as npt
 from thermocline.activity.predictor import Predictor
 from thermocline.config import Mode
 from thermocline.files.quantize import all_finite, to_float
-from thermocline.files.weight import Weight
+from thermocline.files.weight import Bytes, Weight
 from thermocline.memory.reblock import Reblocked, Transposer, not_finite, record_format, transpose
+from thermocline.memory.residence import Reading, lock, touch
 from thermocline.model.families import family_of
 from thermocline.model.network import Layer, LayerPredictor, Transformer, resolve_mode
 from thermocline.model.rope import rope_table
@@ -51,18 +52,22 @@ def load_transformer(
     mode: Mode = Mode.AUTO,
     predictor: Predictor | None = None,
     check: bool = False,
+    mlock: bool = False,
+    progress: Reading | None = None,
 ) -> tuple[Transformer, LoadReport]:
     """Read the spec, hold the tensors to it, and place them where `ops` computes.
 
     `n_ctx` is the longest context that will be run, 0 the model's own. Norms and biases are always looked at
     for NaN and infinity, and so are predictors, and down projections while they are transposed; `check` looks at
-    every weight. With a `predictor`, the mode may be predicted, or changed to it later.
+    every weight. With a `predictor`, the mode may be predicted, or changed to it later. Mapped weights are read in
+    their order, which `progress` is told about, and with `mlock` kept in memory.
 
     Raises:
         ModelFormatError: the source contradicts itself, or the predictor is of another network.
         UnsupportedModelError: it asks for what is not implemented.
         NumericalError: weights are not finite.
         UsageError: the network cannot run in that mode.
+        HardwareError: the system does not allow so much memory to be locked.
     """
     began = time.perf_counter()
     family = family_of(source)
@@ -70,6 +75,7 @@ def load_transformer(
     mode = resolve_mode(mode, spec.ffn, predictor=predictor is not None)
     weights = family.weights(source, spec)
     check_tensors(source.path, spec, weights)
+    touch(source.path, weights.values(), progress)
     if check:
         check_finite(weights, ops)
     loading = _Loading(spec, ops, weights)
@@ -86,6 +92,8 @@ def load_transformer(
         n_ctx=n_ctx,
         mode=mode,
     )
+    if mlock:
+        lock(loading.held())
     return transformer, loading.report(time.perf_counter() - began)
 
 
@@ -131,6 +139,7 @@ class _Loading:
     weights: Mapping[str, Weight]
     resident_bytes: int = 0
     reblocked: list[Reblocked] = field(default_factory=list)
+    records_made: list[Bytes] = field(default_factory=list)
     predictor_bytes: int = 0
 
     def layer(self, index: int, predictor: LayerPredictor | None) -> Layer:
@@ -192,6 +201,7 @@ class _Loading:
         else:
             self.reblocked.append(transpose(down, out, fmt))
         self.resident_bytes += out.nbytes
+        self.records_made.append(out)
         return Weight(down.name.replace("ffn_down", "ffn_down_t"), fmt, (down.columns, down.rows), out)
 
     def vector(self, name: str) -> Array:
@@ -202,7 +212,14 @@ class _Loading:
         self.resident_bytes += values.nbytes
         return resident(self.ops, values)
 
-    def report(self, seconds: float) -> LoadReport:
+    def held(self) -> list[Bytes]:
+        """The bytes of all matrices that tokens are computed with."""
+        return [w.data for w in self._mapped()] + self.records_made
+
+    def _mapped(self) -> list[Weight]:
         transposed = {r.tensor for r in self.reblocked}
-        mapped = sum(w.nbytes for w in self.weights.values() if w.rows > 1 and w.name not in transposed)
+        return [w for w in self.weights.values() if w.rows > 1 and w.name not in transposed]
+
+    def report(self, seconds: float) -> LoadReport:
+        mapped = sum(w.nbytes for w in self._mapped())
         return LoadReport(mapped, self.resident_bytes, tuple(self.reblocked), seconds, self.predictor_bytes)

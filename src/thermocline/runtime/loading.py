@@ -13,6 +13,7 @@ from thermocline.hardware.cores import find_cores
 from thermocline.hardware.memory import find_memory
 from thermocline.memory.kv_cache import KVCache, kv_bytes
 from thermocline.memory.loader import LoadReport, first_bytes, load_transformer
+from thermocline.memory.residence import Reading
 from thermocline.model.families import family_of
 from thermocline.model.network import Transformer
 from thermocline.model.spec import ModelSpec
@@ -46,14 +47,14 @@ class LoadedModel:
     prediction: Prediction
 
 
-def load_model(source: ModelSource, settings: LoadSettings) -> LoadedModel:
-    """Load `source`.
+def load_model(source: ModelSource, settings: LoadSettings, progress: Reading | None = None) -> LoadedModel:
+    """Load `source`; `progress` is told how much of its weights was read.
 
     Raises:
         ModelFormatError, UnsupportedModelError, TokenizerError, NumericalError: the model is not usable.
         BudgetError: the context asked for does not fit the memory.
         UsageError: the network cannot run in the mode asked for.
-        HardwareError: this CPU lacks the instruction set asked for.
+        HardwareError: this CPU lacks the instruction set asked for, or the system the permission to lock memory.
         FingerprintError: the predictor that was asked for belongs to another model.
     """
     began = time.perf_counter()
@@ -67,7 +68,13 @@ def load_model(source: ModelSource, settings: LoadSettings) -> LoadedModel:
     threads = settings.threads or find_cores().threads
     ops = make_ops(settings.ops, threads, settings.isa)
     transformer, report = load_transformer(
-        source, ops, n_ctx=n_ctx, mode=prediction.mode, predictor=prediction.predictor
+        source,
+        ops,
+        n_ctx=n_ctx,
+        mode=prediction.mode,
+        predictor=prediction.predictor,
+        mlock=settings.mlock,
+        progress=progress,
     )
     cache = KVCache(spec, ops, n_ctx, settings.cache_type_k, settings.cache_type_v)
     traffic = traffic_of(spec, weights, settings.cache_type_k, settings.cache_type_v, report.predictor_bytes)

@@ -1,0 +1,106 @@
+"""Weights in memory before they are needed: the first touch, in the file's order, and locks."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import resource
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+
+from thermocline.errors import HardwareError, ModelFormatError
+from thermocline.files.weight import Bytes, Weight
+from thermocline.hardware.memory import find_memory
+
+Reading = Callable[[int, int], None]
+"""Told how many bytes of how many are in memory by now."""
+
+POPULATE_READ = 22
+"""MADV_POPULATE_READ of Linux 5.14, which Python does not name: map the pages, and read them where they are not."""
+HUGE_PAGE = 2 << 20
+PIECE = 16 * HUGE_PAGE
+GIB = 1 << 30
+
+
+def touch(path: Path, weights: Iterable[Weight], progress: Reading | None = None) -> None:
+    """Read the mapped weights in the order they have in their files, unless memory cannot hold them all.
+
+    One call for many pages reads a file many times faster than the page faults of the first token, and lets the
+    system map it in huge pages where the file system has them.
+
+    Raises:
+        ModelFormatError: the file cannot be read; without this, the process would die when it meets the bytes.
+    """
+    ranges = [(mapping, *_extent(mapping, views)) for mapping, views in _mappings(weights)]
+    total, done = sum(stop - start for _, start, stop in ranges), 0
+    if total > find_memory().available:
+        return
+    for mapping, start, stop in ranges:
+        _advise_huge_pages(mapping)
+        for at in range(start, stop, PIECE):
+            size = min(PIECE, stop - at)
+            _populate(path, mapping, at, size)
+            done += size
+            if progress is not None:
+                progress(done, total)
+
+
+def lock(arrays: Iterable[Bytes]) -> None:
+    """Forbid the system to drop or swap these bytes; it ends with their memory.
+
+    Raises:
+        HardwareError: the system does not allow it; the message has the limit.
+    """
+    held = list(arrays)
+    libc = ctypes.CDLL(None, use_errno=True)
+    for array in held:
+        if libc.mlock(ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(array.nbytes)) != 0:
+            size = sum(a.nbytes for a in held) / GIB
+            limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+            allowed = "no limit is set" if limit == resource.RLIM_INFINITY else f"the limit is {limit / GIB:.3f} GiB"
+            raise HardwareError(
+                f"{size:.2f} GiB of weights cannot be locked in memory: {os.strerror(ctypes.get_errno())} ({allowed}); "
+                "raise it with `ulimit -l`, or leave out --mlock"
+            )
+
+
+def _mappings(weights: Iterable[Weight]) -> list[tuple[mmap.mmap, list[Bytes]]]:
+    """The mappings that the weights are views on, in their order; weights made in memory have none."""
+    found: dict[int, tuple[mmap.mmap, list[Bytes]]] = {}
+    for weight in weights:
+        base: object = weight.data
+        while isinstance(base, np.ndarray):
+            base = base.base
+        if isinstance(base, memoryview):
+            base = base.obj
+        if isinstance(base, mmap.mmap) and weight.data.nbytes:
+            found.setdefault(id(base), (base, []))[1].append(weight.data)
+    return list(found.values())
+
+
+def _extent(mapping: mmap.mmap, views: list[Bytes]) -> tuple[int, int]:
+    """From the first byte of the views to their last, in whole huge pages as far as the mapping goes."""
+    origin = np.frombuffer(mapping, np.uint8).ctypes.data
+    first = min(view.ctypes.data for view in views) - origin
+    last = max(view.ctypes.data + view.nbytes for view in views) - origin
+    return first // HUGE_PAGE * HUGE_PAGE, min(-(-last // HUGE_PAGE) * HUGE_PAGE, len(mapping))
+
+
+def _advise_huge_pages(mapping: mmap.mmap) -> None:
+    try:
+        mapping.madvise(mmap.MADV_HUGEPAGE)
+    except OSError:  # a kernel without them
+        return
+
+
+def _populate(path: Path, mapping: mmap.mmap, start: int, size: int) -> None:
+    try:
+        mapping.madvise(POPULATE_READ, start, size)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise ModelFormatError(path, "data", f"cannot be read: {error.strerror}", offset=start) from error
+        np.frombuffer(mapping, np.uint8, size, start)[:: mmap.PAGESIZE].max()  # a kernel before 5.14
