@@ -40,6 +40,13 @@ SIZES: dict[str, Any] = {
 }
 
 
+OWN: dict[str, dict[str, Any]] = {
+    "OPT": {"ffn_dim": 96, "word_embed_proj_dim": 64, "tie_word_embeddings": True},
+    "Falcon": {"ffn_hidden_size": 96, "tie_word_embeddings": True},
+}
+"""What some families call otherwise, or have otherwise."""
+
+
 @dataclass(frozen=True)
 class DictSource:
     """A source made in memory."""
@@ -52,13 +59,14 @@ class DictSource:
 
 def hugging_face(name: str, **changes: Any) -> Any:
     """A tiny random model of transformers, in float32, with weights large enough to matter in every part."""
-    config = getattr(transformers, name + "Config")(**SIZES | changes)
+    config = getattr(transformers, name + "Config")(**SIZES | OWN.get(name, {}) | changes)
     torch.manual_seed(7)
     model = getattr(transformers, name + "ForCausalLM")(config).eval()
     with torch.no_grad():
         for key, parameter in model.named_parameters():
-            is_norm, is_bias = "norm" in key, key.endswith("bias")
-            parameter.normal_(1.0 if is_norm else 0.0, 0.2 if is_norm else 0.5 if is_bias else 0.15)
+            is_norm, is_bias = "norm" in key or ".ln_" in key, key.endswith("bias")
+            centre = 1.0 if is_norm and not is_bias else 0.0
+            parameter.normal_(centre, 0.2 if is_norm else 0.5 if is_bias else 0.15)
     return model
 
 

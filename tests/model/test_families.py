@@ -11,6 +11,7 @@ import pytest
 
 from thermocline.errors import ModelFormatError, ThermoclineError, UnsupportedModelError
 from thermocline.files.formats import F32
+from thermocline.files.gguf_writer import NewTensor
 from thermocline.files.metadata import Metadata
 from thermocline.files.quantize import from_float
 from thermocline.files.weight import Weight
@@ -43,14 +44,33 @@ SPECS: dict[str, ModelSpec] = {
     )
     for name, family in BY_ARCHITECTURE.items()
 }
+SPECS["opt"] = replace(
+    SPECS["opt"],
+    n_head_kv=2,
+    rope=None,
+    ffn=FfnKind(Activation.RELU, gated=False),
+    layer_norm=True,
+    qkv_bias=True,
+    out_bias=True,
+    ffn_bias=True,
+    position_offset=2,
+)
+SPECS["falcon"] = replace(
+    SPECS["falcon"], ffn=FfnKind(Activation.GELU, gated=False), layer_norm=True, parallel=True, shared_norm=True
+)
 SPECS["arcee"] = replace(SPECS["arcee"], ffn=FfnKind(Activation.RELU2, gated=False))
 SPECS["bamboo"] = replace(SPECS["bamboo"], ffn=FfnKind(Activation.RELU, gated=True, both=True))
 
 
 def weights_of(spec: ModelSpec, *, records: bool = False) -> dict[str, Weight]:
-    return {
-        name: from_float(name, np.zeros(shape, dtype=np.float32), F32)
+    """The tensors of a file of `spec`, all zeros."""
+    tensors = [
+        NewTensor(name, F32, shape, lambda shape=shape: np.zeros((shape[0], 4 * shape[1]), np.uint8))
         for name, shape in expected_tensors(spec, records=records).items()
+    ]
+    return {
+        t.name: Weight(t.name, F32, (t.shape[0], t.shape[1]), t.produce())
+        for t in BY_ARCHITECTURE[spec.family].file_tensors(spec, tensors)
     }
 
 
@@ -78,6 +98,10 @@ ROUND_TRIPS: dict[str, ModelSpec] = {
     "window": replace(SPECS["llama"], windows=(9, 9)),
     "upper window": replace(SPECS["qwen3"], windows=(0, 9)),
     "head size": replace(SPECS["qwen3"], head_dim=10, rope=RopeSpec(6, 5e5, interleaved=False)),
+    "opt untied": replace(SPECS["opt"], tied_embeddings=True),
+    "falcon two norms": replace(SPECS["falcon"], n_head_kv=2, shared_norm=False),
+    "falcon biased": replace(SPECS["falcon"], qkv_bias=True, out_bias=True, ffn_bias=True, shared_norm=False),
+    "reluFalcon": replace(SPECS["falcon"], ffn=FfnKind(Activation.RELU, gated=False)),
     "linear": replace(SPECS["llama"], rope=RopeSpec(8, 1e4, True, LinearScaling(4.0))),
     "yarn": replace(SPECS["qwen2"], rope=RopeSpec(8, 1e6, False, YarnScaling(1.0, 32, 1.5, 16.0, 2.0))),
 }
@@ -98,11 +122,23 @@ def test_yarn_without_truncation_has_no_header() -> None:
         gguf_header(replace(SPECS["llama"], rope=rope))
 
 
-def test_a_powerinfer_file_names_no_activation_and_means_relu(tiny: Any) -> None:
-    source = gguf(tiny, SPECS["llama"], records=True, hidden_activation=None)
-    assert family_of(source).spec(source).ffn == FfnKind(Activation.RELU, gated=True)
-    standard = gguf(tiny, SPECS["llama"], hidden_activation=None)
-    assert family_of(standard).spec(standard).ffn == SILU
+@pytest.mark.parametrize("name", ["llama", "falcon"])
+def test_a_powerinfer_file_names_no_activation_and_means_relu(tiny: Any, name: str) -> None:
+    source = gguf(tiny, SPECS[name], records=True, hidden_activation=None)
+    assert family_of(source).spec(source).ffn == FfnKind(Activation.RELU, gated=SPECS[name].ffn.gated)
+    standard = gguf(tiny, SPECS[name], hidden_activation=None)
+    assert family_of(standard).spec(standard).ffn == SPECS[name].ffn
+
+
+def test_what_powerinfer_leaves_out_of_its_files_of_opt(tiny: Any) -> None:
+    """No epsilon, no heads of keys; the context length counts the rows of the table of positions."""
+    changes = {"attention__layer_norm_epsilon": None, "attention__head_count_kv": None, "hidden_activation": None}
+    source = gguf(tiny, SPECS["opt"], records=True, **changes)
+    assert source.metadata["opt.context_length"] == SPECS["opt"].n_ctx_train + 2
+    assert {"blk.1.ffn_down_t.bias", "blk.1.ffn_up.bias", "position_embd.weight"} <= set(source.weights)
+    spec = family_of(source).spec(source)
+    assert spec == replace(SPECS["opt"], norm_eps=1e-5)
+    check_tensors("tiny", spec, family_of(source).weights(source, spec))
 
 
 def test_bamboo_is_drelu_whatever_its_file_says(tiny: Any) -> None:
@@ -145,7 +181,7 @@ KEYS: dict[str, tuple[dict[str, object], str]] = {
     "values of other length": ({"attention__value_length": 4}, "value_length"),
     "experts": ({"expert_count": 8}, "expert_count is 8; implemented is only 0"),
     "soft cap": ({"attn_logit_softcapping": 30.0}, "attn_logit_softcapping"),
-    "activation unknown": ({"hidden_activation": "gelu"}, "activation gelu is not implemented; known are silu, swish"),
+    "activation unknown": ({"hidden_activation": "mish"}, "activation mish is not implemented; known are silu, swish"),
     "activation a number": ({"hidden_activation": 3}, "hidden_activation"),
     "threshold of silu": ({"hidden_activation_threshold": 0.1}, "0.1.*no meaning for silu"),
     "threshold nan": ({"hidden_activation_threshold": float("nan")}, "threshold"),
@@ -241,8 +277,8 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "size missing": ({"hidden_size": None}, "hidden_size: is missing"),
     "a billion layers": ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
     "no heads": ({"num_attention_heads": 0}, "num_attention_heads"),
-    "vocabulary": ({"vocab_size": 161}, "vocab_size: is 161, but the embedding has 160 rows"),
-    "activation": ({"hidden_act": "gelu"}, "activation gelu"),
+    "vocabulary": ({"vocab_size": 161}, "vocab_size: counts 161 tokens, but the embedding has 160 rows"),
+    "activation": ({"hidden_act": "gelu_new"}, "activation gelu_new"),
     "no threshold": ({"hidden_act": "fatrelu"}, "hidden_act_param: is missing"),
     "ffn biases": ({"mlp_bias": True}, "mlp_bias"),
     "quantised elsewhere": ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
@@ -252,6 +288,50 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "rope a list": ({"rope_parameters": [1]}, "rope_parameters"),
     "tied as text": ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
 }
+
+
+OTHER_CONFIGS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "opt-350m": ("OPT", {"do_layer_norm_before": False}, "do_layer_norm_before is False; implemented is only True"),
+    "projected": ("OPT", {"word_embed_proj_dim": 32}, "word_embed_proj_dim is 32; implemented is only 64"),
+    "opt without biases": ("OPT", {"enable_bias": False}, "enable_bias is False"),
+    "opt of galactica": ("OPT", {"activation_function": "gelu_new"}, "activation gelu_new is not implemented"),
+    "alibi": ("Falcon", {"alibi": True}, "alibi is True; implemented is only False"),
+    "falcon in sequence": ("Falcon", {"parallel_attn": False}, "parallel_attn is False; implemented is only True"),
+    "three norms": ("Falcon", {"new_decoder_architecture": True, "num_ln_in_parallel_attn": 3}, "num_ln_in_parallel"),
+    "falcon's tanh": ("Falcon", {"activation": "gelu_pytorch_tanh"}, "activation gelu_pytorch_tanh"),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_CONFIGS)
+def test_other_families_configs_that_are_refused(tiny: Any, case: str) -> None:
+    family, changes, message = OTHER_CONFIGS[case]
+    source = tiny.source_of(tiny.hugging_face(family), **changes)
+    with pytest.raises((ModelFormatError, UnsupportedModelError), match=message):
+        family_of(source).spec(source)
+
+
+@pytest.mark.parametrize("name", ["opt", "falcon"])
+def test_layouts_that_are_not_these(tiny: Any, name: str) -> None:
+    changes = {"opt": {"attention__head_count_kv": 1}, "falcon": {"tensor_data_layout": "other"}}[name]
+    source = gguf(tiny, SPECS[name], **changes)
+    with pytest.raises(UnsupportedModelError, match=r"head_count_kv is 1|tensor_data_layout is 'other'"):
+        family_of(source).spec(source)
+
+
+def test_a_fused_matrix_of_other_rows_is_refused(tiny: Any) -> None:
+    source = gguf(tiny, SPECS["falcon"])
+    put("blk.1.attn_qkv.weight", 31, 16)(source.weights)
+    family = family_of(source)
+    with pytest.raises(ModelFormatError, match=r"blk\.1\.attn_qkv\.weight.*31 rows; 2 heads with 1 for keys need 32"):
+        family.weights(source, family.spec(source))
+
+
+def test_two_tensors_of_one_name_are_refused(tiny: Any) -> None:
+    source = tiny.source_of(tiny.hugging_face("OPT"))
+    put("decoder.layers.0.fc1.weight", 96, 64)(source.weights)
+    family = family_of(source)
+    with pytest.raises(ModelFormatError, match="are the same tensor"):
+        family.weights(source, family.spec(source))
 
 
 @pytest.mark.parametrize("case", CONFIGS)

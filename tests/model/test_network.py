@@ -20,9 +20,10 @@ RELU = FfnKind(Activation.RELU, gated=True)
 SILU = FfnKind(Activation.SILU, gated=True)
 
 
-@pytest.fixture(scope="module")
-def transformer(tiny: Any, usual_ops: Ops) -> Transformer:
-    return tiny.load(tiny.hugging_face("Llama", hidden_act="relu"), usual_ops)
+@pytest.fixture(scope="module", params=["Llama", "OPT", "Falcon"])
+def transformer(request: pytest.FixtureRequest, tiny: Any, usual_ops: Ops) -> Transformer:
+    changes = {"Llama": {"hidden_act": "relu"}, "OPT": {}, "Falcon": {"activation": "relu"}}[request.param]
+    return tiny.load(tiny.hugging_face(request.param, **changes), usual_ops)
 
 
 def cache_of(transformer: Transformer, n_ctx: int = 40) -> KVCache:
@@ -115,15 +116,51 @@ def test_an_observer_sees_every_ffn_and_changes_nothing(tiny: Any, usual_ops: Op
     assert result.work.fired == sum(np.count_nonzero(hidden) for _, hidden in recorder.hidden)
 
 
+SCORED = {"Llama": "model.layers.{}.post_attention_layernorm", "OPT": "model.decoder.layers.{}.final_layer_norm",
+          "Falcon": "transformer.h.{}.ln_attn"}  # fmt: skip
+"""Modules that are given what predictors score: the residual stream before the FFN's norm, in Falcon the input."""
+
+
+@pytest.mark.parametrize("family", SCORED)
+def test_predictors_are_given_what_the_family_says(tiny: Any, usual_ops: Ops, prompt: np.ndarray, family: str) -> None:
+    changes = {"new_decoder_architecture": True, "num_kv_heads": 2} if family == "Falcon" else {}
+    model = tiny.hugging_face(family, **changes)
+    seen: list[np.ndarray] = []
+    for layer in range(3):
+        module = model.get_submodule(SCORED[family].format(layer))
+        module.register_forward_pre_hook(lambda _, x: seen.append(x[0].reshape(9, -1).numpy()))
+    tiny.expected_logits(model, prompt[:9])
+    transformer = tiny.load(model, usual_ops)
+    recorder, segment = Recorder(), Segment(cache_of(transformer), 0, 9)
+    transformer.step(
+        prompt[:9],
+        (segment,),
+        Workspace(transformer.spec, transformer.ops, 9, observed=True),
+        Outputs.ALL,
+        recorder,
+    )
+    for (_, residual, _), theirs in zip(recorder.inputs, seen, strict=True):
+        assert tiny.relative_error(residual, theirs) <= 1e-4
+
+
+def test_learned_positions_end(tiny: Any) -> None:
+    source = tiny.source_of(tiny.hugging_face("OPT"))
+    assert load_transformer(source, ReferenceOps(), n_ctx=64)[0].n_ctx == 64
+    with pytest.raises(UsageError, match="tiny has learned positions for 64 tokens only"):
+        load_transformer(source, ReferenceOps(), n_ctx=65)
+
+
 def test_work_is_summed_over_layers(transformer: Transformer, prompt: np.ndarray) -> None:
     workspace = Workspace(transformer.spec, transformer.ops, 1)
     rows = transformer.spec.n_layer * transformer.spec.n_ff
     exact = transformer.step(prompt[:1], (Segment(cache_of(transformer), 0, 1),), workspace).work
     dense = transformer.with_mode(Mode.DENSE)
     full = dense.step(prompt[:1], (Segment(cache_of(transformer), 0, 1),), workspace).work
-    assert (full.gate_rows, full.up_rows, full.down_rows) == (rows, rows, rows)
-    assert exact.gate_rows == rows
-    assert 0 < exact.fired == full.fired <= exact.up_rows == exact.down_rows < 0.7 * rows
+    gated = transformer.spec.ffn.gated
+    assert (full.gate_rows, full.up_rows, full.down_rows) == (rows * gated, rows, rows)
+    assert exact.gate_rows == rows * gated
+    assert 0 < exact.fired == full.fired <= exact.down_rows < 0.7 * rows
+    assert exact.up_rows == (exact.down_rows if gated else rows)
 
 
 REFUSED = {

@@ -25,6 +25,8 @@ LLAMA3 = {
     "original_max_position_embeddings": 32,
 }
 
+GROUPED = {"new_decoder_architecture": True, "num_kv_heads": 2}
+
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama tied": ("Llama", {"tie_word_embeddings": True}),
@@ -45,6 +47,14 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3 biased": ("Qwen3", {"head_dim": 16, "attention_bias": True}),
     "arcee": ("Arcee", {}),
     "arcee yarn": ("Arcee", {"rope_parameters": YARN}),
+    "opt": ("OPT", {}),
+    "opt untied": ("OPT", {"tie_word_embeddings": False}),
+    "falcon 7b": ("Falcon", {}),
+    "falcon 40b": ("Falcon", GROUPED),
+    "falcon 11b": ("Falcon", GROUPED | {"num_ln_in_parallel_attn": 1}),
+    "falcon one head each": ("Falcon", {"multi_query": False, "bias": True}),
+    "falcon biased": ("Falcon", GROUPED | {"bias": True, "activation": "relu"}),
+    "falcon untied": ("Falcon", {"tie_word_embeddings": False, "bias": True, "activation": "relu"}),
     "linear": ("Llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 3.0}}),
     "llama3": ("Llama", {"rope_parameters": LLAMA3}),
     "yarn": ("Llama", {"rope_parameters": YARN}),
@@ -95,7 +105,7 @@ def test_drelu_is_relu_on_both_sides(tiny: Any, ops: Ops, prompt: np.ndarray, co
     assert tiny.relative_error(tiny.logits_of(ours, prompt), tiny.expected_logits(model, prompt)) <= TOLERANCE
 
 
-@pytest.mark.parametrize("family", ["Llama", "Qwen3", "Arcee"])
+@pytest.mark.parametrize("family", ["Llama", "Qwen3", "Arcee", "OPT", "Falcon"])
 def test_prompt_split_at_every_position(tiny: Any, usual_ops: Ops, prompt: np.ndarray, family: str) -> None:
     transformer = tiny.load(tiny.hugging_face(family), usual_ops)
     tokens = prompt[:12]
@@ -115,9 +125,12 @@ def test_half_precision_cache_costs_little(tiny: Any, usual_ops: Ops, prompt: np
     assert 1e-6 < error < 2 * model.config.num_hidden_layers * 2**-11 * 10
 
 
-@pytest.mark.parametrize("family", ["Llama", "Arcee"])
+RELU = {"Llama": {"hidden_act": "relu"}, "Arcee": {}, "OPT": {}, "Falcon": GROUPED | {"activation": "relu"}}
+
+
+@pytest.mark.parametrize("family", RELU)
 def test_exact_and_dense_agree_to_the_bit(tiny: Any, ops: Ops, prompt: np.ndarray, family: str) -> None:
-    changes = {} if family == "Arcee" else {"hidden_act": "relu"}
+    changes = RELU[family]
     exact = tiny.load(tiny.hugging_face(family, **changes), ops)
     assert exact.mode is Mode.EXACT
     dense = exact.with_mode(Mode.DENSE)

@@ -43,6 +43,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("Mistral", {"sliding_window": 7}),
     "qwen2": ("Qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}),
     "qwen3": ("Qwen3", {"head_dim": 32}),
+    "opt": ("OPT", {}),
+    "falcon": ("Falcon", {"bias": True, "tie_word_embeddings": False}),
+    "reluFalcon": ("Falcon", {"activation": "relu", "new_decoder_architecture": True, "num_kv_heads": 2}),
     "arcee": (
         "Arcee",
         {
@@ -74,23 +77,30 @@ def restored(model: Any, source: Any) -> None:
     """Give `model` the weights that the GGUF file `source` holds, as floats in transformers' order."""
     family = family_of(source)
     spec = family.spec(source)
-    state = model.state_dict()
-    layout = {f"model.layers.{i}.{hf}": f"blk.{i}.{ours}" for i in range(spec.n_layer)
-              for hf, ours in type(family).hf_layer_names.items()}  # fmt: skip
+    state, weights = model.state_dict(), family.weights(source, spec)
     for name, tensor in state.items():
-        stem, _, kind = name.rpartition(".")
-        canonical = type(family).hf_names.get(name) or f"{layout[stem]}.{kind}"
+        canonical = family.canonical(name)
+        assert canonical is not None
         if canonical == "output.weight" and spec.tied_embeddings:
             canonical = "token_embd.weight"
-        if canonical in source.weights:
-            values = to_float(source.weights[canonical])
+        if "attn_qkv" in canonical:
+            values = fused(spec, [to_float(weights[canonical.replace("_qkv", f"_{part}")]) for part in "qkv"])
+        elif canonical in weights:
+            values = to_float(weights[canonical])
         else:
-            values = to_float(source.weights[canonical.replace("ffn_down", "ffn_down_t")]).T
+            stored = to_float(weights[canonical.replace("ffn_down", "ffn_down_t")])
+            values = stored if canonical.endswith("bias") else stored.T
         heads = {"attn_q": spec.n_head, "attn_k": spec.n_head_kv}.get(canonical.split(".")[-2], 0)
         if heads and family.interleaved:
             values = values.reshape(tensor.shape)[np.argsort(neighbours(heads, tensor.shape[0]))]
         state[name] = torch.from_numpy(np.array(values)).reshape(tensor.shape)
     model.load_state_dict(state)
+
+
+def fused(spec: Any, parts: list[np.ndarray]) -> np.ndarray:
+    """Falcon's q, k and v (or their biases) in one, by groups of query heads with their key and value head."""
+    shape = spec.n_head_kv, -1, spec.head_dim, parts[0].shape[1] if parts[0].shape[0] > 1 else 1
+    return np.concatenate([part.reshape(shape) for part in parts], axis=1).reshape(-1, shape[-1])
 
 
 def rounded(_: Any, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
@@ -103,7 +113,7 @@ def rounded(_: Any, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
 
 def rounded_logits(tiny: Any, model: Any, transformer: Any, prompt: np.ndarray) -> np.ndarray:
     """Logits of transformers with activations rounded wherever CpuOps does."""
-    exempt = "down_proj" if transformer.layers[0].ffn.records else "no module"
+    exempt = ("down_proj", "fc2", "4h_to_h") if transformer.layers[0].ffn.records else ()
     hooks = [
         module.register_forward_pre_hook(rounded)
         for name, module in model.named_modules()

@@ -50,12 +50,14 @@ def lay_out(source: NetworkSource, fmt: BlockFormat | None, *, records: bool) ->
     permuted = source.kind == "hf" and family.interleaved
     heads = {"attn_q": spec.n_head, "attn_k": spec.n_head_kv} if permuted else {}
     reblocked: list[Reblocked] = []
-    tensors = [
-        _new_tensor(weights[name], name, shape, fmt, heads)
-        if name in weights
-        else _new_transpose(weights[_other_layout(name)], name, shape, fmt, reblocked)
-        for name, shape in expected_tensors(spec, records=records).items()
-    ]
+    tensors: list[NewTensor] = []
+    for name, shape in expected_tensors(spec, records=records).items():
+        weight = weights.get(name)
+        if weight is None and shape[0] > 1:
+            tensors.append(_new_transpose(weights[_other_layout(name)], name, shape, fmt, reblocked))
+        else:
+            tensors.append(_new_tensor(weight or weights[_other_layout(name)], name, shape, fmt, heads))
+    tensors = [*family.file_tensors(spec, tensors)]
     factors = rope_factors(spec.rope)
     if factors is not None:
         table = from_float("rope_freqs.weight", factors[None], F32)

@@ -12,16 +12,17 @@ import numpy.typing as npt
 
 from thermocline.activity.predictor import Predictor
 from thermocline.config import Mode
+from thermocline.errors import UsageError
 from thermocline.files.quantize import all_finite, to_float
 from thermocline.files.weight import Bytes, Weight
 from thermocline.memory.reblock import Reblocked, Transposer, not_finite, record_format, transpose
 from thermocline.memory.residence import Reading, lock, touch
 from thermocline.model.families import family_of
-from thermocline.model.network import Layer, LayerPredictor, Transformer, resolve_mode
+from thermocline.model.network import Layer, LayerPredictor, Norm, Transformer, resolve_mode
 from thermocline.model.rope import rope_table
 from thermocline.model.source import NetworkSource
 from thermocline.model.spec import ModelSpec
-from thermocline.model.tensors import check_tensors
+from thermocline.model.tensors import check_tensors, has_records
 from thermocline.ops.contract import Array, Matrix, NeuronBlock, Ops
 
 
@@ -81,14 +82,19 @@ def load_transformer(
     loading = _Loading(spec, ops, weights)
     predictors = (None,) * spec.n_layer if predictor is None else loading.predictors(source, predictor)
     n_ctx = n_ctx or spec.n_ctx_train
+    if spec.n_positions and n_ctx > spec.n_ctx_train:
+        raise UsageError(
+            f"{spec.name} has learned positions for {spec.n_ctx_train} tokens only; use a --ctx-size up to that"
+        )
     transformer = Transformer(
         spec=spec,
         ops=ops,
         embedding=ops.place(weights["token_embd.weight"]),
         layers=tuple(loading.layer(i, predictors[i]) for i in range(spec.n_layer)),
-        output_norm=loading.vector("output_norm.weight"),
+        output_norm=loading.norm("output_norm"),
         head=(ops.place(weights["token_embd.weight" if spec.tied_embeddings else "output.weight"]),),
-        rope=resident(ops, rope_table(spec.rope, n_ctx)),
+        rope=None if spec.rope is None else resident(ops, rope_table(spec.rope, n_ctx)),
+        positions=ops.place(weights["position_embd.weight"]) if spec.n_positions else None,
         n_ctx=n_ctx,
         mode=mode,
     )
@@ -147,15 +153,16 @@ class _Loading:
         qkv = [self.ops.place(self.weights[f"{blk}attn_{part}.weight"]) for part in "qkv"]
         bias = [self.vector(f"{blk}attn_{part}.bias") for part in "qkv"] if spec.qkv_bias else None
         return Layer(
-            attn_norm=self.vector(blk + "attn_norm.weight"),
+            attn_norm=self.norm(blk + "attn_norm"),
             qkv=(qkv[0], qkv[1], qkv[2]),
             qkv_bias=(bias[0], bias[1], bias[2]) if bias else None,
             q_norm=self.vector(blk + "attn_q_norm.weight") if spec.qk_norm else None,
             k_norm=self.vector(blk + "attn_k_norm.weight") if spec.qk_norm else None,
             out=(self.ops.place(self.weights[blk + "attn_output.weight"]),),
             out_bias=(self.vector(blk + "attn_output.bias"),) if spec.out_bias else None,
-            ffn_norm=self.vector(blk + "ffn_norm.weight"),
+            ffn_norm=None if spec.shared_norm else self.norm(blk + "ffn_norm"),
             ffn=self.neurons(blk),
+            down_bias=self.vector(blk + self.down_bias) if spec.ffn_bias else None,
             window=spec.windows[index],
             predictor=predictor,
         )
@@ -187,6 +194,7 @@ class _Loading:
             records=records is not None,
             kind=spec.ffn,
             neurons=spec.n_ff,
+            up_bias=self.vector(blk + "ffn_up.bias") if spec.ffn_bias else None,
         )
 
     def records(self, down: Weight) -> Weight:
@@ -203,6 +211,15 @@ class _Loading:
         self.resident_bytes += out.nbytes
         self.records_made.append(out)
         return Weight(down.name.replace("ffn_down", "ffn_down_t"), fmt, (down.columns, down.rows), out)
+
+    @property
+    def down_bias(self) -> str:
+        """What a layer's bias of the down projection is called in this file."""
+        return "ffn_down_t.bias" if has_records(self.weights) else "ffn_down.bias"
+
+    def norm(self, name: str) -> Norm:
+        """A norm by the name of its tensors."""
+        return Norm(self.vector(name + ".weight"), self.vector(name + ".bias") if self.spec.layer_norm else None)
 
     def vector(self, name: str) -> Array:
         """A norm or a bias as float32."""

@@ -29,8 +29,8 @@ OUTTYPES: Final[dict[str, BlockFormat]] = {"f16": F16, "q4_0": Q4_0}
 
 _KEYS: Final = (
     "context_length", "embedding_length", "block_count", "feed_forward_length", "rope.dimension_count",
-    "attention.head_count", "attention.head_count_kv", "attention.layer_norm_rms_epsilon", "rope.freq_base",
-    "rope.scaling.type", "rope.scaling.factor",
+    "attention.head_count", "attention.head_count_kv", "attention.layer_norm_rms_epsilon",
+    "attention.layer_norm_epsilon", "rope.freq_base", "rope.scaling.type", "rope.scaling.factor", "tensor_data_layout",
 )  # fmt: skip
 """Keys below the architecture that PowerInfer's converter writes."""
 
@@ -93,23 +93,32 @@ def _require_runnable(source: NetworkSource, spec: ModelSpec) -> None:
     ffn = spec.ffn
     if spec.family not in _FFN:
         raise _cannot(source, f"family {spec.family}; known are {', '.join(_FFN)}")
-    if ffn.activation is not Activation.RELU or not ffn.gated or ffn.both != _FFN[spec.family]:
-        raise _cannot(source, f"this FFN; in {spec.family} it is {'dReLU' if _FFN[spec.family] else 'ReGLU'}")
+    name, *wanted = _FFN[spec.family]
+    if ffn.activation is not Activation.RELU or [ffn.gated, ffn.both] != wanted:
+        raise _cannot(source, f"this FFN; in {spec.family} it is {name}")
     for problem, present in _LACKS.items():
         if present(spec):
             raise _cannot(source, problem)
 
 
-_FFN: Final = {"llama": False, "bamboo": True}
-"""Whether ReLU is on both sides of the FFN, by family."""
+_FFN: Final = {
+    "llama": ("ReGLU", True, False),
+    "bamboo": ("dReLU", True, True),
+    "opt": ("ReLU without a gate", False, False),
+    "falcon": ("ReLU without a gate", False, False),
+}
+"""The FFN by family: its name, whether there is a gate, and whether ReLU is on both sides."""
+
+_BIASED: Final = {"opt"}
+"""Families whose linear maps have biases."""
 
 _LACKS: Final[dict[str, Callable[[ModelSpec], bool]]] = {
-    "biases of attention": lambda s: s.qkv_bias or s.out_bias,
+    "biases of attention and FFN": lambda s: (s.qkv_bias or s.out_bias or s.ffn_bias) and s.family not in _BIASED,
     "norms of queries and keys": lambda s: s.qk_norm,
     "heads that are not n_embd together": lambda s: s.n_q != s.n_embd,
-    "rotary dimensions that are not the whole head": lambda s: s.rope.rotary_dim != s.head_dim,
+    "rotary dimensions that are not the whole head": lambda s: s.rope is not None and s.rope.rotary_dim != s.head_dim,
     "factors of rotary frequencies, nor any scaling but linear": lambda s: (
-        s.rope.factors is not None or not isinstance(s.rope.scaling, LinearScaling | None)
+        s.rope is not None and (s.rope.factors is not None or not isinstance(s.rope.scaling, LinearScaling | None))
     ),
 }
 

@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from thermocline.errors import UnsupportedModelError
+from thermocline.model.families import BY_ARCHITECTURE
 from thermocline.model.families.activation import activation_name
 from thermocline.model.rope import LinearScaling, Llama3Scaling, RopeSpec, YarnScaling, yarn_magnitude
 from thermocline.model.spec import ModelSpec
@@ -17,8 +18,9 @@ def gguf_header(spec: ModelSpec) -> dict[str, object]:
     Raises:
         UnsupportedModelError: GGUF has no key for one of its settings.
     """
+    epsilon = "layer_norm_epsilon" if spec.layer_norm else "layer_norm_rms_epsilon"
     own: dict[str, object] = {
-        "context_length": np.uint32(spec.n_ctx_train),
+        "context_length": np.uint32(spec.n_positions or spec.n_ctx_train),
         "embedding_length": np.uint32(spec.n_embd),
         "block_count": np.uint32(spec.n_layer),
         "feed_forward_length": np.uint32(spec.n_ff),
@@ -27,12 +29,11 @@ def gguf_header(spec: ModelSpec) -> dict[str, object]:
         "attention.head_count_kv": np.uint32(spec.n_head_kv),
         "attention.key_length": np.uint32(spec.head_dim),
         "attention.value_length": np.uint32(spec.head_dim),
-        "attention.layer_norm_rms_epsilon": np.float32(spec.norm_eps),
-        "rope.dimension_count": np.uint32(spec.rope.rotary_dim),
-        "rope.freq_base": np.float32(spec.rope.base),
+        f"attention.{epsilon}": np.float32(spec.norm_eps),
+        **_rotation(spec.rope),
         "hidden_activation": activation_name(spec.ffn),
-        **_scaling(spec.rope),
         **_windows(spec.windows),
+        **BY_ARCHITECTURE[spec.family].gguf_keys,
     }
     if spec.ffn.threshold:
         own["hidden_activation_threshold"] = np.float32(spec.ffn.threshold)
@@ -43,17 +44,27 @@ def gguf_header(spec: ModelSpec) -> dict[str, object]:
     }
 
 
-def rope_factors(rope: RopeSpec) -> npt.NDArray[np.float32] | None:
+def rope_factors(rope: RopeSpec | None) -> npt.NDArray[np.float32] | None:
     """What `rope_freqs.weight` must hold: divisors of the unscaled frequencies, None if there are none.
 
     Llama 3's scaling has no keys of its own in GGUF; it is stored as its factors.
     """
-    if isinstance(rope.scaling, Llama3Scaling):
+    if rope is not None and isinstance(rope.scaling, Llama3Scaling):
         plain = RopeSpec(rope.rotary_dim, rope.base, rope.interleaved, None, rope.factors)
         inherited = np.ones(rope.rotary_dim // 2) if rope.factors is None else np.asarray(rope.factors)
         divided: npt.NDArray[np.float64] = plain.angles() / rope.angles() * inherited
         return divided.astype(np.float32)
-    return None if rope.factors is None else np.asarray(rope.factors, dtype=np.float32)
+    return None if rope is None or rope.factors is None else np.asarray(rope.factors, dtype=np.float32)
+
+
+def _rotation(rope: RopeSpec | None) -> dict[str, object]:
+    if rope is None:
+        return {}
+    return {
+        "rope.dimension_count": np.uint32(rope.rotary_dim),
+        "rope.freq_base": np.float32(rope.base),
+        **_scaling(rope),
+    }
 
 
 def _scaling(rope: RopeSpec) -> dict[str, object]:

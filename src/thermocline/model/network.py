@@ -72,6 +72,8 @@ class SelectionObserver(Observer, Protocol):
 class LayerPredictor:
     """A layer's placed predictor: `Ops.predict` scores the residual stream before the FFN's norm.
 
+    Where attention and FFN are parallel, this is the layer's input.
+
     It is used in steps of up to `tokens` tokens; in longer ones it would cost more than it saves.
     """
 
@@ -81,19 +83,30 @@ class LayerPredictor:
     tokens: int
 
 
+class Norm(NamedTuple):
+    """LayerNorm where there is a bias, else RMSNorm."""
+
+    weight: Array
+    bias: Array | None
+
+
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One layer's placed weights. `qkv` share their input; norms and biases are float32 vectors."""
+    """One layer's placed weights. `qkv` share their input; norms and biases are float32 vectors.
 
-    attn_norm: Array
+    `ffn_norm` is None where the FFN shares the norm of attention; `down_bias` is added once, after all of the FFN.
+    """
+
+    attn_norm: Norm
     qkv: tuple[Matrix, Matrix, Matrix]
     qkv_bias: tuple[Array, Array, Array] | None
     q_norm: Array | None
     k_norm: Array | None
     out: tuple[Matrix]
     out_bias: tuple[Array] | None
-    ffn_norm: Array
+    ffn_norm: Norm | None
     ffn: NeuronBlock
+    down_bias: Array | None
     window: int
     predictor: LayerPredictor | None = None
 
@@ -113,9 +126,10 @@ class Transformer:
     ops: Ops
     embedding: Matrix
     layers: tuple[Layer, ...]
-    output_norm: Array
+    output_norm: Norm
     head: tuple[Matrix]
-    rope: Array
+    rope: Array | None
+    positions: Matrix | None
     n_ctx: int
     mode: Mode
 
@@ -157,7 +171,7 @@ class Transformer:
         """
         positions = self._check(tokens, segments, workspace, outputs, observer)
         views = workspace.views(len(tokens))
-        self.ops.embed(self.embedding, tokens, views.x)
+        self._embed(tokens, positions, views)
         gate_rows = up_rows = down_rows = fired = 0
         for index, layer in enumerate(self.layers):
             self._attend(index, layer, views, positions, segments)
@@ -172,6 +186,18 @@ class Transformer:
             self._logits(views, segments, workspace, outputs), FfnWork(gate_rows, up_rows, down_rows, fired)
         )
 
+    def _embed(self, tokens: npt.NDArray[np.int32], positions: npt.NDArray[np.int32], views: Views) -> None:
+        self.ops.embed(self.embedding, tokens, views.x)
+        if self.positions is not None:
+            self.ops.embed(self.positions, positions + np.int32(self.spec.position_offset or 0), views.normed)
+            self.ops.add(views.x, views.normed)
+
+    def _norm(self, x: Array, norm: Norm, out: Array) -> None:
+        if norm.bias is None:
+            self.ops.rms_norm(x, norm.weight, self.spec.norm_eps, out)
+        else:
+            self.ops.layer_norm(x, norm.weight, norm.bias, self.spec.norm_eps, out)
+
     def _attend(
         self,
         index: int,
@@ -181,13 +207,14 @@ class Transformer:
         segments: Sequence[Segment],
     ) -> None:
         ops, spec = self.ops, self.spec
-        ops.rms_norm(views.x, layer.attn_norm, spec.norm_eps, views.normed)
+        self._norm(views.x, layer.attn_norm, views.normed)
         ops.linear(views.normed, layer.qkv, views.qkv, layer.qkv_bias)
         if layer.q_norm is not None:
             ops.rms_norm(views.q, layer.q_norm, spec.norm_eps, views.q)
             ops.rms_norm(views.k, layer.k_norm, spec.norm_eps, views.k)
-        ops.rope(views.q, self.rope, positions, interleaved=spec.rope.interleaved)
-        ops.rope(views.k, self.rope, positions, interleaved=spec.rope.interleaved)
+        if spec.rope is not None:
+            ops.rope(views.q, self.rope, positions, interleaved=spec.rope.interleaved)
+            ops.rope(views.k, self.rope, positions, interleaved=spec.rope.interleaved)
         q, k, v, mixed = views.q, views.k, views.v, views.mixed
         scale, row = spec.attention_scale, 0
         for segment in segments:
@@ -196,20 +223,28 @@ class Transformer:
                 q, k, v, mixed = views.q[cut], views.k[cut], views.v[cut], views.mixed[cut]
             ops.attention(q, k, v, segment.cache.layers[index], segment.start, scale, layer.window, mixed)
             row += segment.count
-        ops.linear(views.mixed_flat, layer.out, (views.x,), layer.out_bias, add=True)
+        if not spec.parallel:
+            self._add_attention(layer, views)
+
+    def _add_attention(self, layer: Layer, views: Views) -> None:
+        self.ops.linear(views.mixed_flat, layer.out, (views.x,), layer.out_bias, add=True)
 
     def _feed_forward(self, index: int, layer: Layer, views: Views, observer: Observer | None) -> FfnWork:
-        ops = self.ops
         active = self._select(layer, views)
-        ops.rms_norm(views.x, layer.ffn_norm, self.spec.norm_eps, views.normed)
-        skip = self.mode is not Mode.DENSE
-        if observer is None:
-            return ops.ffn(views.normed, layer.ffn, active, views.x, skip_zeros=skip)
-        observer.ffn_input(index, views.x, views.normed)
-        if isinstance(observer, SelectionObserver):
-            observer.ffn_active(index, active)
-        work = ops.ffn(views.normed, layer.ffn, active, views.x, skip_zeros=skip, hidden=views.hidden)
-        observer.ffn_hidden(index, views.hidden)
+        if layer.ffn_norm is not None:
+            self._norm(views.x, layer.ffn_norm, views.normed)
+        if observer is not None:
+            observer.ffn_input(index, views.x, views.normed)
+            if isinstance(observer, SelectionObserver):
+                observer.ffn_active(index, active)
+        if self.spec.parallel:
+            self._add_attention(layer, views)
+        skip, hidden = self.mode is not Mode.DENSE, None if observer is None else views.hidden
+        work = self.ops.ffn(views.normed, layer.ffn, active, views.x, skip_zeros=skip, hidden=hidden)
+        if layer.down_bias is not None:
+            self.ops.add(views.x, layer.down_bias)
+        if observer is not None:
+            observer.ffn_hidden(index, views.hidden)
         return work
 
     def _select(self, layer: Layer, views: Views) -> ActiveSet:
@@ -231,7 +266,7 @@ class Transformer:
                 end += segment.count
                 source[i] = views.x[end - 1]
         logits, normed = workspace.logits[:rows], views.normed[:rows]
-        self.ops.rms_norm(source, self.output_norm, self.spec.norm_eps, normed)
+        self._norm(source, self.output_norm, normed)
         self.ops.linear(normed, self.head, (logits,))
         return logits
 

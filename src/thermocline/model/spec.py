@@ -33,6 +33,10 @@ class ModelSpec:
     `windows` gives every layer's sliding window in tokens, 0 for none. `name` is what messages call the
     model.
 
+    Positions are known by rotation (`rope`), or, if `position_offset` is given, learned: position p has row p plus this
+    of a table. `layer_norm` means LayerNorm with biases instead of RMSNorm. With `parallel`, attention and FFN both
+    read the layer's input; with `shared_norm` besides, they read one norm of it.
+
     Raises:
         ModelFormatError: a value is out of its bounds or contradicts another.
     """
@@ -48,13 +52,18 @@ class ModelSpec:
     n_vocab: int
     n_ctx_train: int
     norm_eps: float
-    rope: RopeSpec
+    rope: RopeSpec | None
     ffn: FfnKind
     windows: tuple[int, ...]
     tied_embeddings: bool
     qkv_bias: bool = False
     out_bias: bool = False
     qk_norm: bool = False
+    layer_norm: bool = False
+    ffn_bias: bool = False
+    position_offset: int | None = None
+    parallel: bool = False
+    shared_norm: bool = False
 
     def __post_init__(self) -> None:
         for field, (low, high) in BOUNDS.items():
@@ -82,11 +91,19 @@ class ModelSpec:
     @property
     def parameters(self) -> int:
         """Number of weights; tied embeddings count once."""
-        norms = self.n_embd * 2 + (2 * self.head_dim if self.qk_norm else 0)
+        norm = self.n_embd * (2 if self.layer_norm else 1)
+        norms = norm * (1 if self.shared_norm else 2) + (2 * self.head_dim if self.qk_norm else 0)
         biases = (self.n_q + 2 * self.n_kv if self.qkv_bias else 0) + (self.n_embd if self.out_bias else 0)
+        biases += self.n_ff + self.n_embd if self.ffn_bias else 0
         attention = self.n_embd * (2 * self.n_q + 2 * self.n_kv)
         layer = attention + self.ffn_parameters + norms + biases
-        return self.n_layer * layer + self.n_embd + self.n_vocab * self.n_embd * (1 if self.tied_embeddings else 2)
+        tables = self.n_positions + self.n_vocab * (1 if self.tied_embeddings else 2)
+        return self.n_layer * layer + norm + self.n_embd * tables
+
+    @property
+    def n_positions(self) -> int:
+        """Rows of the table of learned positions, 0 if there is none."""
+        return 0 if self.position_offset is None else self.n_ctx_train + self.position_offset
 
     @property
     def ffn_parameters(self) -> int:
@@ -100,6 +117,8 @@ class ModelSpec:
 
     def _check_rope(self) -> None:
         rope = self.rope
+        if rope is None:
+            return
         even = rope.rotary_dim % 2 == 0 and 2 <= rope.rotary_dim <= self.head_dim
         self._check(even, "rope dimensions", rope.rotary_dim, f"an even number from 2 to head_dim ({self.head_dim})")
         self._check_range("rope base", rope.base, *BASE_BOUNDS)

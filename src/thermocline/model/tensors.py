@@ -21,9 +21,11 @@ def expected_tensors(spec: ModelSpec, *, records: bool) -> dict[str, Shape]:
     `ffn_down_t`; otherwise it is the standard `ffn_down`.
     """
     tensors: dict[str, Shape] = {"token_embd.weight": (spec.n_vocab, spec.n_embd)}
+    if spec.n_positions:
+        tensors["position_embd.weight"] = (spec.n_positions, spec.n_embd)
     for layer in range(spec.n_layer):
         tensors |= {f"blk.{layer}.{name}": shape for name, shape in _layer_tensors(spec, records)}
-    tensors["output_norm.weight"] = (1, spec.n_embd)
+    tensors |= dict(_norm("output_norm", spec))
     if not spec.tied_embeddings:
         tensors["output.weight"] = (spec.n_vocab, spec.n_embd)
     return tensors
@@ -61,7 +63,7 @@ def refuse(path: object, problems: Sequence[str]) -> None:
 
 
 def _layer_tensors(spec: ModelSpec, records: bool) -> Iterator[tuple[str, Shape]]:
-    yield "attn_norm.weight", (1, spec.n_embd)
+    yield from _norm("attn_norm", spec)
     yield "attn_q.weight", (spec.n_q, spec.n_embd)
     yield "attn_k.weight", (spec.n_kv, spec.n_embd)
     yield "attn_v.weight", (spec.n_kv, spec.n_embd)
@@ -75,14 +77,22 @@ def _layer_tensors(spec: ModelSpec, records: bool) -> Iterator[tuple[str, Shape]
     if spec.qk_norm:
         yield "attn_q_norm.weight", (1, spec.head_dim)
         yield "attn_k_norm.weight", (1, spec.head_dim)
-    yield "ffn_norm.weight", (1, spec.n_embd)
+    if not spec.shared_norm:
+        yield from _norm("ffn_norm", spec)
     if spec.ffn.gated:
         yield "ffn_gate.weight", (spec.n_ff, spec.n_embd)
     yield "ffn_up.weight", (spec.n_ff, spec.n_embd)
-    if records:
-        yield "ffn_down_t.weight", (spec.n_ff, spec.n_embd)
-    else:
-        yield "ffn_down.weight", (spec.n_embd, spec.n_ff)
+    down = "ffn_down_t" if records else "ffn_down"
+    yield f"{down}.weight", (spec.n_ff, spec.n_embd) if records else (spec.n_embd, spec.n_ff)
+    if spec.ffn_bias:
+        yield "ffn_up.bias", (1, spec.n_ff)
+        yield f"{down}.bias", (1, spec.n_embd)
+
+
+def _norm(name: str, spec: ModelSpec) -> Iterator[tuple[str, Shape]]:
+    yield f"{name}.weight", (1, spec.n_embd)
+    if spec.layer_norm:
+        yield f"{name}.bias", (1, spec.n_embd)
 
 
 def _shape(shape: Shape) -> str:

@@ -92,7 +92,9 @@ def _context(spec: ModelSpec, settings: LoadSettings, *, scored: int) -> tuple[i
         BudgetError: the one asked for takes more memory than is free.
     """
     wanted = settings.ctx_size or spec.n_ctx_train
-    position = kv_bytes(spec, 1, settings.cache_type_k, settings.cache_type_v) + ROTATION * spec.rope.rotary_dim
+    position = kv_bytes(spec, 1, settings.cache_type_k, settings.cache_type_v) + ROTATION * (
+        spec.rope.rotary_dim if spec.rope is not None else 0
+    )
     memory = find_memory()
     free = min(memory.available, memory.usable) - workspace_bytes(spec, settings.ubatch, 1, scored=scored)
     if not settings.ctx_size:

@@ -54,10 +54,10 @@ def traffic_of(
         part = name.split(".")[-2]
         if part in ffn:
             ffn[part] += _record_bytes(weight) if part == "ffn_down" and spec.ffn.sparse else weight.nbytes
-        elif name != "token_embd.weight" or spec.tied_embeddings:
-            trunk += weight.nbytes
-        else:
+        elif name == "position_embd.weight" or (name == "token_embd.weight" and not spec.tied_embeddings):
             trunk += weight.format.row_bytes(weight.columns)
+        else:
+            trunk += weight.nbytes
     return Traffic(
         trunk=trunk,
         gate_row=ffn["ffn_gate"] / rows,

@@ -8,13 +8,17 @@ from thermocline.errors import UnsupportedModelError, printable
 from thermocline.model.families.arcee import Arcee
 from thermocline.model.families.bamboo import Bamboo
 from thermocline.model.families.base import Family
+from thermocline.model.families.falcon import Falcon
 from thermocline.model.families.llama import Llama
 from thermocline.model.families.mistral import Mistral
+from thermocline.model.families.opt import Opt
 from thermocline.model.families.qwen2 import Qwen2
 from thermocline.model.families.qwen3 import Qwen3
 from thermocline.model.source import NetworkSource
 
-BY_ARCHITECTURE: Mapping[str, Family] = {f.architecture: f for f in (Llama(), Bamboo(), Qwen2(), Qwen3(), Arcee())}
+BY_ARCHITECTURE: Mapping[str, Family] = {
+    f.architecture: f for f in (Llama(), Bamboo(), Qwen2(), Qwen3(), Arcee(), Opt(), Falcon())
+}
 """Families by `general.architecture` of a GGUF file."""
 
 BY_MODEL_TYPE: Mapping[str, Family] = {
@@ -25,6 +29,8 @@ BY_MODEL_TYPE: Mapping[str, Family] = {
     "qwen2": Qwen2(),
     "qwen3": Qwen3(),
     "arcee": Arcee(),
+    "opt": Opt(),
+    "falcon": Falcon(),
 }
 """Families by `model_type` of a config.json."""
 

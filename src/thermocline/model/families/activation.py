@@ -21,8 +21,9 @@ ACTIVATIONS: dict[str, Activation] = {
     "drelu": Activation.RELU,
     "fatrelu": Activation.RELU,
     "relu2": Activation.RELU2,
+    "gelu": Activation.GELU,
 }
-"""`drelu` is ReLU on gate and up both, `fatrelu` ReLU with a threshold."""
+"""`drelu` is ReLU on gate and up both, `fatrelu` ReLU with a threshold, `gelu` the exact one (not that of tanh)."""
 
 
 def ffn_from_gguf(metadata: Metadata, prefix: str, default: str, *, gated: bool) -> FfnKind:
@@ -32,9 +33,9 @@ def ffn_from_gguf(metadata: Metadata, prefix: str, default: str, *, gated: bool)
     return ffn_kind(metadata.path, name, threshold, gated=gated)
 
 
-def ffn_from_hf(config: Metadata, default: str, *, gated: bool) -> FfnKind:
-    """The formula from `hidden_act`, or `default` where config.json says nothing."""
-    name = config.text("hidden_act", default, limit=100)
+def ffn_from_hf(config: Metadata, default: str, *, gated: bool, key: str = "hidden_act") -> FfnKind:
+    """The formula from `key`, or `default` where config.json says nothing."""
+    name = config.text(key, default, limit=100)
     threshold = config.number("hidden_act_param", *THRESHOLD_BOUNDS) if name == "fatrelu" else 0.0
     return ffn_kind(config.path, name, threshold, gated=gated)
 
@@ -51,9 +52,10 @@ def ffn_kind(path: Path | str, name: str, threshold: float, *, gated: bool) -> F
             f"{printable(str(path))}: activation {printable(name)} is not implemented; known are {known}"
         )
     activation = ACTIVATIONS[name]
-    if threshold and activation is Activation.SILU:
-        raise UnsupportedModelError(f"{printable(str(path))}: a threshold of {threshold} has no meaning for silu")
-    return FfnKind(activation, gated=gated, both=name == "drelu", threshold=threshold)
+    kind = FfnKind(activation, gated=gated, both=name == "drelu", threshold=threshold)
+    if threshold and not kind.sparse:
+        raise UnsupportedModelError(f"{printable(str(path))}: a threshold of {threshold} has no meaning for {name}")
+    return kind
 
 
 def activation_name(kind: FfnKind) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import numpy as np
 
 from thermocline.errors import ModelFormatError, UnsupportedModelError, printable
+from thermocline.files.gguf_writer import NewTensor
 from thermocline.files.metadata import Metadata
 from thermocline.files.weight import Weight
 from thermocline.model.families.activation import ffn_from_gguf, ffn_from_hf
@@ -41,8 +42,6 @@ HF_NEUTRAL: dict[str, object] = {
 }
 """Keys of a config.json that change the arithmetic unless they have this value."""
 
-LAYER = re.compile(r"model\.layers\.(\d{1,4})\.(.+)")
-
 
 class Family:
     """A kind of network: how its spec is read, what its tensors are called, and its quirks.
@@ -59,6 +58,10 @@ class Family:
     default_activation = "silu"
     default_head_dim: int | None = None
 
+    gguf_keys: ClassVar[dict[str, object]] = {}
+    """What else the family's GGUF files say, below the architecture."""
+
+    hf_layer: ClassVar[re.Pattern[str]] = re.compile(r"model\.layers\.(\d{1,4})\.(.+)")
     hf_names: ClassVar[Mapping[str, str]] = {
         "model.embed_tokens.weight": "token_embd.weight",
         "model.norm.weight": "output_norm.weight",
@@ -93,13 +96,22 @@ class Family:
             named = self._hf_named(source)
             if spec.tied_embeddings:
                 named.pop("output.weight", None)
-        return {canonical: source.weights[name] for canonical, name in named.items()}
+        found = {canonical: source.weights[name] for canonical, name in named.items()}
+        return self.arranged(source.kind, spec, found)
+
+    def arranged(self, kind: str, spec: ModelSpec, weights: dict[str, Weight]) -> dict[str, Weight]:
+        """The weights by canonical names, where the files of a `kind` hold other ones; families override this."""
+        return weights
+
+    def file_tensors(self, spec: ModelSpec, tensors: Sequence[NewTensor]) -> Sequence[NewTensor]:
+        """Canonical tensors as the family's GGUF files hold them, the inverse of `arranged`; families override this."""
+        return tensors
 
     def canonical(self, name: str) -> str | None:
         """GGUF's name of a Hugging Face tensor, None if the family has no such tensor."""
         if name in self.hf_names:
             return self.hf_names[name]
-        match = LAYER.fullmatch(name)
+        match = self.hf_layer.fullmatch(name)
         if match is not None:
             stem, _, kind = match[2].rpartition(".")
             if stem in self.hf_layer_names and kind in {"weight", "bias"}:
@@ -112,7 +124,9 @@ class Family:
         unknown = []
         for name in source.weights:
             canonical = self.canonical(name)
-            if canonical is not None:
+            if canonical in named:
+                unknown.append(f"{printable(name)} and {printable(named[canonical])} are the same tensor")
+            elif canonical is not None:
                 named[canonical] = name
             elif not name.endswith("rotary_emb.inv_freq"):
                 unknown.append(f"{printable(name)} does not belong to this network")
@@ -138,8 +152,8 @@ class Family:
                 f"{printable(str(source.path))}: {prefix}attention.value_length differs from the keys' {head_dim}; "
                 "implemented are equal lengths"
             )
-        n_vocab = _rows(source, "token_embd.weight")
-        self._check_vocabulary(source, n_vocab)
+        n_vocab = self.rows(source, "token_embd.weight")
+        self.check_vocabulary(source, n_vocab)
         return ModelSpec(
             family=self.architecture,
             name=metadata.text("general.name", source.path.name),
@@ -170,9 +184,7 @@ class Family:
         n_head = config.integer("num_attention_heads", *BOUNDS["n_head"])
         head_dim = config.integer("head_dim", *BOUNDS["head_dim"], self.default_head_dim or n_embd // n_head)
         n_vocab = config.integer("vocab_size", *BOUNDS["n_vocab"])
-        rows = _rows(source, "model.embed_tokens.weight")
-        if rows != n_vocab:
-            raise ModelFormatError(source.path, "vocab_size", f"is {n_vocab}, but the embedding has {rows} rows")
+        self.check_vocabulary(source, self.rows(source, "token_embd.weight"))
         return ModelSpec(
             family=self.architecture,
             name=source.path.name,
@@ -218,8 +230,26 @@ class Family:
         """Each layer's sliding window; families with windows override this."""
         return (0,) * n_layer
 
-    def _check_vocabulary(self, source: NetworkSource, rows: int) -> None:
-        key = self.architecture + ".vocab_size"
+    def rows(self, source: NetworkSource, canonical: str) -> int:
+        """Rows of the tensor with that canonical name.
+
+        Raises:
+            ModelFormatError: it is missing; the message calls it as the source would.
+        """
+        hf = source.kind == "hf"
+        names = [name for name, known in self.hf_names.items() if known == canonical] if hf else [canonical]
+        for name in names:
+            if name in source.weights:
+                return source.weights[name].rows
+        raise ModelFormatError(source.path, "tensors", f"{names[0]} is missing")
+
+    def check_vocabulary(self, source: NetworkSource, rows: int) -> None:
+        """Hold what the metadata says of the vocabulary to the rows of the embedding.
+
+        Raises:
+            ModelFormatError: they differ.
+        """
+        key = "vocab_size" if source.kind == "hf" else self.architecture + ".vocab_size"
         counts = {key: source.metadata.integer(key, *BOUNDS["n_vocab"], rows)}
         tokens = source.metadata.strings("tokenizer.ggml.tokens", default=None)
         if tokens is not None:
@@ -227,9 +257,3 @@ class Family:
         for name, count in counts.items():
             if count != rows:
                 raise ModelFormatError(source.path, name, f"counts {count} tokens, but the embedding has {rows} rows")
-
-
-def _rows(source: NetworkSource, name: str) -> int:
-    if name not in source.weights:
-        raise ModelFormatError(source.path, "tensors", f"{printable(name)} is missing")
-    return source.weights[name].rows
