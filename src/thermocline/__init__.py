@@ -6,22 +6,30 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 __all__ = [
-    "LLM", "LoadSettings", "SamplingSettings", "ThermoclineError", "__version__", "describe", "examine",
-    "merge_activities", "order", "perplexity", "probe_machine", "profile", "read_activity", "report", "shipped_model",
+    "LLM", "LoadSettings", "SamplingSettings", "ThermoclineError", "__version__", "compare_plans", "describe",
+    "examine", "explain", "export_gpu_index", "known_machines", "merge_activities", "order", "perplexity", "plan",
+    "probe_machine", "profile", "read_activity", "report", "save_order", "save_plan", "shipped_model",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
     from thermocline.api import (
         LLM,
+        compare_plans,
         describe,
         examine,
+        explain,
+        export_gpu_index,
+        known_machines,
         merge_activities,
         order,
         perplexity,
+        plan,
         probe_machine,
         profile,
         read_activity,
         report,
+        save_order,
+        save_plan,
         shipped_model,
     )
     from thermocline.config import LoadSettings, SamplingSettings
@@ -29,15 +37,22 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "LLM": "thermocline.api",
+    "compare_plans": "thermocline.api",
     "describe": "thermocline.api",
     "examine": "thermocline.api",
+    "explain": "thermocline.api",
+    "export_gpu_index": "thermocline.api",
+    "known_machines": "thermocline.api",
     "merge_activities": "thermocline.api",
     "order": "thermocline.api",
     "perplexity": "thermocline.api",
+    "plan": "thermocline.api",
     "probe_machine": "thermocline.api",
     "profile": "thermocline.api",
     "read_activity": "thermocline.api",
     "report": "thermocline.api",
+    "save_order": "thermocline.api",
+    "save_plan": "thermocline.api",
     "shipped_model": "thermocline.api",
     "LoadSettings": "thermocline.config",
     "SamplingSettings": "thermocline.config",

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from thermocline.activity.order import By, Order, save_order
+from thermocline.activity.pictures import Picture
 from thermocline.activity.profile import Existing, Profiled, Progress
 from thermocline.activity.report import write_report
 from thermocline.activity.statistics import Activity, merge_all
@@ -26,27 +27,36 @@ from thermocline.config import LoadSettings, SamplingSettings
 from thermocline.errors import ThermoclineError, UsageError, printable
 from thermocline.files.open import open_model
 from thermocline.files.source import ModelSource
+from thermocline.hardware.catalogue import machine_names
 from thermocline.hardware.probe import Probe, probe_machine
 from thermocline.hardware.survey import Survey, examine
 from thermocline.model.spec import ModelSpec
+from thermocline.placement.explain import Table as PlanTable
+from thermocline.placement.explain import gain_table, layer_table, plan_diff, sensitivities, speed_table, tier_table
+from thermocline.placement.picture import placement_picture
+from thermocline.placement.plan import Plan
+from thermocline.placement.plan_file import load_plan, save_plan
 from thermocline.runtime.bench import BenchRow, run_bench
 from thermocline.runtime.describe import ModelInfo, PredictorInfo
 from thermocline.runtime.describe import describe as describe_source
 from thermocline.runtime.generation import FinishReason, Generation, Item, Stream
 from thermocline.runtime.loading import LoadedModel, load_model
 from thermocline.runtime.perplexity import Perplexity, Scored, measure_perplexity
+from thermocline.runtime.planning import Planned, PlanSettings, export_gpu_index, import_gpu_index, plan_model
 from thermocline.runtime.profiling import profile_model
 from thermocline.runtime.report import RunReport
 from thermocline.text.chat import ChatTemplate
 
 __all__ = [
-    "LLM", "Activity", "BenchRow", "By", "Existing", "FinishReason", "Generation", "Item", "LoadSettings", "ModelInfo",
-    "Order", "Perplexity", "PredictorInfo", "Probe", "Profiled", "Progress", "RunReport", "SamplingSettings", "Scored",
-    "Stream", "Survey", "ThermoclineError", "describe", "examine", "merge_activities", "order", "perplexity",
-    "probe_machine", "profile", "read_activity", "report", "shipped_model",
+    "LLM", "Activity", "BenchRow", "By", "Existing", "FinishReason", "Generation", "Item", "LoadSettings",
+    "ModelInfo", "Order", "Perplexity", "Plan", "PlanSettings", "PlanTable", "Planned", "PredictorInfo", "Probe",
+    "Profiled", "Progress", "RunReport", "SamplingSettings", "Scored", "Stream", "Survey", "ThermoclineError",
+    "compare_plans", "describe", "examine", "explain", "export_gpu_index", "known_machines", "merge_activities",
+    "order", "perplexity", "plan", "probe_machine", "profile", "read_activity", "report", "save_order", "save_plan",
+    "shipped_model",
 ]  # fmt: skip
 
-Settings = TypeVar("Settings", LoadSettings, SamplingSettings)
+Settings = TypeVar("Settings", LoadSettings, SamplingSettings, PlanSettings)
 Messages = Sequence[Mapping[str, Any]]
 
 SHIPPED = Path(__file__).parent / "shipped" / "epilimnion.q8_0.gguf"
@@ -361,16 +371,73 @@ def report(
     *,
     predictor: str | Path | None = None,
     pictures: str | Path | None = None,
+    plan: str | Path | None = None,
 ) -> list[Path]:
     """Draw an activity: one self-contained page `output`, and single pictures (SVG) in the folder `pictures`.
 
-    Returns the files that were written.
+    `plan` is drawn over the activity's heat map. Returns the files that were written.
 
     Raises:
         FingerprintError: the predictor belongs to another model than the activity.
+        PlanError: the plan does, or is damaged.
         OutputError: a file could not be written.
     """
-    return write_report(path, output, predictor=predictor, pictures=pictures)
+    placed = None if plan is None else load_plan(plan)
+
+    def more(activity: Activity) -> list[Picture]:
+        return [] if placed is None else [placement_picture(placed, activity, str(plan))]
+
+    return write_report(path, output, predictor=predictor, pictures=pictures, more=more)
+
+
+def plan(
+    model: str | Path | None = None,
+    settings: PlanSettings | None = None,
+    load: LoadSettings | None = None,
+    *,
+    activity: str | Path | None = None,
+    gpu_index: str | Path | None = None,
+    tell: Callable[[str], None] | None = None,
+    **overrides: Any,
+) -> Planned:
+    """Decide what of a model lives in which memory, and predict how fast it runs.
+
+    `overrides` are single fields of `PlanSettings`: `plan("m.gguf", vram_budget="8GiB")`. `activity` says which
+    neurons are hot (without, what lies beside the model). With `gpu_index`, PowerInfer's choice of neurons is taken.
+    `tell` hears what is being done.
+
+    Raises:
+        BudgetError: nothing fits; the message has the account and the budget that would do.
+        ThermoclineError: the subclass and the message say what was in the way.
+    """
+    source = open_model(shipped_model() if model is None else model)
+    try:
+        wanted = _settings(PlanSettings, settings, overrides)
+        planned = plan_model(source, wanted, load or LoadSettings(), activity=activity, tell=tell)
+        return planned if gpu_index is None else import_gpu_index(planned, gpu_index)
+    finally:
+        source.close()
+
+
+def explain(planned: Planned, *, what_helps: bool = True) -> list[PlanTable]:
+    """A plan as tables: layers, tiers, speed, and with `what_helps` what more memory or bandwidth would buy."""
+    tables = [layer_table(planned.plan), tier_table(planned.plan), speed_table(planned.plan)]
+    return [*tables, gain_table(sensitivities(planned.problem))] if what_helps else tables
+
+
+def compare_plans(first: str | Path, second: str | Path) -> PlanTable:
+    """What differs between two plans of one model, as a table without rows if nothing does.
+
+    Raises:
+        PlanError: a file holds no plan.
+        UsageError: they are of models that cannot be compared.
+    """
+    return plan_diff(load_plan(first), load_plan(second))
+
+
+def known_machines() -> Mapping[str, tuple[str, ...]]:
+    """Names of the catalogue of machines that one can plan for, by kind of part."""
+    return machine_names()
 
 
 def _settings(kind: type[Settings], given: Settings | None, overrides: Mapping[str, Any]) -> Settings:

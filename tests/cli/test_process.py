@@ -13,7 +13,7 @@ import pytest
 from thermocline import __version__
 
 HEAVY = {"numpy", "jinja2", "tokenizers", "psutil", "safetensors", "thermocline._native", "thermocline.api"}
-VERBS = ["run", "chat", "show", "bench", "profile", "activity", "report", "doctor"]
+VERBS = ["run", "chat", "show", "bench", "profile", "activity", "report", "plan", "doctor"]
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["--version"], *([verb, "--help"] for verb in VERBS)], ids=str)

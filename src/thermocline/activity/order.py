@@ -7,6 +7,7 @@ that order. Its info says `by` and `tokens`.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -56,6 +57,13 @@ class Order:
         order = np.argsort(-heat, axis=1, kind="stable").astype(np.int32)
         temperature = np.take_along_axis(activity.temperatures, order.astype(np.intp), axis=1)
         return cls(activity.model_fingerprint, activity.model_name, by, activity.tokens, order, temperature)
+
+    @property
+    def fingerprint(self) -> str:
+        """64 hex digits of the model and the order: what the depths of a plan count along."""
+        digest = hashlib.sha256(self.model_fingerprint.encode())
+        digest.update(np.ascontiguousarray(self.order, "<i4").data)
+        return digest.hexdigest()
 
     @property
     def places(self) -> Order32:

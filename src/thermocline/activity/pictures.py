@@ -100,7 +100,7 @@ def _ranked(activity: Activity) -> Picture:
 
 
 def _heat(activity: Activity) -> Picture:
-    values = np.sqrt(_columns(activity.sorted_temperatures))
+    values = np.sqrt(heat_columns(activity.sorted_temperatures))
     n_layer = activity.n_layer
     rank = Axis(0, 1, "rank in the layer, hottest first", percents(0, 1))
     plot = Plot("Temperature", rank, Axis(n_layer - 0.5, -0.5, "layer", layer_marks(n_layer)), right=86)
@@ -175,7 +175,7 @@ def _cumulative(counts: npt.NDArray[np.int64]) -> tuple[Floats, Floats]:
     return places / len(counts), reached[places] / max(reached[-1], 1)
 
 
-def _columns(ordered: Floats) -> Floats:
+def heat_columns(ordered: Floats) -> Floats:
     """Rows averaged to at most HEAT_COLUMNS columns."""
     count = min(ordered.shape[1], HEAT_COLUMNS)
     edges = np.arange(count + 1) * ordered.shape[1] // count

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any, Final
@@ -64,8 +64,11 @@ def write_report(
     *,
     predictor: Path | str | None = None,
     pictures: Path | str | None = None,
+    more: Callable[[Activity], Sequence[Picture]] | None = None,
 ) -> list[Path]:
     """Draw the activity in `path` as a page `output` and as single files in the folder `pictures`; what was written.
+
+    `more` draws further pictures of the activity, shown after its own.
 
     Raises:
         ModelFormatError: a file is not what it should be.
@@ -76,7 +79,7 @@ def write_report(
     sidecar = None if predictor is None else read_sidecar(predictor, SidecarKind.PREDICTOR, verify=False)
     if sidecar is not None:
         sidecar.require_model(activity.model_fingerprint, activity.model_name)
-    drawn = activity_pictures(activity)
+    drawn = [*activity_pictures(activity), *(() if more is None else more(activity))]
     predicted = [] if sidecar is None else predictor_pictures(sidecar.info)
     written = []
     if output is not None:

@@ -26,6 +26,7 @@ VERBS = {
     "activity": "Show which neurons fire, add up the statistics of several runs, or sort the neurons.",
     "report": "Draw which neurons fire, as a page of pictures.",
     "perplexity": "Measure how well a model predicts a text.",
+    "plan": "Decide what of a model lives in which memory, and predict its speed.",
     "doctor": "Say what this machine has and which kernels will run.",
 }
 

@@ -16,6 +16,7 @@ def report(
     *,
     output: Annotated[str | None, flag("--output", "-o", help="Page to write, such as report.html.")] = None,
     predictor: Annotated[str | None, flag("--predictor", help="Predictor whose quality to draw as well.")] = None,
+    plan: Annotated[str | None, flag("--plan", help="Plan to draw over the heat map.")] = None,
     pictures: Annotated[str | None, flag("--pictures", help="Folder to write the single pictures to, as SVG.")] = None,
     as_json: JsonFlag = False,
 ) -> int:
@@ -27,11 +28,13 @@ def report(
 
       thermocline report model.activity.safetensors -o report.html --predictor model.predictor.safetensors
 
+      thermocline report model.activity.safetensors -o report.html --plan plan.json
+
       thermocline report model.activity.safetensors --pictures docs/pictures
     """
     if output is None and pictures is None:
         raise UsageError("there is nothing to write; give -o PAGE.html, --pictures FOLDER, or both")
-    written = thermocline.report(file, output, predictor=predictor, pictures=pictures)
+    written = thermocline.report(file, output, predictor=predictor, pictures=pictures, plan=plan)
     if as_json:
         write_json({"written": [str(path) for path in written]})
     else:

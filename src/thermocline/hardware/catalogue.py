@@ -162,6 +162,16 @@ def machine(name: str) -> Machine:
     )
 
 
+def machine_names() -> dict[str, tuple[str, ...]]:
+    """What `machine` knows, by kind."""
+    kinds: dict[str, tuple[str, ...]] = {"computers": tuple(COMPUTERS), "GPUs": tuple(GPUS), "CPUs": tuple(CPUS)}
+    return kinds | {
+        "memories": tuple(MEMORIES),
+        "sizes": ("16gib", "32gib", "64gib", "any other"),
+        "disks": tuple(DISKS),
+    }
+
+
 def _kind(part: str, name: str) -> str:
     if re.fullmatch(r"[1-9]\d{0,3}gib", part):
         return "size"

@@ -1,0 +1,332 @@
+"""From a model's file, what is known of it and of a machine to a placement problem, and to its plan."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from thermocline.activity.order import Order, load_order
+from thermocline.activity.predictor import Predictor
+from thermocline.activity.store import load_activity
+from thermocline.config import LoadSettings
+from thermocline.errors import FingerprintError, ModelFormatError, UsageError, printable
+from thermocline.files.companion import companion
+from thermocline.files.gpuidx import read_gpu_index, write_gpu_index
+from thermocline.files.sidecar import SidecarKind
+from thermocline.files.source import ModelSource
+from thermocline.hardware import catalogue
+from thermocline.hardware.disk import SMALLEST
+from thermocline.hardware.machine import Machine, Tier
+from thermocline.hardware.probe import emulated, machine_of, probe_machine
+from thermocline.memory.kv_cache import kv_bytes_per_token
+from thermocline.memory.loader import first_bytes
+from thermocline.model.families import family_of
+from thermocline.placement.budget import Budget, parse_budget
+from thermocline.placement.cost import LARGEST_CLUSTER, FfnMode, ffn_mode
+from thermocline.placement.footprint import Footprint, footprint_of
+from thermocline.placement.plan import Plan, make_plan, plan_of
+from thermocline.placement.plan_file import plan_text
+from thermocline.placement.powerinfer import from_gpu_index, to_gpu_index
+from thermocline.placement.problem import LayerPlace, Placement, Problem
+from thermocline.placement.solver import Method, Solution
+from thermocline.placement.workload import NO_OVERHEADS, Overheads, Workload
+from thermocline.runtime.prediction import choose_prediction
+
+AUTO = "auto"
+CONTEXT = 4096
+"""Tokens that a plan is made for where nobody says, if the model was trained on as many."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanSettings:
+    """What a plan is made for. Budgets are as people write them; `machine` is `auto`, this one, or of the catalogue."""
+
+    machine: str = AUTO
+    emulated: bool = False
+    vram_budget: str = AUTO
+    ram_budget: str = AUTO
+    prompt: int = 256
+    output: int = 256
+    batch: int = 1
+    latency_target: float | None = None
+    method: Method = Method.GREEDY
+
+    def __post_init__(self) -> None:
+        if self.method not in list(Method):
+            raise UsageError(f"method is {printable(str(self.method))}; allowed: {', '.join(Method)}")
+        object.__setattr__(self, "method", Method(self.method))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Planned:
+    """A plan with the problem that it solves, the order that its depths count along (None: the file's own), and what
+    there is to say, one line each.
+    """
+
+    plan: Plan
+    problem: Problem
+    order: Order | None
+    notices: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The plan's file and the notices, for JSON."""
+        document: dict[str, Any] = json.loads(plan_text(self.plan))
+        return {"plan": document, "notices": list(self.notices)}
+
+
+def plan_model(
+    source: ModelSource,
+    settings: PlanSettings,
+    load: LoadSettings,
+    *,
+    activity: str | Path | None = None,
+    tell: Callable[[str], None] | None = None,
+) -> Planned:
+    """Find the fastest placement that fits.
+
+    `activity` is what `profile` wrote, or an order made from it; without, the one beside the model is used.
+
+    Raises:
+        BudgetError: nothing fits.
+        FingerprintError: the activity is another model's.
+        HardwareError, UsageError: the machine or a setting is not usable.
+    """
+    problem, order, notices = problem_of(source, settings, load, activity=activity, tell=tell)
+    if tell is not None:
+        tell("looking for the fastest placement")
+    plan = make_plan(problem, None if order is None else order.fingerprint, settings.method)
+    return Planned(plan, problem, order, notices)
+
+
+def problem_of(
+    source: ModelSource,
+    settings: PlanSettings,
+    load: LoadSettings,
+    *,
+    activity: str | Path | None = None,
+    tell: Callable[[str], None] | None = None,
+) -> tuple[Problem, Order | None, tuple[str, ...]]:
+    """The placement problem of a model; see `plan_model`."""
+    family = family_of(source)
+    spec = family.spec(source)
+    weights = family.weights(source, spec)
+    prediction = choose_prediction(source, spec, first_bytes(spec, weights), load)
+    mode = ffn_mode(prediction.mode)
+    footprint = footprint_of(
+        spec,
+        weights,
+        source.fingerprint,
+        kv_token=kv_bytes_per_token(spec, load.cache_type_k, load.cache_type_v) // spec.n_layer,
+        predictor=None if prediction.predictor is None else _predictor_bytes(prediction.predictor),
+    )
+    order, notices = find_order(source, activity)
+    machine, budgets, overheads = machine_and_budgets(settings, source.path, tell)
+    problem = Problem(
+        footprint,
+        machine,
+        _workload(settings, load, spec.n_ctx_train),
+        mode,
+        _temperatures(order, footprint, mode, prediction.predictor),
+        budgets,
+        overheads,
+        LARGEST_CLUSTER,
+    )
+    return problem, order, (*prediction.notices, *notices)
+
+
+def find_order(source: ModelSource, path: str | Path | None) -> tuple[Order | None, tuple[str, ...]]:
+    """The order in `path`, an order or an activity; without, of what lies beside the model; None if nothing does.
+
+    Raises:
+        FingerprintError: it is another model's.
+        ModelFormatError: it is neither.
+    """
+    if path is not None:
+        return _read_order(Path(path), source), ()
+    for kind in (SidecarKind.ORDER, SidecarKind.ACTIVITY):
+        beside = companion(source.path, kind)
+        if beside.is_file():
+            return _read_order(beside, source), (f"temperatures from {printable(beside.name, 80)}",)
+    return None, ()
+
+
+def machine_and_budgets(
+    settings: PlanSettings, model: Path, tell: Callable[[str], None] | None = None
+) -> tuple[Machine, dict[Tier, int], Overheads]:
+    """The machine to plan for, the bytes that may be used of each tier, and what each side needs beside them."""
+    vram = parse_budget(settings.vram_budget, "vram-budget")
+    ram = parse_budget(settings.ram_budget, "ram-budget")
+    stated = settings.vram_budget != AUTO
+    if settings.machine != AUTO:
+        if settings.emulated:
+            raise UsageError("a machine of the catalogue has its own GPU or none; --device emulated is of this machine")
+        machine = catalogue.machine(settings.machine)
+        free = {Tier.RAM: machine.cpu.capacity, Tier.VRAM: machine.gpu.capacity if machine.gpu else 0}
+    else:
+        survey, probe = probe_machine(disk=_to_measure(model), tell=tell)
+        machine = machine_of(survey, probe, model)
+        if settings.emulated:
+            machine = emulated(machine, probe, survey.memory.usable)
+        cards = probe.gpus
+        free = {Tier.RAM: survey.memory.available, Tier.VRAM: cards[0].total if cards else survey.memory.available // 2}
+    if machine.gpu is None and stated:
+        raise UsageError(
+            f"{machine.name} has no GPU, and --vram-budget says how much of one to use; leave it out, plan for "
+            "--device emulated, or for a --machine with a GPU"
+        )
+    budgets = {Tier.RAM: _resolved(ram, "ram-budget", machine.cpu.capacity, free[Tier.RAM])}
+    if machine.gpu is not None:
+        budgets[Tier.VRAM] = _resolved(vram, "vram-budget", machine.gpu.capacity, free[Tier.VRAM])
+    return (
+        machine,
+        budgets,
+        replace(NO_OVERHEADS, margin_ram=Overheads().margin_ram) if settings.emulated else Overheads(),
+    )
+
+
+def import_gpu_index(planned: Planned, path: str | Path) -> Planned:
+    """The plan that PowerInfer's GPU index stands for, priced for the same problem.
+
+    Attention, caches and the rest go where the solver has them; of each layer the neurons of the index go to VRAM. The
+    order is new: hot neurons first, as hot as before among themselves.
+
+    Raises:
+        ModelFormatError: the file is no GPU index of such a model.
+        BudgetError: it does not fit.
+        UsageError: there is no GPU to place on.
+    """
+    problem, f = planned.problem, planned.problem.footprint
+    if problem.machine.gpu is None:
+        raise UsageError("a GPU index places neurons on a GPU; add --device emulated, or --machine with a GPU")
+    index = read_gpu_index(path, n_layer=f.n_layer, n_ff=f.n_ff)
+    old = planned.order
+    order, depths = np.empty((f.n_layer, f.n_ff), np.int32), []
+    for layer, mask in enumerate(index.masks):
+        known = None if old is None else old.order[layer]
+        bucket = index.bucket(layer)
+        empty = np.empty(0, np.int32)
+        order[layer], depth = from_gpu_index(
+            mask.astype(np.int32), empty if bucket is None else bucket, known, str(path)
+        )
+        depths.append(depth)
+    heat = np.zeros(order.shape) if old is None else np.take_along_axis(_by_number(old), order.astype(np.intp), axis=1)
+    new = Order(f.fingerprint, f.name, old.by, old.tokens, order, heat) if old is not None else None
+    # Depths of an index are no whole clusters: price it in single steps that all of them are multiples of.
+    step = int(np.gcd.reduce([*depths, LARGEST_CLUSTER])) or LARGEST_CLUSTER
+    exact = replace(problem, cluster=step, temperatures=None if old is None else _in_two(heat, depths))
+    last = exact.cost.clusters
+    layers = tuple(
+        LayerPlace(layer.home, layer.predictor or layer.home, -(-depth // step), last)
+        for layer, depth in zip(planned.plan.layers, depths, strict=True)
+    )
+    placement = Placement(planned.plan.embedding, planned.plan.head, layers)
+    exact.ledger().reserve_all(exact.demands(placement))
+    seconds = exact.seconds(placement)
+    note = f"depths of PowerInfer's GPU index {printable(Path(path).name, 80)}, not the solver's"
+    solution = Solution(
+        placement, seconds, min(seconds, planned.plan.predicted.bound_ms / 1e3), planned.plan.method, (note,)
+    )
+    return Planned(plan_of(exact, solution, None if new is None else new.fingerprint), exact, new, planned.notices)
+
+
+def export_gpu_index(plan: Plan, order: Order | None, path: str | Path) -> int:
+    """Write the neurons that a plan places in VRAM as PowerInfer's GPU index; the file's size in bytes.
+
+    Raises:
+        OutputError: it could not be written.
+    """
+    masks = []
+    for layer, (_, hot) in enumerate(plan.depths(Tier.VRAM)):
+        ids = np.arange(plan.n_ff, dtype=np.int32) if order is None else order.order[layer]
+        masks.append(to_gpu_index(ids, hot)[0])
+    held = sum(layer.hot * layer.record_bytes for layer in plan.layers)
+    return write_gpu_index(path, masks, held)
+
+
+def _by_number(order: Order) -> Any:
+    """Temperatures by the file's numbers."""
+    heat = np.empty_like(order.temperature)
+    np.put_along_axis(heat, order.order.astype(np.intp), order.temperature, axis=1)
+    return heat
+
+
+def _in_two(heat: Any, depths: list[int]) -> Any:
+    """Temperatures that fall along an order that does not: both sides of each depth at their mean, which keeps the
+    sums that decode is priced by.
+    """
+    level = np.empty_like(heat)
+    for row, line, depth in zip(level, heat, depths, strict=True):
+        hot, cold = (part.mean() if part.size else 0.0 for part in (line[:depth], line[depth:]))
+        row[:depth], row[depth:] = (hot, cold) if hot >= cold or not depth else (line.mean(), line.mean())
+    return level
+
+
+def _to_measure(model: Path) -> Path | None:
+    """The model's largest file, if it is large enough to say something about its disk."""
+    files = [model] if model.is_file() else [file for file in model.glob("*") if file.is_file()]
+    largest = max(files, key=lambda file: file.stat().st_size, default=None)
+    return largest if largest is not None and largest.stat().st_size >= SMALLEST else None
+
+
+def _read_order(path: Path, source: ModelSource) -> Order:
+    try:
+        order = load_order(path)
+    except ModelFormatError:
+        order = Order.of(load_activity(path))
+    if order.model_fingerprint != source.fingerprint:
+        raise FingerprintError(
+            path,
+            order.model_name or order.model_fingerprint[:12],
+            source.path.name,
+            "profile this model with `thermocline profile`",
+        )
+    return order
+
+
+def _temperatures(order: Order | None, footprint: Footprint, mode: FfnMode, predictor: Predictor | None) -> Any:
+    """How often each neuron is computed, hottest first (n_layer, n_ff).
+
+    A predictor selects more than what fires: where its share is known, temperatures are raised to it.
+    """
+    if order is None:
+        return None
+    wanted = (footprint.n_layer, footprint.n_ff)
+    if order.order.shape != wanted:
+        raise UsageError(f"an activity of {order.order.shape} (layers, neurons) does not fit a model of {wanted}")
+    heat = -np.sort(-order.temperature, axis=1)
+    shares = None if predictor is None else predictor.active_shares
+    if mode is not FfnMode.PREDICTED or shares is None:
+        return heat
+    mean = heat.mean(axis=1)
+    factor = np.divide(np.asarray(shares), mean, out=np.ones_like(mean), where=mean > 0)
+    return np.clip(heat * np.maximum(factor, 1.0)[:, None], 0.0, 1.0)
+
+
+def _predictor_bytes(predictor: Predictor) -> tuple[int, ...]:
+    return tuple(layer.fc1.nbytes + layer.fc2.nbytes for layer in predictor.layers)
+
+
+def _workload(settings: PlanSettings, load: LoadSettings, trained: int) -> Workload:
+    """The stated workload; the default lengths shrink to fit a small context."""
+    context = load.ctx_size or min(trained, CONTEXT)
+    prompt, output = settings.prompt, settings.output
+    default = PlanSettings()
+    if (prompt, output) == (default.prompt, default.output) and prompt + output > context:
+        prompt, output = context // 2, max(1, context - context // 2)
+    return Workload(
+        context=context,
+        prompt=prompt,
+        output=output,
+        batch=settings.batch,
+        ubatch=load.ubatch,
+        first_token_ms=settings.latency_target,
+    )
+
+
+def _resolved(budget: Budget, name: str, total: int, free: int) -> int:
+    return budget.resolve(f"--{name}", total, free)

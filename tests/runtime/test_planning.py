@@ -1,0 +1,208 @@
+"""From a model's file to its plan: what is priced, what is refused, and PowerInfer's index both ways."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from thermocline import api
+from thermocline.activity.order import Order
+from thermocline.activity.statistics import Activity
+from thermocline.activity.store import save_activity
+from thermocline.config import LoadSettings
+from thermocline.errors import (
+    BudgetError,
+    FingerprintError,
+    ModelFormatError,
+    PlanError,
+    UsageError,
+)  # fmt: skip
+from thermocline.files.gpuidx import read_gpu_index, write_gpu_index
+from thermocline.files.open import open_model
+from thermocline.hardware.machine import Tier
+from thermocline.placement.cost import FfnMode
+from thermocline.placement.plan import Status, check_plan
+from thermocline.placement.plan_file import load_plan, save_plan
+
+PC = "rtx-3060+i5-12400+nvme-gen4"
+TIGHT = {"machine": PC, "vram_budget": "480MiB"}
+
+
+@pytest.fixture
+def model(tiny_model: Path) -> Path:
+    return tiny_model
+
+
+@pytest.fixture
+def activity(model: Path, tmp_path: Path) -> Path:
+    """An activity of the tiny model whose neurons have frequencies of all kinds."""
+    fired = np.random.default_rng(2).integers(0, 1000, (2, 96))
+    with open_model(model) as source:
+        save_activity(Activity.from_counts(source.fingerprint, "tiny", fired, 1000), tmp_path / "tiny.act.safetensors")
+    return tmp_path / "tiny.act.safetensors"
+
+
+def test_a_plan_is_made_of_what_is_known(model: Path, activity: Path) -> None:
+    planned = api.plan(model, activity=activity, **TIGHT)
+    assert planned.order is not None
+    assert planned.plan.activity == planned.order.fingerprint == Order.of(api.read_activity(activity)).fingerprint
+    assert planned.plan.mode is FfnMode.EXACT
+    assert planned.plan.budgets[Tier.VRAM] == 480 << 20
+    assert planned.problem.temperatures is not None
+    assert np.allclose(planned.problem.temperatures.mean(), api.read_activity(activity).temperatures.mean())
+    assert planned.plan.bytes_of(Tier.VRAM) <= 480 << 20
+    without = api.plan(model, **TIGHT)
+    assert without.plan.activity is None
+    assert any("temperatures are unknown" in note for note in without.plan.notes)
+
+
+def test_what_lies_beside_the_model_is_used(model: Path, activity: Path) -> None:
+    beside = model.with_name(f"{model.stem}.activity.safetensors")
+    activity.rename(beside)
+    planned = api.plan(model, **TIGHT)
+    assert planned.order is not None
+    assert any(beside.name in line for line in planned.notices)
+    order = model.with_name(f"{model.stem}.order.safetensors")
+    api.save_order(planned.order, order)
+    assert any(order.name in line for line in api.plan(model, **TIGHT).notices)
+    assert api.plan(model, activity=order, **TIGHT).plan == planned.plan
+
+
+@pytest.mark.parametrize("budget", ["-1", "nan", "inf", "-4GiB", "1e40", "200%", "lots", "", "9999TiB", "1GiB2"])
+@pytest.mark.parametrize("name", ["vram_budget", "ram_budget"])
+def test_absurd_budgets_are_refused(model: Path, name: str, budget: str) -> None:
+    with pytest.raises(UsageError, match=name.replace("_", "-")):
+        api.plan(model, machine=PC, **{name: budget})
+
+
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        ({"vram_budget": "1000GiB"}, UsageError),
+        ({"ram_budget": "1MiB", "vram_budget": "1MiB"}, BudgetError),
+        ({"prompt": -1}, UsageError),
+        ({"output": 0}, UsageError),
+        ({"prompt": 10_000}, UsageError),
+        ({"batch": 0}, UsageError),
+        ({"latency_target": float("nan")}, UsageError),
+        ({"latency_target": -5.0}, UsageError),
+        ({"method": "magic"}, UsageError),
+        ({"machine": "toaster"}, UsageError),
+        ({"machine": "i5-12400", "vram_budget": "1GiB"}, UsageError),
+        ({"emulated": True}, UsageError),
+        ({"no_such": 1}, UsageError),
+    ],
+)
+def test_wrong_settings_are_refused(model: Path, settings: dict[str, object], error: type[Exception]) -> None:
+    with pytest.raises(error):
+        api.plan(model, **({"machine": PC} | settings))
+
+
+def test_another_models_activity_is_refused(model: Path, activity: Path, tmp_path: Path) -> None:
+    other = Activity.from_counts("0" * 64, "other", np.ones((2, 96), np.int64), 5)
+    save_activity(other, tmp_path / "other.safetensors")
+    with pytest.raises(FingerprintError, match="other"):
+        api.plan(model, activity=tmp_path / "other.safetensors", machine=PC)
+    with pytest.raises(ModelFormatError):
+        api.plan(model, activity=model, machine=PC)
+
+
+def test_a_smaller_context_shrinks_the_default_workload_only(model: Path) -> None:
+    planned = api.plan(model, load=LoadSettings(ctx_size=50), machine=PC)
+    assert planned.plan.workload.prompt + planned.plan.workload.output == 50
+    with pytest.raises(UsageError, match="context"):
+        api.plan(model, load=LoadSettings(ctx_size=50), machine=PC, prompt=60)
+
+
+def test_this_machine_is_measured(model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("THERMOCLINE_HOME", str(tmp_path / "home"))
+    for name, value in (("bandwidth.BUFFER", 1 << 20), ("bandwidth.LARGE_CACHES", 0), ("probe.SECONDS", 0.005)):
+        monkeypatch.setattr(f"thermocline.hardware.{name}", value)
+    told: list[str] = []
+    planned = api.plan(model, tell=told.append, ram_budget="1GiB")
+    assert planned.plan.budgets == {Tier.RAM: 1 << 30}
+    assert "measuring memory" in told
+    told.clear()
+    split = api.plan(model, tell=told.append, ram_budget="1GiB", vram_budget="200KiB", emulated=True)
+    assert told == ["looking for the fastest placement"]
+    assert split.problem.machine.gpu is not None
+    assert split.plan.bytes_of(Tier.VRAM) <= 200 << 10
+    with pytest.raises(UsageError, match="no GPU"):
+        api.plan(model, vram_budget="1GiB")
+
+
+def test_a_gpu_index_comes_in_and_goes_out(model: Path, activity: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(4)
+    masks = [rng.random(96) < share for share in (0.3, 0.6)]
+    write_gpu_index(tmp_path / "in.gpuidx", masks, 1000)
+    planned = api.plan(model, activity=activity, gpu_index=tmp_path / "in.gpuidx", **TIGHT)
+    assert planned.order is not None
+    assert planned.plan.activity == planned.order.fingerprint
+    for layer, mask in enumerate(masks):
+        assert planned.plan.layers[layer].hot == mask.sum()
+        assert set(planned.order.order[layer, : mask.sum()]) == set(np.flatnonzero(mask))
+    old = api.read_activity(activity)
+    share = old.fired[0][masks[0]].sum() / old.fired[0].sum()
+    assert planned.plan.layers[0].hot_share == pytest.approx(share, abs=1e-5) or share < masks[0].mean()
+    api.export_gpu_index(planned.plan, planned.order, tmp_path / "out.gpuidx")
+    for mask, again in zip(masks, read_gpu_index(tmp_path / "out.gpuidx").masks, strict=True):
+        assert np.array_equal(mask, again)
+    save_plan(planned.plan, tmp_path / "plan.json")
+    assert load_plan(tmp_path / "plan.json") == planned.plan
+
+
+@pytest.mark.parametrize(("layers", "width"), [(3, 96), (2, 95), (1, 96)])
+def test_a_gpu_index_of_another_shape_is_refused(model: Path, tmp_path: Path, layers: int, width: int) -> None:
+    write_gpu_index(tmp_path / "x.gpuidx", [np.ones(width, bool)] * layers, 5)
+    with pytest.raises(ModelFormatError):
+        api.plan(model, gpu_index=tmp_path / "x.gpuidx", **TIGHT)
+
+
+def test_an_index_that_does_not_fit_is_refused(model: Path, tmp_path: Path) -> None:
+    write_gpu_index(tmp_path / "x.gpuidx", [np.ones(96, bool)] * 2, 5)
+    fits = api.plan(model, gpu_index=tmp_path / "x.gpuidx", machine=PC)
+    needed = fits.plan.bytes_of(Tier.VRAM)
+    with pytest.raises(BudgetError, match="vram lacks"):
+        api.plan(model, gpu_index=tmp_path / "x.gpuidx", machine=PC, vram_budget=f"{(needed - 5) // 1024}KiB")
+    with pytest.raises(UsageError, match="GPU"):
+        api.plan(model, gpu_index=tmp_path / "x.gpuidx", machine="i5-12400")
+
+
+def test_two_hundred_wrong_pairs_are_refused(model: Path, activity: Path, tmp_path: Path) -> None:
+    """Plans, models, orders and activities that do not belong together, in all ways."""
+    planned = api.plan(model, activity=activity, **TIGHT)
+    footprint, plan = planned.problem.footprint, planned.plan
+    common = {"machine": plan.machine, "mode": plan.mode, "workload": plan.workload, "limits": plan.budgets}
+    assert check_plan(plan, footprint, activity=plan.activity, **common)[0] is Status.FRESH
+    refused = 0
+    for i in range(70):
+        for wrong, heat in (
+            (replace(footprint, fingerprint=f"{i:064x}"), plan.activity),
+            (footprint, f"{i:064x}"),
+            (replace(footprint, fingerprint=f"{i:064x}"), None),
+        ):
+            with pytest.raises(PlanError):
+                check_plan(plan, wrong, activity=heat, **common)
+            refused += 1
+    for i in range(10):
+        foreign = Activity.from_counts(f"{i:064x}", "foreign", np.ones((2, 96), np.int64), 5)
+        save_activity(foreign, tmp_path / "foreign.safetensors")
+        with pytest.raises(FingerprintError):
+            api.plan(model, activity=tmp_path / "foreign.safetensors", machine=PC)
+        refused += 1
+    assert refused >= 200
+
+
+def test_the_picture_shows_the_cuts(model: Path, activity: Path, tmp_path: Path) -> None:
+    planned = api.plan(model, activity=activity, **TIGHT)
+    save_plan(planned.plan, tmp_path / "plan.json")
+    written = api.report(activity, tmp_path / "page.html", pictures=tmp_path / "pictures", plan=tmp_path / "plan.json")
+    assert tmp_path / "pictures" / "placement.svg" in written
+    assert 'id="placement"' in (tmp_path / "page.html").read_text()
+    other = Activity.from_counts("0" * 64, "other", np.ones((2, 96), np.int64), 5)
+    save_activity(other, tmp_path / "other.safetensors")
+    with pytest.raises(PlanError, match="model"):
+        api.report(tmp_path / "other.safetensors", tmp_path / "page2.html", plan=tmp_path / "plan.json")
