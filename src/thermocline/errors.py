@@ -76,6 +76,19 @@ class BudgetError(ThermoclineError):
         self.table = table
 
 
+class AllocationError(ThermoclineError):
+    """A memory refused what its budget allows: something else has taken it."""
+
+    def __init__(self, tier: str, nbytes: int, purpose: str, table: str = "") -> None:
+        account = f"\n{table}" if table else ""
+        super().__init__(
+            f"{tier} refused {nbytes:,} bytes for {purpose}, though its budget has room: something else uses this "
+            f"memory; free some, or lower --{tier}-budget{account}"
+        )
+        self.tier = tier
+        self.nbytes = nbytes
+
+
 class PlanError(ThermoclineError):
     """A plan is damaged, impossible, or belongs to something else. `field` names what was wrong."""
 

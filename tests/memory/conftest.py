@@ -35,7 +35,7 @@ def random_source(
 ) -> DictSource:
     """Two layers of `n_embd` by 96 neurons with matrices in `fmt`, the same numbers every time."""
     spec = ModelSpec(
-        family="llama",
+        family="llama" if ffn.gated else "arcee",
         name="tiny",
         n_layer=2,
         n_embd=n_embd,

@@ -41,8 +41,8 @@ def test_relu_families_run_on_records(make_source: Callable[..., Any], fmt: Bloc
     assert transformer.mode is Mode.EXACT
     assert [r.tensor for r in report.reblocked] == ["blk.0.ffn_down.weight", "blk.1.ffn_down.weight"]
     assert (report.worst_reblocked.max_abs_error == 0) == (fmt.block == 1)
-    down = transformer.layers[1].ffn.down
-    assert transformer.layers[1].ffn.records
+    down = transformer.layers[1].ffn.parts[0].block.down
+    assert transformer.layers[1].ffn.parts[0].block.records
     assert down.shape == (96, 64)
     error = np.abs(to_float(down) - to_float(source.weights["blk.1.ffn_down.weight"]).T).max()
     assert error == pytest.approx(report.reblocked[1].max_abs_error)
@@ -52,15 +52,15 @@ def test_relu_families_run_on_records(make_source: Callable[..., Any], fmt: Bloc
     transformer, report = load_transformer(stored, OPS)
     assert report.reblocked == ()
     assert report.worst_reblocked is None
-    assert transformer.layers[0].ffn.down is stored.weights["blk.0.ffn_down_t.weight"]
+    assert transformer.layers[0].ffn.parts[0].block.down is stored.weights["blk.0.ffn_down_t.weight"]
 
 
 def test_dense_families_keep_the_standard_layout(make_source: Callable[..., Any]) -> None:
     source = make_source(Q8_0, SILU)
     transformer, report = load_transformer(source, OPS)
     assert transformer.mode is Mode.DENSE
-    assert not transformer.layers[0].ffn.records
-    assert transformer.layers[0].ffn.down is source.weights["blk.0.ffn_down.weight"]
+    assert not transformer.layers[0].ffn.parts[0].block.records
+    assert transformer.layers[0].ffn.parts[0].block.down is source.weights["blk.0.ffn_down.weight"]
     assert report.reblocked == ()
     assert report.mapped_bytes == sum(w.nbytes for w in source.weights.values() if w.rows > 1)
     assert report.resident_bytes == sum(w.nbytes for w in source.weights.values() if w.rows == 1)
@@ -81,7 +81,7 @@ def test_the_context_is_the_models_own_unless_given(make_source: Callable[..., A
     assert load_transformer(make_source(), OPS)[0].n_ctx == 32
     longer = load_transformer(make_source(), OPS, n_ctx=50)[0]
     assert longer.n_ctx == 50
-    assert longer.rope.shape == (50, 2, 16)
+    assert longer.layers[0].rope.shape == (50, 2, 16)
 
 
 class NativeOps(ReferenceOps):

@@ -113,7 +113,7 @@ def rounded(_: Any, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
 
 def rounded_logits(tiny: Any, model: Any, transformer: Any, prompt: np.ndarray) -> np.ndarray:
     """Logits of transformers with activations rounded wherever CpuOps does."""
-    exempt = ("down_proj", "fc2", "4h_to_h") if transformer.layers[0].ffn.records else ()
+    exempt = ("down_proj", "fc2", "4h_to_h") if transformer.layers[0].ffn.parts[0].block.records else ()
     hooks = [
         module.register_forward_pre_hook(rounded)
         for name, module in model.named_modules()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from thermocline.config import CacheType
 from thermocline.errors import UsageError
 from thermocline.model.spec import ModelSpec
-from thermocline.ops.contract import KVLayer, Ops
+from thermocline.ops.contract import Arrays, KVLayer
 
 DTYPES = {CacheType.F16: "float16", CacheType.F32: "float32"}
 BYTES = {CacheType.F16: 2, CacheType.F32: 4}
@@ -22,12 +24,15 @@ def kv_bytes(spec: ModelSpec, n_ctx: int, type_k: CacheType = CacheType.F16, typ
 
 
 class KVCache:
-    """Keys and values of one sequence of up to `n_ctx` tokens; positions 0 to `length` - 1 are filled."""
+    """Keys and values of one sequence of up to `n_ctx` tokens; positions 0 to `length` - 1 are filled.
+
+    `ops` makes the arrays: of all layers, or one for each, as every layer's cache is on its home device.
+    """
 
     def __init__(
         self,
         spec: ModelSpec,
-        ops: Ops,
+        ops: Arrays | Sequence[Arrays],
         n_ctx: int,
         type_k: CacheType = CacheType.F16,
         type_v: CacheType = CacheType.F16,
@@ -35,8 +40,9 @@ class KVCache:
         if n_ctx < 1:
             raise UsageError(f"a context of {n_ctx} tokens holds nothing; allowed: 1 or more")
         shape = (spec.n_head_kv, n_ctx, spec.head_dim)
+        makers = ops if isinstance(ops, Sequence) else (ops,) * spec.n_layer
         self.layers = tuple(
-            KVLayer(ops.array(shape, DTYPES[type_k]), ops.array(shape, DTYPES[type_v])) for _ in range(spec.n_layer)
+            KVLayer(maker.array(shape, DTYPES[type_k]), maker.array(shape, DTYPES[type_v])) for maker in makers
         )
         self.n_ctx = n_ctx
         self.length = 0

@@ -1,12 +1,14 @@
 """The forward pass, written once against the ops contract.
 
 Prefill and decode are two shapes of the same call: a step takes the tokens of one or several sequences, each
-with its own KV cache, and gives logits.
+with its own KV cache, and gives logits. Every layer has a home, the device of its attention and cache; the residual
+stream is carried along where a layer's home is not that of the one before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -16,9 +18,12 @@ import numpy.typing as npt
 
 from thermocline.config import Mode
 from thermocline.errors import ContextError, UsageError
+from thermocline.hardware.machine import Tier
+from thermocline.model.feed_forward import NOTHING, FeedForward, Tally
 from thermocline.model.spec import ModelSpec
 from thermocline.model.workspace import Views, Workspace
-from thermocline.ops.contract import ALL, ActiveSet, Array, FfnKind, FfnWork, KVLayer, Matrix, NeuronBlock, Ops
+from thermocline.ops.contract import ALL, ActiveSet, Array, Arrays, FfnKind, FfnWork, KVLayer, Matrix, Ops
+from thermocline.ops.device import Device
 
 
 class SequenceCache(Protocol):
@@ -77,6 +82,7 @@ class LayerPredictor:
     It is used in steps of up to `tokens` tokens; in longer ones it would cost more than it saves.
     """
 
+    device: Device
     fc1: Matrix
     fc2: Matrix
     threshold: float
@@ -92,11 +98,14 @@ class Norm(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One layer's placed weights. `qkv` share their input; norms and biases are float32 vectors.
+    """One layer's weights on its home `device`. `qkv` share their input; norms and biases are float32 vectors.
 
-    `ffn_norm` is None where the FFN shares the norm of attention; `down_bias` is added once, after all of the FFN.
+    `rope` is the table of rotations on that device, None for a network without. `ffn_norm` is None where the FFN shares
+    the norm of attention; `down_bias` is added once, after all of the FFN.
     """
 
+    device: Device
+    rope: Array | None
     attn_norm: Norm
     qkv: tuple[Matrix, Matrix, Matrix]
     qkv_bias: tuple[Array, Array, Array] | None
@@ -105,33 +114,87 @@ class Layer:
     out: tuple[Matrix]
     out_bias: tuple[Array] | None
     ffn_norm: Norm | None
-    ffn: NeuronBlock
+    ffn: FeedForward
     down_bias: Array | None
     window: int
     predictor: LayerPredictor | None = None
 
 
 class StepResult(NamedTuple):
-    """`logits` (outputs, n_vocab) is a view of the workspace, overwritten by the next step; `work` sums the layers."""
+    """`logits` (outputs, n_vocab) is a view of the workspace, overwritten by the next step; `work` sums the layers.
+
+    `hot` is the part of the work that was done beside VRAM.
+    """
 
     logits: Array
     work: FfnWork
+    hot: FfnWork = NOTHING
 
 
 @dataclass(frozen=True, slots=True)
 class Transformer:
-    """A network ready to run: spec, placed weights, and how its FFN is computed (never `Mode.AUTO`)."""
+    """A network ready to run: spec, placed weights, and how its FFN is computed (never `Mode.AUTO`).
+
+    The embeddings are on device `entry`, output norm and head on device `exit`.
+    """
 
     spec: ModelSpec
-    ops: Ops
+    entry: Device
     embedding: Matrix
     layers: tuple[Layer, ...]
+    exit: Device
     output_norm: Norm
     head: tuple[Matrix]
-    rope: Array | None
     positions: Matrix | None
     n_ctx: int
     mode: Mode
+
+    @property
+    def ops(self) -> Ops:
+        """The arithmetic of the device that makes the logits; of all, where there is one device."""
+        return self.exit.ops
+
+    @property
+    def devices(self) -> tuple[Device, ...]:
+        """Every device that computes, fastest memory first."""
+        found = {device.tier: device for device in self._used()}
+        return tuple(found[tier] for tier in Tier if tier in found)
+
+    def _used(self) -> Iterator[Device]:
+        yield self.entry
+        yield self.exit
+        for layer in self.layers:
+            yield layer.device
+            yield from (part.device for part in layer.ffn.parts)
+            if layer.predictor is not None:
+                yield layer.predictor.device
+
+    def workspace(
+        self,
+        max_tokens: int,
+        max_outputs: int | None = None,
+        *,
+        observed: bool = False,
+        arrays: Mapping[Tier, Arrays] | None = None,
+    ) -> Workspace:
+        """A workspace with what each device needs, made by its ops or by `arrays`."""
+        homes = {layer.device.tier for layer in self.layers}
+        scoring = {layer.predictor.device.tier for layer in self.layers if layer.predictor is not None}
+        spaces: dict[Tier, Workspace] = {}
+        for device in self.devices:
+            tier = device.tier
+            spaces[tier] = Workspace(
+                self.spec,
+                device.ops if arrays is None else arrays[tier],
+                max_tokens,
+                max_outputs,
+                observed=observed,
+                scored=self.scored if tier in scoring else 0,
+                trunk=tier in homes,
+                logits=tier is self.exit.tier,
+                others=spaces,
+            )
+        return spaces[self.exit.tier]
 
     def with_mode(self, mode: Mode) -> Transformer:
         """The same weights in another mode.
@@ -160,43 +223,55 @@ class Transformer:
         workspace: Workspace,
         outputs: Outputs = Outputs.LAST,
         observer: Observer | None = None,
+        tally: Tally | None = None,
     ) -> StepResult:
         """Run `tokens` (T), which are the segments' tokens one after another, and extend their caches.
 
-        Logits come for every token, or for the last of each segment, in order, or not at all (0 rows).
+        Logits come for every token, or for the last of each segment, in order, or not at all (0 rows). `tally` is
+        cleared, and tells afterwards what the step did.
 
         Raises:
             ContextError: a segment goes beyond its cache or beyond the table of rotations.
             UsageError: tokens, segments or workspace do not fit one another.
         """
         positions = self._check(tokens, segments, workspace, outputs, observer)
-        views = workspace.views(len(tokens))
+        tally = Tally() if tally is None else tally
+        tally.clear()
+        n, here = len(tokens), self.entry
+        views = workspace.on(here.tier).views(n)
+        clock = time.perf_counter() if tally.timed else 0.0
         self._embed(tokens, positions, views)
-        gate_rows = up_rows = down_rows = fired = 0
         for index, layer in enumerate(self.layers):
+            if layer.device is not here:
+                views = _moved(views, here, layer.device, workspace, tally)
+                here = layer.device
             self._attend(index, layer, views, positions, segments)
-            work = self._feed_forward(index, layer, views, observer)
-            gate_rows += work.gate_rows
-            up_rows += work.up_rows
-            down_rows += work.down_rows
-            fired += work.fired
+            if tally.timed:
+                clock = tally.lap("attention", clock)
+            self._feed_forward(index, layer, views, workspace, observer, tally)
+            if tally.timed:
+                clock = tally.lap("ffn", clock)
         for segment in segments:
             segment.cache.length = segment.start + segment.count
-        return StepResult(
-            self._logits(views, segments, workspace, outputs), FfnWork(gate_rows, up_rows, down_rows, fired)
-        )
+        if self.exit is not here and outputs is not Outputs.NONE:
+            views = _moved(views, here, self.exit, workspace, tally)
+        logits = self._logits(views, segments, workspace, outputs)
+        if tally.timed:
+            tally.lap("head", clock)
+        return StepResult(logits, *_summed(tally))
 
     def _embed(self, tokens: npt.NDArray[np.int32], positions: npt.NDArray[np.int32], views: Views) -> None:
-        self.ops.embed(self.embedding, tokens, views.x)
+        ops = self.entry.ops
+        ops.embed(self.embedding, tokens, views.x)
         if self.positions is not None:
-            self.ops.embed(self.positions, positions + np.int32(self.spec.position_offset or 0), views.normed)
-            self.ops.add(views.x, views.normed)
+            ops.embed(self.positions, positions + np.int32(self.spec.position_offset or 0), views.normed)
+            ops.add(views.x, views.normed)
 
-    def _norm(self, x: Array, norm: Norm, out: Array) -> None:
+    def _norm(self, ops: Ops, x: Array, norm: Norm, out: Array) -> None:
         if norm.bias is None:
-            self.ops.rms_norm(x, norm.weight, self.spec.norm_eps, out)
+            ops.rms_norm(x, norm.weight, self.spec.norm_eps, out)
         else:
-            self.ops.layer_norm(x, norm.weight, norm.bias, self.spec.norm_eps, out)
+            ops.layer_norm(x, norm.weight, norm.bias, self.spec.norm_eps, out)
 
     def _attend(
         self,
@@ -206,15 +281,15 @@ class Transformer:
         positions: npt.NDArray[np.int32],
         segments: Sequence[Segment],
     ) -> None:
-        ops, spec = self.ops, self.spec
-        self._norm(views.x, layer.attn_norm, views.normed)
+        ops, spec = layer.device.ops, self.spec
+        self._norm(ops, views.x, layer.attn_norm, views.normed)
         ops.linear(views.normed, layer.qkv, views.qkv, layer.qkv_bias)
         if layer.q_norm is not None:
             ops.rms_norm(views.q, layer.q_norm, spec.norm_eps, views.q)
             ops.rms_norm(views.k, layer.k_norm, spec.norm_eps, views.k)
         if spec.rope is not None:
-            ops.rope(views.q, self.rope, positions, interleaved=spec.rope.interleaved)
-            ops.rope(views.k, self.rope, positions, interleaved=spec.rope.interleaved)
+            ops.rope(views.q, layer.rope, positions, interleaved=spec.rope.interleaved)
+            ops.rope(views.k, layer.rope, positions, interleaved=spec.rope.interleaved)
         q, k, v, mixed = views.q, views.k, views.v, views.mixed
         scale, row = spec.attention_scale, 0
         for segment in segments:
@@ -227,33 +302,54 @@ class Transformer:
             self._add_attention(layer, views)
 
     def _add_attention(self, layer: Layer, views: Views) -> None:
-        self.ops.linear(views.mixed_flat, layer.out, (views.x,), layer.out_bias, add=True)
+        layer.device.ops.linear(views.mixed_flat, layer.out, (views.x,), layer.out_bias, add=True)
 
-    def _feed_forward(self, index: int, layer: Layer, views: Views, observer: Observer | None) -> FfnWork:
-        active = self._select(layer, views)
+    def _feed_forward(
+        self,
+        index: int,
+        layer: Layer,
+        views: Views,
+        workspace: Workspace,
+        observer: Observer | None,
+        tally: Tally,
+    ) -> None:
+        active = self._select(layer, views, workspace, tally, observer is not None)
         if layer.ffn_norm is not None:
-            self._norm(views.x, layer.ffn_norm, views.normed)
+            self._norm(layer.device.ops, views.x, layer.ffn_norm, views.normed)
         if observer is not None:
             observer.ffn_input(index, views.x, views.normed)
             if isinstance(observer, SelectionObserver):
-                observer.ffn_active(index, active)
+                observer.ffn_active(index, layer.ffn.named(active))
         if self.spec.parallel:
             self._add_attention(layer, views)
-        skip, hidden = self.mode is not Mode.DENSE, None if observer is None else views.hidden
-        work = self.ops.ffn(views.normed, layer.ffn, active, views.x, skip_zeros=skip, hidden=hidden)
+        skip, watched = self.mode is not Mode.DENSE, observer is not None
+        layer.ffn.run(views, workspace, active, skip_zeros=skip, tally=tally, hidden=watched)
         if layer.down_bias is not None:
-            self.ops.add(views.x, layer.down_bias)
+            layer.device.ops.add(views.x, layer.down_bias)
         if observer is not None:
-            observer.ffn_hidden(index, views.hidden)
-        return work
+            observer.ffn_hidden(index, layer.ffn.gather(workspace, len(views.x)))
 
-    def _select(self, layer: Layer, views: Views) -> ActiveSet:
-        """The neurons to compute: those that the predictor selects for any token, or all."""
+    def _select(self, layer: Layer, views: Views, workspace: Workspace, tally: Tally, to_host: bool) -> ActiveSet:
+        """The neurons to compute: those that the predictor selects for any token, or all.
+
+        They are on the host where it has to know them: to tell of them, or to cut them for several parts.
+        """
         predictor = layer.predictor
         if self.mode is not Mode.PREDICTED or predictor is None or len(views.x) > predictor.tokens:
             return ALL
-        self.ops.predict(views.x, predictor.fc1, predictor.fc2, views.scores)
-        return self.ops.select(views.scores, predictor.threshold, views.active)
+        there = views
+        if predictor.device is not layer.device:
+            there = _moved(views, layer.device, predictor.device, workspace, tally)
+        ops = predictor.device.ops
+        ops.predict(there.x, predictor.fc1, predictor.fc2, there.scores)
+        active = ops.select(there.scores, predictor.threshold, there.active)
+        if to_host or predictor.device is not layer.device or len(layer.ffn.parts) > 1:
+            return ActiveSet(ops.to_host(active.indices))
+        return active
+
+    def _has_scores(self, workspace: Workspace, tokens: int) -> bool:
+        tiers = {layer.predictor.device.tier for layer in self.layers if layer.predictor is not None}
+        return all(workspace.on(tier).scored >= tokens for tier in tiers)
 
     def _logits(self, views: Views, segments: Sequence[Segment], workspace: Workspace, outputs: Outputs) -> Array:
         source, rows = views.x, len(views.x)
@@ -266,7 +362,7 @@ class Transformer:
                 end += segment.count
                 source[i] = views.x[end - 1]
         logits, normed = workspace.logits[:rows], views.normed[:rows]
-        self._norm(source, self.output_norm, normed)
+        self._norm(self.ops, source, self.output_norm, normed)
         self.ops.linear(normed, self.head, (logits,))
         return logits
 
@@ -289,7 +385,7 @@ class Transformer:
             raise UsageError(f"segments of {[s.count for s in segments]} tokens do not divide a step of {n}")
         if observer is not None and workspace.hidden is None:
             raise UsageError("an observer needs a workspace made with observed=True")
-        if workspace.scored < n <= self.scored:
+        if n <= self.scored and not self._has_scores(workspace, n):
             raise UsageError(f"mode predicted needs a workspace made with scored={self.scored}")
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= self.spec.n_vocab:
@@ -305,6 +401,27 @@ class Transformer:
         if len(segments) == 1:
             return np.arange(segments[0].start, segments[0].start + n, dtype=np.int32)
         return np.concatenate([np.arange(s.start, s.start + s.count, dtype=np.int32) for s in segments])
+
+
+def _moved(views: Views, here: Device, there: Device, workspace: Workspace, tally: Tally) -> Views:
+    """The residual stream taken to another device."""
+    moved = workspace.on(there.tier).views(len(views.x))
+    tally.carry(here, views.x, there, moved.x)
+    return moved
+
+
+def _summed(tally: Tally) -> tuple[FfnWork, FfnWork]:
+    """The work of all parts, and of those beside VRAM."""
+    gate = up = down = fired = 0
+    hot = NOTHING
+    for part, work in tally.work:
+        gate += work.gate_rows
+        up += work.up_rows
+        down += work.down_rows
+        fired += work.fired
+        if part.device.tier is Tier.VRAM:
+            hot = FfnWork(*(a + b for a, b in zip(hot, work, strict=True)))
+    return FfnWork(gate, up, down, fired), hot
 
 
 def resolve_mode(mode: Mode, kind: FfnKind, *, predictor: bool = False) -> Mode:

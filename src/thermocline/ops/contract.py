@@ -1,8 +1,9 @@
 """The contract that every implementation of the arithmetic fulfils.
 
-Arrays are opaque to `model` and `runtime`: numpy arrays for `reference` and `cpu`. Activations are
-float32, C-contiguous, and lead with the tokens of the batch: T. Every op writes into arrays that the
-caller made beforehand with `Ops.array`, so that a decode step allocates nothing.
+Arrays are opaque to `model` and `runtime`: numpy arrays for `reference` and `cpu`. Of an array the caller asks no
+more than what numpy and torch share: cutting along the first axis, `reshape`, and assigning to items.
+Activations are float32, C-contiguous, and lead with the tokens of the batch: T. Every op writes into arrays that
+the caller made beforehand with `Ops.array`, so that a decode step allocates nothing.
 """
 
 from __future__ import annotations
@@ -75,7 +76,10 @@ class NeuronBlock:
 
 @dataclass(frozen=True, slots=True)
 class ActiveSet:
-    """Sorted int32 neuron indices of a block to compute; `indices` None means all of them."""
+    """Sorted int32 neuron indices of a block to compute; `indices` None means all of them.
+
+    They lie on the host or where the implementation computes; `Ops.ffn` takes both.
+    """
 
     indices: npt.NDArray[np.int32] | None = None
 
@@ -100,20 +104,35 @@ class KVLayer:
     values: Array
 
 
-class Ops(Protocol):
+class Arrays(Protocol):
+    """What makes arrays: an implementation of the ops, or a memory that keeps an account of them."""
+
+    def array(self, shape: tuple[int, ...], dtype: str = "float32") -> Array:
+        """A zeroed array.
+
+        Raises:
+            MemoryError: there is no room for it.
+        """
+
+
+class Ops(Arrays, Protocol):
     """The arithmetic of a transformer on one device."""
 
     name: str
     """Short name for reports, such as `cpu/avx512`."""
 
     def place(self, weight: Weight) -> Matrix:
-        """The weight where this implementation computes; a view if it computes on host memory."""
+        """The weight where this implementation computes.
 
-    def array(self, shape: tuple[int, ...], dtype: str = "float32") -> Array:
-        """A zeroed array."""
+        Where the weight's bytes are in that memory already (an array made by `array`, uint8), a view on them: nothing
+        is copied. The memory room fills such arrays by `upload` before it places them.
+        """
+
+    def upload(self, values: npt.NDArray[Any], out: Array) -> None:
+        """Copy `values` of the host into `out`, of the same shape and dtype; they may be overwritten afterwards."""
 
     def to_host(self, array: Array) -> npt.NDArray[Any]:
-        """The array as numpy; a view where possible."""
+        """The array as numpy, once it is computed; a view where possible."""
 
     def embed(self, table: Matrix, tokens: npt.NDArray[np.int32], out: Array) -> None:
         """Rows `tokens` (T) of `table` into `out` (T, n_embd). Token ids are checked by the caller."""

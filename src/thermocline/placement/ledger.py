@@ -77,6 +77,7 @@ class Ledger:
                 raise UsageError(f"the budget of {tier} is {budget!r} bytes; allowed: whole numbers >= 0")
         self.budgets = dict(budgets)
         self._open: dict[int, Reservation] = {}
+        self._sums: dict[tuple[Tier, Purpose], int] = {}
         self._next = 0
 
     def reserve(self, demand: Demand) -> Reservation:
@@ -103,6 +104,7 @@ class Ledger:
             reservation = Reservation(self._next, demand.tier, demand.purpose, demand.nbytes)
             self._open[self._next] = reservation
             self._next += 1
+            self._sums[demand.tier, demand.purpose] = self.used(demand.tier, demand.purpose) + demand.nbytes
             granted.append(reservation)
         return tuple(granted)
 
@@ -114,7 +116,7 @@ class Ledger:
         """
         if self._open.get(reservation.ticket) is not reservation:
             raise UsageError(f"{reservation.nbytes:,} bytes for {reservation.purpose} are not reserved here")
-        del self._open[reservation.ticket]
+        self._close(reservation)
 
     @contextmanager
     def transaction(self) -> Iterator[Ledger]:
@@ -123,13 +125,15 @@ class Ledger:
         try:
             yield self
         except BaseException:
-            for ticket in [t for t in self._open if t >= start]:
-                del self._open[ticket]
+            for reservation in [r for ticket, r in self._open.items() if ticket >= start]:
+                self._close(reservation)
             raise
 
     def used(self, tier: Tier, purpose: Purpose | None = None) -> int:
         """Bytes reserved in a tier, for one purpose or for all."""
-        return sum(r.nbytes for r in self._open.values() if r.tier is tier and purpose in (None, r.purpose))
+        if purpose is not None:
+            return self._sums.get((tier, purpose), 0)
+        return sum(size for (where, _), size in self._sums.items() if where is tier)
 
     def free(self, tier: Tier) -> int:
         """Bytes that can still be reserved.
@@ -158,6 +162,10 @@ class Ledger:
 
     def __str__(self) -> str:
         return "\n".join(self.table(tier) for tier in Tier if tier in self.budgets or self.used(tier))
+
+    def _close(self, reservation: Reservation) -> None:
+        del self._open[reservation.ticket]
+        self._sums[reservation.tier, reservation.purpose] -= reservation.nbytes
 
     def _remedy(self, tier: Tier, missing: int, wanted: tuple[Demand, ...]) -> str:
         """The budget that would do, and the settings that fit this one."""

@@ -10,7 +10,6 @@ import numpy.typing as npt
 from thermocline.config import LoadSettings
 from thermocline.memory.kv_cache import KVCache
 from thermocline.model.network import Observer, Outputs, Segment, Transformer
-from thermocline.model.workspace import Workspace
 from thermocline.ops.contract import Array
 from thermocline.runtime.sequence import Tokens
 
@@ -27,9 +26,7 @@ class ObservedRunner:
         self._transformer = transformer
         types = settings.cache_type_k, settings.cache_type_v
         self._cache = KVCache(transformer.spec, transformer.ops, self.window, *types)
-        self._workspace = Workspace(
-            transformer.spec, transformer.ops, self.batch, 1, observed=True, scored=transformer.scored
-        )
+        self._workspace = transformer.workspace(self.batch, 1, observed=True)
 
     def run(self, tokens: Tokens, observer: Observer) -> None:
         """Run `tokens` (1 to `window`) from an empty cache, in steps of `batch`.

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from thermocline.hardware.machine import Tier
 from thermocline.memory.kv_cache import KVCache
 from thermocline.model.network import Outputs, Segment, Transformer
-from thermocline.model.workspace import Workspace
-from thermocline.ops.contract import FfnWork
+from thermocline.ops.contract import Arrays, FfnWork
 
 Tokens = npt.NDArray[np.int32]
 Logits = npt.NDArray[np.float32]
@@ -37,13 +38,15 @@ class Sequence(Protocol):
 class TransformerSequence:
     """A transformer with the cache of one sequence and the workspace of its steps."""
 
-    def __init__(self, transformer: Transformer, cache: KVCache, ubatch: int) -> None:
+    def __init__(
+        self, transformer: Transformer, cache: KVCache, ubatch: int, arrays: Mapping[Tier, Arrays] | None = None
+    ) -> None:
         self.n_ctx = min(cache.n_ctx, transformer.n_ctx)
         self.n_vocab = transformer.spec.n_vocab
         self.ubatch = min(ubatch, self.n_ctx)
         self._transformer = transformer
         self._cache = cache
-        self._workspace = Workspace(transformer.spec, transformer.ops, self.ubatch, 1, scored=transformer.scored)
+        self._workspace = transformer.workspace(self.ubatch, 1, arrays=arrays)
 
     def step(self, tokens: Tokens, start: int, *, logits: bool) -> Step:
         """See the protocol."""

@@ -1,0 +1,252 @@
+"""The buffered allocator: queue every tensor with the tier that shall have it, then flush.
+
+What PowerInfer's buffered allocator does (one tensor after another into VRAM by priority, while the budget is watched,
+until one does not fit) is done here under a plan. The plan decides who gets what; the allocator carries
+it out and keeps the ledger true: every byte is reserved before it is allocated, a tensor that does not fit is passed
+over so that the refusal can name all that is missing, and a failure frees everything.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from thermocline.errors import BudgetError
+from thermocline.files.weight import Bytes, Weight
+from thermocline.hardware.machine import Tier
+from thermocline.memory.arena import Arena, Memory
+from thermocline.ops.contract import Array, Matrix
+from thermocline.placement.ledger import Demand, Purpose
+
+STAGING = 8 << 20
+"""Bytes of the staging buffer: many rows, and few enough to stay in a cache between two copies."""
+
+Rows = slice | npt.NDArray[np.int32] | None
+"""Which rows of a tensor: neighbours, any in an order, or all."""
+
+
+Progress = Callable[[int, int], None]
+"""Told how many bytes of how many are in place by now."""
+
+
+class Source:
+    """A tensor that is made only when it is moved: `make` writes it into the array it is given (rows, row_bytes).
+
+    It is held as long as a queued tensor still takes rows of it.
+    """
+
+    def __init__(self, like: Weight, make: Callable[[Bytes], None]) -> None:
+        self.like = like
+        self.make = make
+        self.users = 0
+        self.made: Bytes | None = None
+
+
+@dataclass(slots=True)
+class Slot:
+    """A queued tensor. `matrix` is where the device computes with it, once it is flushed."""
+
+    source: Weight | Source
+    rows: Rows
+    tier: Tier
+    purpose: Purpose
+    priority: int
+    _matrix: Matrix | None = field(default=None, repr=False)
+
+    @property
+    def matrix(self) -> Matrix:
+        """The placed tensor."""
+        assert self._matrix is not None
+        return self._matrix
+
+    @property
+    def like(self) -> Weight:
+        """Name, format and columns; its rows may be more than are placed."""
+        return self.source.like if isinstance(self.source, Source) else self.source
+
+    @property
+    def count(self) -> int:
+        """Rows that are placed."""
+        if self.rows is None:
+            return self.like.rows
+        return self.rows.stop - self.rows.start if isinstance(self.rows, slice) else len(self.rows)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are placed."""
+        return self.count * self.like.format.row_bytes(self.like.columns)
+
+
+@dataclass(slots=True)
+class Flushed:
+    """What a flush did: bytes by purpose that stay in the file's mapping, and those that were made anew; the time.
+
+    `host_bytes` are the matrices that are in RAM.
+    """
+
+    mapped: dict[Purpose, int] = field(default_factory=dict)
+    copied: dict[Purpose, int] = field(default_factory=dict)
+    host_bytes: list[Bytes] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def moved(self) -> int:
+        """Bytes that are in place."""
+        return sum(self.mapped.values()) + sum(self.copied.values())
+
+
+class BufferedAllocator:
+    """Moves queued tensors to their tiers, through a staging buffer, in the order of their priorities.
+
+    On the host, rows that lie together in the mapped file stay there and are only claimed.
+    """
+
+    def __init__(self, memory: Memory, staging: int = STAGING) -> None:
+        self._memory = memory
+        self._staging = staging
+        self._queue: list[Slot] = []
+
+    def queue(
+        self, source: Weight | Source, tier: Tier, purpose: Purpose, *, rows: Rows = None, priority: int = 0
+    ) -> Slot:
+        """Say where a tensor, or rows of it, shall be; low priorities are moved first."""
+        if isinstance(source, Source):
+            source.users += 1
+        slot = Slot(source, rows, tier, purpose, priority)
+        self._queue.append(slot)
+        return slot
+
+    def flush(self, progress: Progress | None = None) -> Flushed:
+        """Move everything that is queued.
+
+        Raises:
+            BudgetError: a budget does not hold its tensors; the message counts all that is missing.
+            AllocationError: a memory refused what its budget allows.
+            ThermoclineError: a tensor could not be made.
+
+        After any exception the whole memory is closed: nothing is allocated and the ledger is empty.
+        """
+        queue, self._queue = sorted(self._queue, key=lambda slot: slot.priority), []
+        began = time.perf_counter()
+        done, total = Flushed(), sum(slot.nbytes for slot in queue)
+        passed: list[Slot] = []
+        staging = _Staging(self._memory, self._staging)
+        try:
+            for slot in queue:
+                try:
+                    self._move(slot, staging, done)
+                except BudgetError:
+                    passed.append(slot)
+                if progress is not None:
+                    progress(done.moved, total)
+            if passed:
+                raise self._refusal(passed)
+            staging.close()
+        except BaseException:
+            self._memory.close()
+            raise
+        done.seconds = time.perf_counter() - began
+        return done
+
+    def _move(self, slot: Slot, staging: _Staging, done: Flushed) -> None:
+        arena, ops = self._memory.arenas[slot.tier], self._memory.devices[slot.tier].ops
+        like, rows, source = slot.like, slot.rows, slot.source
+        shape = (slot.count, like.format.row_bytes(like.columns))
+        if isinstance(source, Weight) and slot.tier is Tier.RAM and not isinstance(rows, np.ndarray):
+            view = source if rows is None else source.slice(rows.start, rows.stop)
+            if view.data.flags.c_contiguous:
+                arena.claim(slot.nbytes, slot.purpose)
+                slot._matrix = ops.place(view)
+                done.host_bytes.append(view.data)
+                done.mapped[slot.purpose] = done.mapped.get(slot.purpose, 0) + slot.nbytes
+                return
+        out = arena.array(shape, "uint8", slot.purpose)
+        if isinstance(source, Source) and rows is None and slot.tier is Tier.RAM and source.users == 1:
+            source.make(out)
+        else:
+            staging.copy(self._bytes_of(source), rows, out, arena)
+        if isinstance(source, Source):
+            self._used(source)
+        slot._matrix = ops.place(Weight(like.name, like.format, (slot.count, like.columns), out))
+        if slot.tier is Tier.RAM:
+            done.host_bytes.append(ops.to_host(out))
+        done.copied[slot.purpose] = done.copied.get(slot.purpose, 0) + slot.nbytes
+
+    def _bytes_of(self, source: Weight | Source) -> Bytes:
+        if isinstance(source, Weight):
+            return source.data
+        if source.made is None:
+            like = source.like
+            shape = (like.rows, like.format.row_bytes(like.columns))
+            host = self._memory.arenas[Tier.RAM]
+            made = host.array(shape, "uint8", Purpose.STAGING)
+            source.make(self._memory.host.ops.to_host(made))
+            source.made = made
+        return source.made
+
+    def _used(self, source: Source) -> None:
+        source.users -= 1
+        if not source.users and source.made is not None:
+            self._memory.arenas[Tier.RAM].free(source.made)
+            source.made = None
+
+    def _refusal(self, passed: list[Slot]) -> BudgetError:
+        """One error for all that was passed over, tier by tier; the first tier that lacks something speaks."""
+        tier = min((slot.tier for slot in passed), key=list(Tier).index)
+        sums: dict[Purpose, int] = {}
+        for slot in passed:
+            if slot.tier is tier:
+                sums[slot.purpose] = sums.get(slot.purpose, 0) + slot.nbytes
+        ledger = self._memory.ledger
+        try:
+            ledger.reserve_all(Demand(tier, purpose, size) for purpose, size in sums.items())
+        except BudgetError as error:
+            return error
+        # All that was passed over fits together: what made a tensor lack room was let go meanwhile (a source).
+        missing = max(slot.nbytes for slot in passed if slot.tier is tier)
+        return BudgetError(tier, missing, f"raise --{tier}-budget by as much", ledger.table(tier))
+
+
+class _Staging:
+    """The buffer that rows pass through on their way from the file; made when it is first needed."""
+
+    def __init__(self, memory: Memory, size: int) -> None:
+        self._arena: Arena = memory.arenas[Tier.RAM]
+        self._size = size
+
+    @cached_property
+    def _buffer(self) -> Array:
+        return self._arena.array((self._size,), "uint8", Purpose.STAGING)
+
+    def copy(self, data: Bytes, rows: Rows, out: Array, arena: Arena) -> None:
+        """Copy rows of `data` into `out`, as many at a time as the buffer holds."""
+        row_bytes = data.shape[1]
+        step = max(1, self._size // max(1, row_bytes))
+        ops, host = arena.device.ops, self._arena.device.ops
+        for start in range(0, len(out), step):
+            stop = min(start + step, len(out))
+            if arena is self._arena:
+                host.to_host(out)[start:stop] = data[_some(rows, start, stop)]
+                continue
+            if row_bytes > self._size:  # a row longer than the buffer goes as it is
+                ops.upload(np.ascontiguousarray(data[_some(rows, start, stop)]), out[start:stop])
+                continue
+            piece = host.to_host(self._buffer)[: (stop - start) * row_bytes].reshape(stop - start, row_bytes)
+            np.copyto(piece, data[_some(rows, start, stop)])
+            ops.upload(piece, out[start:stop])
+
+    def close(self) -> None:
+        """Let go of the buffer."""
+        if "_buffer" in self.__dict__:
+            self._arena.free(self._buffer)
+
+
+def _some(rows: Rows, start: int, stop: int) -> slice | npt.NDArray[np.int32]:
+    if rows is None:
+        return slice(start, stop)
+    return slice(rows.start + start, rows.start + stop) if isinstance(rows, slice) else rows[start:stop]

@@ -1,0 +1,236 @@
+"""A layer's FFN over the tiers that hold its neurons: each computes its part, and the sums meet once.
+
+The neurons of a layer are in an order, hottest first where it is known, and every tier holds a slice of it. Sides that
+are not the layer's home get the normed input, go all the way through down projection, and hand back a sum of
+length n_embd. The home's own part goes straight into the residual stream; the others follow in the order of tiers.
+So the result is the same, bit for bit, whatever the number of threads and whoever is done first.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from thermocline.model.workspace import Views, Workspace
+from thermocline.ops.contract import ALL, ActiveSet, Array, FfnWork
+from thermocline.ops.device import Device
+
+Ints = npt.NDArray[np.int32]
+
+NOTHING = FfnWork(0, 0, 0, 0)
+
+
+class Neurons(Protocol):
+    """One tier's slice of one layer's order, neurons `start` to `stop`, and what computes it.
+
+    Active sets are counted from `start`. Slices in RAM and VRAM are resident; a slice on disk answers for records that
+    it must first read.
+    """
+
+    @property
+    def device(self) -> Device: ...
+
+    @property
+    def start(self) -> int: ...
+
+    @property
+    def stop(self) -> int: ...
+
+    def announce(self, active: ActiveSet) -> None:
+        """What `ffn` will be asked for soon, said before any side begins: the time to start reading."""
+
+    def ffn(self, x: Array, active: ActiveSet, out: Array, *, skip_zeros: bool, hidden: Array | None = None) -> FfnWork:
+        """Add this slice's part of the FFN of `x` (T, n_embd) to `out`; see `Ops.ffn`. `hidden` is (T, stop - start).
+
+        Raises:
+            ThermoclineError: records could not be read; nothing of the slice's part may be used then.
+        """
+
+
+class NeuronStore(Protocol):
+    """One tier's neurons of every layer, as the plan cuts them."""
+
+    def __getitem__(self, layer: int) -> Neurons | None:
+        """The layer's slice, None where the tier holds nothing of it."""
+
+
+@dataclass(slots=True)
+class Tally:
+    """What the layers of one step did: work by device, and what went from one device to another.
+
+    With `timed`, `seconds` adds up by component; the sides' own times overlap, the FFN's is what passed on the clock.
+    """
+
+    timed: bool = False
+    work: list[tuple[Neurons, FfnWork]] = field(default_factory=list)
+    crossings: int = 0
+    crossed_bytes: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def clear(self) -> None:
+        """Before a step."""
+        self.work.clear()
+        self.crossings = self.crossed_bytes = 0
+        self.seconds.clear()
+
+    def lap(self, name: str, since: float) -> float:
+        """Add the time since `since` to a component; returns now."""
+        now = time.perf_counter()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - since
+        return now
+
+    def carry(self, source: Device, array: Array, target: Device, out: Array) -> None:
+        """Copy an array of one device into an array of another."""
+        target.ops.upload(source.ops.to_host(array), out)
+        self.crossings += 1
+        self.crossed_bytes += 4 * array.shape[0] * array.shape[1]
+
+
+@dataclass(frozen=True, slots=True)
+class _Side:
+    """The parts that one device computes, as (index, part)."""
+
+    device: Device
+    parts: tuple[tuple[int, Neurons], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FeedForward:
+    """The parts of a layer's FFN, hottest first; together they are all neurons of the order, each once.
+
+    `home` is the device of the residual stream. `order` is the file's number of each neuron of the order, None where
+    they are the same.
+    """
+
+    home: Device
+    parts: tuple[Neurons, ...]
+    order: Ints | None
+    _sides: tuple[_Side, ...]
+    _bounds: Ints
+
+    @classmethod
+    def of(cls, home: Device, parts: Sequence[Neurons], order: Ints | None = None) -> FeedForward:
+        """Devices work at once if the host, which works in the caller's thread, begins last."""
+        devices = sorted({id(p.device): p.device for p in parts}.values(), key=lambda d: d.tier)
+        devices.sort(key=lambda d: d.tier == "ram")
+        sides = (_Side(d, tuple((i, p) for i, p in enumerate(parts) if p.device is d)) for d in devices)
+        bounds = np.array([parts[0].start, *(part.stop for part in parts)], np.int32)
+        return cls(home, tuple(parts), order, tuple(sides), bounds)
+
+    def run(
+        self, views: Views, workspace: Workspace, active: ActiveSet, *, skip_zeros: bool, tally: Tally, hidden: bool
+    ) -> None:
+        """Add the FFN of `views.normed` to `views.x`, both on the home device.
+
+        `active` is of the whole order, and what it refers to is overwritten. With `hidden` each device's own array of
+        activations is filled, slice after slice; `gather` puts them together.
+        """
+        cuts = self._cut(active)
+        for part, cut in zip(self.parts, cuts, strict=True):
+            part.announce(cut)
+        if len(self._sides) == 1 and self._sides[0].device is self.home:
+            for (_, part), cut in zip(self._sides[0].parts, cuts, strict=True):
+                into = _slice(views, part) if hidden else None
+                work = part.ffn(views.normed, cut, views.x, skip_zeros=skip_zeros, hidden=into)
+                tally.work.append((part, work))
+            return
+        self._together(views, workspace, cuts, skip_zeros, tally, hidden)
+
+    def gather(self, workspace: Workspace, tokens: int) -> Array:
+        """The activations (tokens, n_ff) that `run` left, by the file's numbers."""
+        if len(self.parts) == 1 and self.order is None:
+            return workspace.on(self.parts[0].device.tier).views(tokens).hidden
+        whole = np.empty((tokens, int(self._bounds[-1])), np.float32)
+        for part in self.parts:
+            views = workspace.on(part.device.tier).views(tokens)
+            whole[:, part.start : part.stop] = part.device.ops.to_host(_slice(views, part))
+        if self.order is None:
+            return whole
+        named = np.empty_like(whole)
+        named[:, self.order] = whole
+        return named
+
+    def named(self, active: ActiveSet) -> ActiveSet:
+        """An active set of the host by the file's numbers, as a copy."""
+        if active.indices is None:
+            return active
+        return ActiveSet(active.indices.copy() if self.order is None else np.sort(self.order[active.indices]))
+
+    def _cut(self, active: ActiveSet) -> tuple[ActiveSet, ...]:
+        """The active set of each part, counted from its start."""
+        if active.indices is None:
+            return (ALL,) * len(self.parts)
+        if len(self.parts) == 1:
+            return (active,)
+        at = np.searchsorted(active.indices, self._bounds)
+        cuts = []
+        for part, begin, end in zip(self.parts, at, at[1:], strict=False):
+            cut = active.indices[begin:end]
+            if part.start:
+                cut -= part.start
+            cuts.append(ActiveSet(cut))
+        return tuple(cuts)
+
+    def _together(
+        self,
+        views: Views,
+        workspace: Workspace,
+        cuts: Sequence[ActiveSet],
+        skip_zeros: bool,
+        tally: Tally,
+        hidden: bool,
+    ) -> None:
+        tokens, home = len(views.x), self.home
+        spaces = [views if s.device is home else workspace.on(s.device.tier).views(tokens) for s in self._sides]
+        began = time.perf_counter()
+        for side, space in zip(self._sides, spaces, strict=True):
+            if side.device is not home:
+                tally.carry(home, views.normed, side.device, space.normed)
+                space.x[...] = 0.0
+        crossing = time.perf_counter() - began
+
+        def work_of(side: _Side, space: Views) -> FfnWork:
+            total = NOTHING
+            for index, part in side.parts:
+                into = _slice(space, part) if hidden else None
+                work = part.ffn(space.normed, cuts[index], space.x, skip_zeros=skip_zeros, hidden=into)
+                tally.work.append((part, work))
+                total = FfnWork(*(a + b for a, b in zip(total, work, strict=True)))
+            return total
+
+        begun: list[Device] = []
+        errors: list[BaseException] = []
+        try:
+            for side, space in zip(self._sides, spaces, strict=True):
+                side.device.begin(lambda side=side, space=space: work_of(side, space))  # type: ignore[misc]
+                begun.append(side.device)
+        finally:
+            for device in begun:
+                try:
+                    device.end()
+                except BaseException as error:  # all sides must have ended before any error leaves
+                    errors.append(error)
+        if errors:
+            raise errors[0]
+        merging = time.perf_counter()
+        for side, space in sorted(zip(self._sides, spaces, strict=True), key=lambda pair: pair[0].parts[0][0]):
+            if side.device is not home:
+                tally.carry(side.device, space.x, home, views.normed)
+                home.ops.add(views.x, views.normed)
+        if tally.timed:
+            tally.lap("crossing", merging - crossing)
+            for side in self._sides:
+                name = "ffn cold" if side.device.tier == "ram" else "ffn hot"
+                tally.seconds[name] = tally.seconds.get(name, 0.0) + side.device.seconds
+
+
+def _slice(views: Views, part: Neurons) -> Array:
+    """A part's own piece of the array of activations, contiguous."""
+    tokens = len(views.x)
+    flat = views.hidden.reshape(-1)
+    return flat[tokens * part.start : tokens * part.stop].reshape(tokens, part.stop - part.start)
