@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -99,7 +100,7 @@ def test_whole_layers_on_either_device_give_the_same_bits(
     transformer, _ = load_transformer(source, memory, seats=Seating(*ends, layers), order=random_order())
     np.testing.assert_array_equal(run(transformer, (5,), tally), plain)
     path = [ends[0], *homes, ends[1]]
-    assert tally.crossings == sum(a is not b for a, b in zip(path, path[1:], strict=False))
+    assert tally.crossings == sum(a is not b for a, b in pairwise(path))
     memory.close()
 
 
@@ -270,8 +271,8 @@ def test_cuts_inside_a_block_and_missing_tiers_are_refused(make_source: Callable
         load_transformer(source, two_devices(), seats=seating(RAM, 33))
     with pytest.raises(UsageError, match="no device has it"):
         load_transformer(source, CpuOps(1), seats=seating(RAM, 32))
+    layers = (LayerSeat(RAM, 0, 64),) * LAYERS
     with pytest.raises(UsageError, match="no disk tier"):
-        layers = (LayerSeat(RAM, 0, 64),) * LAYERS
         load_transformer(source, CpuOps(1), seats=Seating(RAM, RAM, layers))
     with pytest.raises(UsageError, match="does not seat"):
         load_transformer(source, CpuOps(1), seats=all_in(RAM, 3, NEURONS))
