@@ -1,7 +1,8 @@
 """Compares the logits of thermocline and llama.cpp on the very same GGUF file, token by token.
 
-    pip install llama-cpp-python
-    python -m benchmarks.agreement
+    python -m benchmarks.agreement --llama-python llama/bin/python
+
+where llama/ is an environment with llama-cpp-python.
 
 The text is what the shipped model never saw: the held-out files of the standard library. Both engines read
 the same token ids in windows of the same length; thermocline runs them once in prefill and once through the
@@ -17,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from benchmarks.peer import Peer, add_flag
 from thermocline.api import shipped_model
 from thermocline.config import LoadSettings, Mode
 from thermocline.files.open import open_model
@@ -48,27 +50,6 @@ def ours(model: LoadedModel, window: list[int], *, decode: bool) -> Logits:
     return np.concatenate(rows)
 
 
-def theirs(path: Path, windows: list[list[int]]) -> list[Logits]:
-    """llama.cpp's logits of the same windows."""
-    from llama_cpp import Llama
-
-    llama = Llama(
-        str(path),
-        n_ctx=len(windows[0]),
-        n_batch=len(windows[0]),
-        logits_all=True,
-        n_threads=1,
-        n_threads_batch=1,
-        verbose=False,
-    )
-    results = []
-    for window in windows:
-        llama.reset()
-        llama.eval(window)
-        results.append(np.array(llama.scores[: len(window)], np.float32))
-    return results
-
-
 def compare(a: Logits, b: Logits) -> dict[str, float]:
     """Agreement of `a` with the reference `b`: same likeliest token, and KL(b || a) in nats."""
     log_a, log_b = (x - np.logaddexp.reduce(x.astype(np.float64), axis=1, keepdims=True) for x in (a, b))
@@ -87,13 +68,15 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--length", type=int, default=512, help="tokens of a window")
     parser.add_argument("-o", "--output", type=Path, help="write the result as JSON")
+    add_flag(parser)
     args = parser.parse_args()
     path = args.model or shipped_model()
     with open_model(path) as source:
         models = {mode: load_model(source, LoadSettings(mode=mode)) for mode in (Mode.DENSE, Mode.EXACT)}
         ids = models[Mode.EXACT].tokenizer.encode(held_out_text(), add_special=False)
         windows = [ids[i * args.length : (i + 1) * args.length] for i in range(args.windows)]
-        reference = np.concatenate(theirs(path, windows))
+        with Peer(args.llama_python) as peer:
+            reference = np.concatenate(peer.logits(path, windows))
         result = {
             f"{name}/{mode}": compare(np.concatenate([ours(m, w, decode=decode) for w in windows]), reference)
             for mode, m in models.items()
