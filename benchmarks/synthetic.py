@@ -1,6 +1,6 @@
 """Makes synthetic ReGLU models of any size whose neurons fire as often as asked.
 
-    python benchmarks/synthetic.py --shape 1.3b --active 0.12 --outtype f16 q8_0 q4_0 -o models/
+    python -m benchmarks.synthetic --shape 1.3b --active 0.12 --outtype f16 q8_0 q4_0 q4_k_m -o models/
 
 writes each type twice: in the standard layout, which other engines read, and with down as neuron records,
 ready to map; and the model's predictor beside each.
@@ -21,13 +21,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import numpy as np
 import numpy.typing as npt
 
 from thermocline.activity.predictor import Predictor, save_predictor
 from thermocline.files.companion import companion
-from thermocline.files.formats import BY_NAME, F32, BlockFormat
+from thermocline.files.formats import BY_NAME, F32, Q4_K, Q5_K, Q6_K, BlockFormat
 from thermocline.files.gguf_writer import write_gguf
 from thermocline.files.open import open_model
 from thermocline.files.powerinfer import PredictorLayer
@@ -242,6 +243,34 @@ def metadata(name: str, shape: Shape, active: float) -> dict[str, object]:
     }
 
 
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """Formats of a file: `common`, and of the tensors that quantisation hurts most `better`.
+
+    Which these are in Q4_K_M and Q5_K_M is llama.cpp's choice (`llama_tensor_get_type`): the head, and attn_v and
+    ffn_down in the first and the last eighth of the layers and in every third one between.
+    """
+
+    common: BlockFormat
+    better: BlockFormat
+
+    def format_of(self, name: str, n_layer: int) -> BlockFormat:
+        """The format of a matrix by its name without suffix, such as blk.3.attn_v."""
+        if name == "output":
+            return self.better
+        if not name.endswith(("attn_v", "ffn_down")):
+            return self.common
+        layer, eighth = int(name.split(".")[1]), n_layer // 8
+        outer = layer < eighth or layer >= 7 * n_layer // 8
+        return self.better if outer or (layer - eighth) % 3 == 2 else self.common
+
+
+MIXTURES = {name.lower(): Mixture(fmt, fmt) for name, fmt in BY_NAME.items()} | {
+    "q4_k_m": Mixture(Q4_K, Q6_K),
+    "q5_k_m": Mixture(Q5_K, Q6_K),
+}
+
+
 def packed(name: str, value: Floats, fmt: BlockFormat, records: bool) -> Weight:
     """One tensor as it is stored; norms stay F32, down is transposed back unless `records`."""
     if name.endswith("norm"):
@@ -251,30 +280,55 @@ def packed(name: str, value: Floats, fmt: BlockFormat, records: bool) -> Weight:
     return from_float(f"{name}.weight", value, fmt)
 
 
+def spooled(tensors: Iterator[tuple[str, Floats]], folder: Path) -> list[tuple[str, Floats]]:
+    """The tensors as views on a nameless file in `folder`: memory keeps of them what it has room for."""
+    kept: list[tuple[str, Floats]] = []
+    with TemporaryFile(dir=folder) as spool:
+        for name, value in tensors:
+            offset = spool.tell()
+            spool.write(np.ascontiguousarray(value, np.float32).data)
+            spool.flush()
+            kept.append((name, np.memmap(spool, np.float32, "r", offset, value.shape)))
+    return kept
+
+
+def write_models(
+    generator: Generator, tensors: list[tuple[str, Floats]], outtype: str, stem: str, folder: Path
+) -> None:
+    """The model in one type, in both layouts, and its predictor beside each."""
+    shape, mixture = generator.shape, MIXTURES[outtype]
+    made = predictor(generator, mixture.common)
+    print(f"predictor: {made.nbytes / 1e6:.0f} MB, selects {np.mean(made.active_shares or 0):.1%}")
+    kept: dict[str, Weight] = {}
+    for layout in ("standard", "records"):
+        weights = []
+        for name, value in tensors:
+            weight = kept.get(name) or packed(name, value, mixture.format_of(name, shape.n_layer), layout == "records")
+            if not name.endswith("ffn_down"):
+                kept[name] = weight
+            weights.append(weight)
+        path = folder / f"{stem}.{outtype}{'.records' * (layout == 'records')}.gguf"
+        size = write_gguf(path, metadata(path.stem, shape, generator.active), weights)
+        with open_model(path) as source:
+            save_predictor(made, companion(path, SidecarKind.PREDICTOR), source.fingerprint, model_name=path.stem)
+        print(f"{path}: {size / 1e9:.2f} GB", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="1.3b")
     parser.add_argument("--active", type=float, default=0.12, help="mean share of neurons that fire")
-    parser.add_argument("--outtype", nargs="+", default=["q8_0"], help="any of f32 f16 bf16 q8_0 q4_0")
+    parser.add_argument("--outtype", nargs="+", default=["q8_0"], choices=MIXTURES)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("-o", "--output", type=Path, default=Path(), help="folder of the files")
     args = parser.parse_args()
     start = time.monotonic()
-    shape, generator = SHAPES[args.shape], Generator(SHAPES[args.shape], args.active, args.seed)
-    tensors = list(generator.tensors())
+    generator = Generator(SHAPES[args.shape], args.active, args.seed)
+    tensors = spooled(generator.tensors(), args.output)
     fired = np.mean(generator.measured)
-    print(f"{fired:.1%} of neurons fire on the calibration tokens, {time.monotonic() - start:.0f} s")
+    print(f"{fired:.1%} of neurons fire on the calibration tokens, {time.monotonic() - start:.0f} s", flush=True)
     for outtype in args.outtype:
-        fmt = BY_NAME[outtype.upper()]
-        made = predictor(generator, fmt)
-        print(f"predictor: {made.nbytes / 1e6:.0f} MB, selects {np.mean(made.active_shares or 0):.1%}")
-        for layout in ("standard", "records"):
-            path = args.output / f"synthetic-{args.shape}.{outtype}{'.records' * (layout == 'records')}.gguf"
-            weights = [packed(name, value, fmt, layout == "records") for name, value in tensors]
-            size = write_gguf(path, metadata(path.stem, shape, args.active), weights)
-            with open_model(path) as source:
-                save_predictor(made, companion(path, SidecarKind.PREDICTOR), source.fingerprint, model_name=path.stem)
-            print(f"{path}: {size / 1e9:.2f} GB, {time.monotonic() - start:.0f} s")
+        write_models(generator, tensors, outtype, f"synthetic-{args.shape}", args.output)
 
 
 if __name__ == "__main__":
