@@ -29,7 +29,7 @@ def write_results(name: str, results: Mapping[str, object]) -> None:
     """Write `results/NAME.json`."""
     plain = {k: asdict(v) if is_dataclass(v) and not isinstance(v, type) else v for k, v in results.items()}
     path = RESULTS / f"{name}.json"
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
         file.write((json.dumps(plain, indent=1) + "\n").encode())
     print(f"\nwritten: {path.relative_to(RESULTS.parent.parent)}")

@@ -1,0 +1,103 @@
+"""Thermocline as benchmarks run it: one mode of one model, in turns with others."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+
+from thermocline.config import CacheType, LoadSettings, Mode, SamplingSettings
+from thermocline.files.companion import companion
+from thermocline.files.open import open_model
+from thermocline.files.sidecar import SidecarKind
+from thermocline.memory.kv_cache import KVCache
+from thermocline.model.families import family_of
+from thermocline.runtime.loading import LoadedModel, load_model
+from thermocline.runtime.sampler import Sampler
+
+FREE = SamplingSettings(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=1)
+
+
+class Ours:
+    """A model loaded in one mode. Turns continue its text."""
+
+    def __init__(self, path: Path, mode: Mode, threads: int, n_ctx: int, cache: CacheType = CacheType.F16) -> None:
+        self.source = open_model(path)
+        settings = LoadSettings(mode=mode, threads=threads, ctx_size=n_ctx, cache_type_k=cache, cache_type_v=cache)
+        self.model: LoadedModel = load_model(self.source, settings)
+        self.engine, self.mode = self.model.engine, mode
+        self.start(0)
+
+    @property
+    def cache(self) -> KVCache:
+        """The sequence's cache."""
+        cache: KVCache = self.engine._sequence._cache  # type: ignore[attr-defined]
+        return cache
+
+    def start(self, depth: int) -> None:
+        """Begin a text; with a `depth`, as if so many tokens were cached."""
+        engine = self.engine
+        self.sampler = Sampler(FREE, engine.width, engine.n_ctx)
+        self.ticket = engine.begin()
+        engine._held[:] = [0] * depth
+        self.cache.length = depth
+        self.logits = engine.step(1, self.ticket) if depth else engine.prefill([0], reuse=False)[0]
+        engine.bytes_read, engine.fired = 0.0, 0
+
+    def decode(self, count: int) -> float:
+        """Seconds of so many steps; drawing tokens is not timed."""
+        seconds = 0.0
+        for _ in range(count):
+            token = self.sampler.sample(self.logits).token
+            began = time.perf_counter()
+            self.logits = self.engine.step(token, self.ticket)
+            seconds += time.perf_counter() - began
+        return seconds
+
+    def prefill(self, tokens: list[int]) -> float:
+        """Seconds of a prompt from an empty cache."""
+        self.engine.begin()
+        began = time.perf_counter()
+        self.engine.prefill(tokens, reuse=False)
+        return time.perf_counter() - began
+
+    def fill_cache(self) -> None:
+        """Random numbers for all that was ever cached."""
+        rng = np.random.default_rng(1)
+        pattern = rng.standard_normal(1 << 20).astype(np.float16)
+        for layer in self.cache.layers:
+            for array in (layer.keys, layer.values):
+                part = array.reshape(-1)
+                for at in range(0, part.size, pattern.size):
+                    part[at : at + pattern.size] = pattern[: part.size - at]
+
+    def close(self) -> None:
+        """Let go of the model."""
+        self.source.close()
+        del self.model, self.engine
+
+    @property
+    def dense_bytes(self) -> float:
+        """What a dense token reads of the weights."""
+        traffic = self.engine.traffic
+        return traffic.trunk + traffic.neurons * (traffic.gate_row + traffic.up_row + traffic.down_row)
+
+    def random_tokens(self, count: int) -> list[int]:
+        """Token ids, the same every time."""
+        tokens: list[int] = np.random.default_rng(1).integers(0, self.engine.width, count).tolist()
+        return tokens
+
+
+def records_of(path: Path) -> Path:
+    """The file with neuron records beside `path`, or `path`."""
+    records = path.with_name(path.name.removesuffix(".gguf") + ".records.gguf")
+    return records if records.is_file() else path
+
+
+def modes_of(path: Path) -> list[Mode]:
+    """Dense; and what else the model and its files allow."""
+    with open_model(path) as source:
+        sparse = family_of(source).spec(source).ffn.sparse
+    predicts = sparse and companion(path, SidecarKind.PREDICTOR).is_file()
+    return [Mode.DENSE] + [Mode.EXACT] * sparse + [Mode.PREDICTED] * predicts
