@@ -12,13 +12,13 @@ decode path, one token at a time.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from benchmarks.peer import Peer, add_flag
+from benchmarks.tables import write_results
 from thermocline.api import shipped_model
 from thermocline.config import LoadSettings, Mode
 from thermocline.files.open import open_model
@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("-m", "--model", type=Path, default=None, help="a GGUF file (default: the shipped model)")
     parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--length", type=int, default=512, help="tokens of a window")
-    parser.add_argument("-o", "--output", type=Path, help="write the result as JSON")
+    parser.add_argument("--dry", action="store_true", help="keep no results")
     add_flag(parser)
     args = parser.parse_args()
     path = args.model or shipped_model()
@@ -76,7 +76,7 @@ def main() -> None:
         ids = models[Mode.EXACT].tokenizer.encode(held_out_text(), add_special=False)
         windows = [ids[i * args.length : (i + 1) * args.length] for i in range(args.windows)]
         with Peer(args.llama_python) as peer:
-            reference = np.concatenate(peer.logits(path, windows))
+            reference, about = np.concatenate(peer.logits(path, windows)), peer.about
         result = {
             f"{name}/{mode}": compare(np.concatenate([ours(m, w, decode=decode) for w in windows]), reference)
             for mode, m in models.items()
@@ -85,8 +85,8 @@ def main() -> None:
     print(f"{args.windows * args.length} held-out tokens of {path.name}, thermocline against llama.cpp")
     for name, row in result.items():
         print(f"{name:16}" + "  ".join(f"{key} {value:.6f}" for key, value in row.items()))
-    if args.output:
-        args.output.write_text(json.dumps({"model": path.name, "tokens": len(reference), **result}, indent=2) + "\n")
+    if not args.dry:
+        write_results("agreement", {"model": path.name, "tokens": len(reference), "peer": about, **result})
 
 
 if __name__ == "__main__":

@@ -95,6 +95,16 @@ def records_of(path: Path) -> Path:
     return records if records.is_file() else path
 
 
+def description_of(path: Path) -> dict[str, object]:
+    """What a result says about its model."""
+    with open_model(path) as source:
+        return {
+            "file_bytes": path.stat().st_size,
+            "parameters": family_of(source).spec(source).parameters,
+            "description": source.metadata.text("general.description", ""),
+        }
+
+
 def modes_of(path: Path) -> list[Mode]:
     """Dense; and what else the model and its files allow."""
     with open_model(path) as source:

@@ -6,7 +6,7 @@
 Weights come from a ring of buffers far larger than the last level cache, so that every call reads memory; active sets
 are random rows of which none comes twice before all came once. Every op is measured in slices with a probe of the
 read bandwidth between them: the share is the op's median rate over the probe's median. Prefill is compared with
-the best integer or BF16 rate of torch on this machine.
+the best integer or BF16 rate of torch on this machine. Each group of ops is kept under benchmarks/results/ops.
 """
 
 from __future__ import annotations
@@ -51,7 +51,10 @@ REGLU = FfnKind(Activation.RELU, gated=True)
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One op: calls that do the same work on other memory. `moved` and `operations` are of one call."""
+    """One op: calls that do the same work on other memory. `moved` (bytes) and `operations` are of one call.
+
+    `arithmetic` says that these bound it, not the bytes.
+    """
 
     op: str
     format: str
@@ -59,6 +62,7 @@ class Case:
     calls: tuple[Call, ...]
     moved: float = 0.0
     operations: float = 0.0
+    arithmetic: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +171,7 @@ class Bench:
         operations = 4.0 * seen * s.n_head * s.head_dim
         if tokens == 1:
             return Case("attention", "F16", size, calls, moved, operations)
-        return Case(f"attention of {tokens}", "F16", size, calls, 0, operations)
+        return Case(f"attention of {tokens}", "F16", size, calls, moved, operations, arithmetic=True)
 
     def small(self) -> Iterator[Case]:
         """What is bound by neither memory nor arithmetic."""
@@ -192,7 +196,8 @@ class Bench:
             ring = self._ring(fmt, rows, s.n_embd, RING // 4)
             calls = tuple(partial(self.ops.linear, x, (m,), (out,)) for m in ring)
             operations = 2.0 * BATCH * rows * s.n_embd
-            yield Case(f"gemm {name}", fmt.name, f"{BATCH} of {rows}x{s.n_embd}", calls, 0, operations)
+            moved = fmt.row_bytes(s.n_embd) * rows + 4 * BATCH * (rows + s.n_embd)
+            yield Case(f"gemm {name}", fmt.name, f"{rows}x{s.n_embd}", calls, moved, operations, arithmetic=True)
 
     def _disjoint(self, share: float) -> list[ActiveSet]:
         """Random active sets of that share, as many as there are without a neuron in common."""
@@ -249,10 +254,10 @@ def measure(case: Case, probe: Probe, seconds: float, peaks: dict[str, object] |
         read.append(probe.read())
     low, middle, high = statistics.quantiles(times, n=4)
     peak: float | None
-    if case.moved:
-        amount, unit, peak = case.moved, "GB/s", statistics.median(read)
-    else:
+    if case.arithmetic:
         amount, unit, peak = case.operations, "GOP/s", _arithmetic_peak(case, peaks)
+    else:
+        amount, unit, peak = case.moved, "GB/s", statistics.median(read)
     rate = amount / middle / 1e9
     return Measured(
         case.op, case.format, case.size, len(times), middle * 1e6, (high - low) / 2 / middle, case.moved,
@@ -265,7 +270,7 @@ IN_CACHE = ("rms_norm", "rope", "select", "ffn 0%")
 
 
 def _arithmetic_peak(case: Case, peaks: dict[str, object] | None) -> float | None:
-    if peaks is None or not case.operations or case.op.startswith("attention"):
+    if peaks is None or case.op.startswith("attention"):
         return None
     fmt = BY_NAME[case.format]
     return float(str(peaks["int8" if fmt.block > 1 else "f32" if fmt is F32 else "bf16"]))
@@ -298,28 +303,27 @@ def main() -> None:
     parser.add_argument("--isa", default="auto")
     parser.add_argument("--seconds", type=float, default=0.25, help="of each op")
     parser.add_argument("--pages", choices=("small", "huge"), default="small", help="small is how files are mapped")
-    parser.add_argument("-o", "--output", default="", help="keep the result as benchmarks/results/NAME.json")
+    parser.add_argument("--dry", action="store_true", help="keep no results")
     args = parser.parse_args()
     ops = CpuOps(args.threads, args.isa)
     probe = Probe(ops._context)
     peaks = arithmetic_peaks(args.threads) if "gemm" in args.only else None
     bench = Bench(ops, SHAPES[args.shape], huge_pages=args.pages == "huge")
-    measured = [
-        measure(case, probe, args.seconds, peaks)
-        for name, group in bench.cases([BY_NAME[f] for f in args.formats])
-        if name in args.only
-        for case in group()
-    ]
-    print_table([row(m) for m in measured])
-    low, middle, high = statistics.quantiles(probe.rates, n=4)
+    about = {"shape": args.shape, "pages": args.pages, "machine": facts(args.threads), "peaks": peaks}
+    for name, group in bench.cases([BY_NAME[f] for f in args.formats]):
+        if name not in args.only:
+            continue
+        probe.rates.clear()
+        measured = [measure(case, probe, args.seconds, peaks) for case in group()]
+        print_table([row(m) for m in measured])
+        low, middle, high = statistics.quantiles(probe.rates, n=4)
+        print(f"memory reads {low:.1f} to {high:.1f} GB/s (middle half of {len(probe.rates)} passes)\n", flush=True)
+        if not args.dry:
+            bandwidth = {"low": low, "median": middle, "high": high}
+            write_results(f"ops/{name}", {**about, "read_bandwidth": bandwidth, "ops": [asdict(m) for m in measured]})
     if peaks:
-        print(
-            f"int8 {peaks['int8']:.0f} GOP/s, bf16 {peaks['bf16']:.0f}, float32 {peaks['f32']:.0f} by {peaks['source']}"
-        )
-    if args.output:
-        about = {"shape": args.shape, "pages": args.pages, "machine": facts(args.threads), "peaks": peaks}
-        bandwidth = {"quartile": low, "median": middle, "upper_quartile": high}
-        write_results(args.output, {**about, "read_bandwidth": bandwidth, "ops": [asdict(m) for m in measured]})
+        rates = ", ".join(f"{name} {peaks[name]:.0f} GOP/s" for name in ("int8", "bf16", "f32"))
+        print(f"{rates} by {peaks['source']}")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.engine import Ours, modes_of, records_of
+from benchmarks.engine import Ours, description_of, modes_of, records_of
 from benchmarks.machine import Probe, facts
 from benchmarks.peer import Peer, add_flag
 from benchmarks.tables import print_table, write_results
@@ -236,7 +236,7 @@ def main() -> None:
         about = {"machine": facts(args.threads), "peer": peer.about if peer else None}
         for path, test in itertools.product(args.model, args.tests):
             model = path.name.removesuffix(".gguf")
-            result = {"model": model, "file_bytes": path.stat().st_size, "test": test, **about}
+            result = {"model": model, "test": test, **description_of(path), **about}
             result |= TESTS[test](path, peer, probe, args)
             print_table(lines_of(test, result))
             gc.collect()

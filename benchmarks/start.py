@@ -15,8 +15,11 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks.machine import facts
+from benchmarks.tables import print_table, write_results
 from thermocline.api import shipped_model
 from thermocline.files.gguf_writer import write_gguf
+from thermocline.hardware.cores import find_cores
 
 TOKENS, MERGES = 128_000, 280_000
 OPEN = "from thermocline.files.gguf import GgufFile; import time; t = time.perf_counter(); GgufFile.open({path!r}); "
@@ -52,16 +55,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-m", "--model", type=Path, nargs="*", default=[], help="more models to start")
     parser.add_argument("-r", "--rounds", type=int, default=5)
+    parser.add_argument("--dry", action="store_true", help="keep no results")
     args = parser.parse_args()
     program = [sys.executable, "-m", "thermocline"]
-    print(f"{'--help':44} {seconds([*program, '--help'], args.rounds):.2f} s")
+    waits = {"--help": seconds([*program, "--help"], args.rounds)}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "vocabulary.gguf"
         write_vocabulary(path)
-        print(f"{f'open {TOKENS} tokens, {MERGES} merges':44} {open_seconds(path, args.rounds):.2f} s")
+        waits[f"open {TOKENS} tokens, {MERGES} merges"] = open_seconds(path, args.rounds)
     for model in [shipped_model(), *args.model]:
         command = [*program, "run", "-m", str(model), "-p", "def", "-n", "1"]
-        print(f"{f'start to first token, {model.name}':44} {seconds(command, args.rounds):.2f} s")
+        size = model.stat().st_size / 1e9
+        waits[f"start to first token, {model.name} ({size:.2f} GB)"] = seconds(command, args.rounds)
+    print_table([{"what": what, "seconds": f"{wait:.2f}"} for what, wait in waits.items()])
+    if not args.dry:
+        write_results("start", {"machine": facts(find_cores().threads), "seconds": waits})
 
 
 if __name__ == "__main__":

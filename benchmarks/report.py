@@ -1,0 +1,246 @@
+"""Makes the README's tables and the roofline picture from the results that are kept.
+
+    python -m benchmarks.report
+
+Only what is under benchmarks/results goes in: nothing is measured here.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from benchmarks.side_by_side import LLAMA, rates, ratios, shares
+from benchmarks.tables import RESULTS
+from thermocline.files.atomic import atomic_write
+
+README = RESULTS.parent.parent / "README.md"
+PICTURE = RESULTS / "roofline.svg"
+BEGIN, END = "<!-- measured: made by python -m benchmarks.report -->", "<!-- /measured -->"
+ORDER = ("f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0")
+MODES = ("dense", "exact", "predicted")
+Result = dict[str, Any]
+
+
+def read(pattern: str) -> list[Result]:
+    """The results whose files match, in the order of their formats."""
+    found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(pattern))]
+    return sorted(found, key=lambda r: ORDER.index(form(r)) if form(r) in ORDER else len(ORDER))
+
+
+def form(result: Result) -> str:
+    """The format in a model's name: synthetic-1.3b.q8_0 is q8_0."""
+    return str(result.get("model", "")).rpartition(".")[2]
+
+
+def stem(result: Result) -> str:
+    """A model's name without its format."""
+    return str(result["model"]).rpartition(".")[0] or str(result["model"])
+
+
+def block() -> str:
+    """What stands between the marks in the README."""
+    parts = [part for part in (_machine(), _decode(), _prefill(), _context(), _ops(), _start(), _agreement()) if part]
+    return "\n\n".join([BEGIN, *parts, END]) + "\n"
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Markdown; the first column is words, the others are figures."""
+    lines = ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 1)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def _machine() -> str:
+    results = read("side_by_side/*.json")
+    if not results:
+        return ""
+    machine, peers = results[0]["machine"], {r["peer"]["version"] for r in results if r["peer"]}
+    every = [row[name]["bandwidth"] for r in results for row in _rounds(r) for name in row]
+    low, _, high = statistics.quantiles(every, n=4)
+    caches = ", ".join(machine["caches"][-2:])
+    models = {stem(r): f"{stem(r)} ({r['parameters'] / 1e9:.2f} B parameters; {r['description']})" for r in results}
+    return (
+        f"On {machine['processor']}, {machine['threads']} threads, {machine['kernels']}, {caches}, with "
+        f"{' and '.join(sorted(peers))} built for this processor, on {', '.join(models.values())}. llama.cpp has no "
+        "ReGLU and computes SiLU in its place, which takes as long. Engines take turns, and figures are medians of "
+        "rounds; × is the rate over llama.cpp's in the same round, with the smallest and the largest. The machine is "
+        f"shared: reading memory alone reached {low:.0f} to {high:.0f} GB/s (middle half of the probes between turns), "
+        "and shares of the bandwidth are of the probes beside each turn."
+    )
+
+
+def _rounds(result: Result) -> list[dict[str, Any]]:
+    if "rounds" in result:
+        return list(result["rounds"])
+    return [row for part in result["depths"] for row in part["rounds"]]
+
+
+def _rate(rounds: list[dict[str, Any]], name: str) -> str:
+    rate = f"{statistics.median(rates(rounds, name)):.1f}"
+    ratio = ratios(rounds, name)
+    if name == LLAMA or not ratio:
+        return rate
+    return f"{rate} ({statistics.median(ratio):.2f}×, {min(ratio):.2f} to {max(ratio):.2f})"
+
+
+def _decode() -> str:
+    results = read("side_by_side/*-decode.json")
+    if not results:
+        return ""
+    rows = []
+    for result in results:
+        rounds = result["rounds"]
+        cells = [_rate(rounds, name) if name in rounds[0] else "" for name in (LLAMA, *MODES)]
+        rows.append([form(result).upper(), *cells, f"{statistics.median(shares(rounds, 'dense')):.0%}"])
+    heads = ["decode, tokens/s", LLAMA, *MODES, "of the bandwidth, dense"]
+    return table(heads, rows)
+
+
+def _prefill() -> str:
+    results = read("side_by_side/*-prefill.json")
+    if not results:
+        return ""
+    rows = []
+    for result in results:
+        rounds = result["rounds"]
+        speed = statistics.median(rates(rounds, "thermocline")) * result["operations_per_token"] / 1e9
+        cells = [_rate(rounds, name) if name in rounds[0] else "" for name in (LLAMA, "thermocline")]
+        rows.append([form(result).upper(), *cells, f"{speed:.0f}"])
+    return table(["prefill of 512, tokens/s", LLAMA, "thermocline", "GOP/s"], rows)
+
+
+def _context() -> str:
+    rows = []
+    for result in read("side_by_side/*-context.json"):
+        start = {part["cache"]: part for part in result["depths"] if part["depth"] == 0}
+        for part in result["depths"]:
+            rounds = part["rounds"]
+            name = f"{form(result).upper()}, cache {part['cache'].upper()}, {part['depth']:,} tokens"
+            first = start.get(part["cache"])
+            rows.append(
+                [name, _milliseconds(rounds), _bound(part, first), _rate(rounds, LLAMA) if LLAMA in rounds[0] else ""]
+            )
+    heads = ["decode at depth", "ms a token", "at 0, plus the cache at the bandwidth", "llama.cpp, tokens/s"]
+    return table(heads, rows) if rows else ""
+
+
+def _milliseconds(rounds: list[dict[str, Any]]) -> str:
+    return f"{1e3 / statistics.median(rates(rounds, 'thermocline')):.1f}"
+
+
+def _bound(part: dict[str, Any], first: dict[str, Any] | None) -> str:
+    """The time at depth 0, and that of reading the cache once."""
+    if first is None:
+        return ""
+    bandwidth = statistics.median(row["thermocline"]["bandwidth"] for row in part["rounds"])
+    base = 1e3 / statistics.median(rates(first["rounds"], "thermocline"))
+    return f"{base + part['cache_bytes'] / bandwidth / 1e6:.1f}"
+
+
+def _ops() -> str:
+    every = [op for result in read("ops/*.json") for op in result["ops"] if op["share"]]
+    formats = [
+        f for f in ("F16", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q4_0") if any(o["format"] == f for o in every)
+    ]
+    rows = []
+    for name in dict.fromkeys(op["op"] for op in every if not op["op"].startswith("attention")):
+        by = {op["format"]: op for op in every if op["op"] == name}
+        rows.append([name, *(f"{by[f]['share']:.0%}" if f in by else "" for f in formats)])
+    if not rows:
+        return ""
+    peaks = next((r["peaks"] for r in read("ops/gemm.json")), None)
+    note = (
+        "Shares of the machine's best, of a layer of that model: of the bandwidth probe for decode, for gemm of "
+        f"{peaks['int8']:.0f} (int8) or {peaks['bf16']:.0f} GOP/s (BF16), the best of {peaks['source']}."
+        if peaks
+        else "Shares of the bandwidth probe, of a layer of that model."
+    )
+    picture = f"![roofline]({PICTURE.relative_to(README.parent)})\n\n" if PICTURE.is_file() else ""
+    return f"{picture}{note}\n\n" + table(["op", *formats], rows)
+
+
+def _start() -> str:
+    rows = [(what, f"{wait:.2f}") for r in read("start.json") for what, wait in r["seconds"].items()]
+    return table(["from nothing, files cached", "seconds"], rows) if rows else ""
+
+
+def _agreement() -> str:
+    return "\n\n".join(
+        f"{r['model']} against llama.cpp on the same file, {r['tokens']:,} held-out tokens: same likeliest token "
+        f"{min(v['top1'] for v in _compared(r)):.1%}, mean KL divergence {max(v['kl_mean'] for v in _compared(r)):.1e} "
+        "(the worst of dense and exact, prefill and decode)."
+        for r in read("agreement.json")
+    )
+
+
+def _compared(result: Result) -> list[dict[str, float]]:
+    return [value for value in result.values() if isinstance(value, dict) and "top1" in value]
+
+
+def with_block(text: str, new: str) -> str:
+    """`text` with what stands between the marks replaced."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END + "\n")
+    if not begin or not end:
+        raise SystemExit(f"{README.name} lacks the lines {BEGIN} and {END}")
+    return before + new + after
+
+
+def draw() -> None:
+    """Every measured op as a point under the machine's roofs."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    mpl.rcParams["svg.hashsalt"] = "thermocline"
+    from matplotlib import pyplot as plt
+
+    results = read("ops/*.json")
+    ops = [op for r in results for op in r["ops"] if op["operations"] and op["moved"]]
+    if not ops:
+        return
+    bandwidth = statistics.median(r["read_bandwidth"]["median"] for r in results)
+    peaks: dict[str, Any] = next((r["peaks"] for r in results if r["peaks"]), {})
+    figure, axes = plt.subplots(figsize=(8, 5))
+    x = [0.3, 1e4]
+    for name in ("int8", "bf16"):
+        if name in peaks:
+            knee = peaks[name] / bandwidth
+            axes.plot([knee, x[1]], [peaks[name]] * 2, color="0.4", linewidth=1)
+            axes.annotate(f"{name} {peaks[name]:.0f} GOP/s", (x[1], peaks[name]), ha="right", va="bottom", fontsize=8)
+    top = max((peaks[n] for n in ("int8", "bf16") if n in peaks), default=bandwidth * x[1])
+    axes.plot([x[0], top / bandwidth], [bandwidth * x[0], top], color="0.4", linewidth=1)
+    axes.annotate(f"memory {bandwidth:.0f} GB/s", (1, bandwidth), rotation=38, va="bottom", ha="right", fontsize=8)
+    markers = {"linear": "o", "ffn": "s", "predict": "^", "attention": "D", "gemm": "*"}
+    formats = list(dict.fromkeys(op["format"] for op in ops))
+    colours = plt.get_cmap("tab10")
+    for op in ops:
+        kind = op["op"].split()[0]
+        axes.plot(
+            op["operations"] / op["moved"], op["operations"] / op["microseconds"] / 1e3,
+            markers[kind], color=colours(formats.index(op["format"])), markersize=5,
+        )  # fmt: skip
+    for kind, marker in markers.items():
+        axes.plot([], [], marker, color="0.3", label=kind)
+    for index, name in enumerate(formats):
+        axes.plot([], [], "s", color=colours(index), label=name)
+    axes.set(xscale="log", yscale="log", xlabel="operations a byte", ylabel="10⁹ operations a second")
+    axes.legend(fontsize=7, ncols=2, loc="lower right")
+    axes.set_title(f"Ops of the CPU, {results[0]['machine']['threads']} threads", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(PICTURE, metadata={"Date": None})
+    plt.close(figure)
+    print(f"written: {PICTURE.relative_to(README.parent)}")
+
+
+def main() -> None:
+    draw()
+    text = README.read_text()
+    with atomic_write(README) as file:
+        file.write(with_block(text, block()).encode())
+    print(f"written: {README.name}")
+
+
+if __name__ == "__main__":
+    main()

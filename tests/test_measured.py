@@ -1,0 +1,64 @@
+"""What the README says was measured is what the kept results say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import report
+
+MACHINE = {"processor": "a processor", "threads": 2, "kernels": "avx512", "caches": ["L2 1024 KiB", "L3 32768 KiB"]}
+
+
+def turn(seconds: float, size: float = 0.0) -> dict[str, float]:
+    return {"tokens": 10, "seconds": seconds, "bytes": size, "bandwidth": 40.0}
+
+
+def keep(folder: Path, test: str, **result: Any) -> None:
+    about = {"model": "tiny.q8_0", "parameters": 5e6, "description": "random", "machine": MACHINE}
+    about |= {"peer": {"version": "llama-cpp-python 1"}, "count": 10, "operations_per_token": 4e9}
+    (folder / "side_by_side").mkdir(exist_ok=True)
+    (folder / f"side_by_side/tiny.q8_0-{test}.json").write_text(json.dumps(about | result))
+
+
+def test_the_readme_is_made_from_the_kept_results() -> None:
+    readme = report.README.read_text()
+    assert report.with_block(readme, report.block()) == readme, "run python -m benchmarks.report"
+
+
+def test_rates_are_medians_and_ratios_are_of_the_same_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rounds = [
+        {"dense": turn(2, 40e9), "exact": turn(1), "llama.cpp": turn(2)},
+        {"dense": turn(4, 80e9), "exact": turn(4), "llama.cpp": turn(8)},
+        {"dense": turn(5, 100e9), "exact": turn(2), "llama.cpp": turn(2)},
+    ]
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    keep(tmp_path, "decode", rounds=rounds)
+    # 10 tokens in 2, 4, 5 and in 1, 4, 2 seconds; 20 GB/s of 40.
+    row = "| Q8_0 | 5.0 | 2.5 (1.00×, 0.40 to 2.00) | 5.0 (2.00×, 1.00 to 2.00) |  | 50% |"
+    assert row in report.block()
+
+
+def test_prefill_counts_operations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    keep(tmp_path, "prefill", rounds=[{"thermocline": turn(2), "llama.cpp": turn(4)}])
+    assert "| Q8_0 | 2.5 | 5.0 (2.00×, 2.00 to 2.00) | 20 |" in report.block()
+
+
+def test_depths_are_held_to_what_the_cache_costs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    depths = [
+        {"cache": "f16", "depth": depth, "cache_bytes": size, "rounds": [{"thermocline": turn(seconds)}]}
+        for depth, size, seconds in ((0, 0, 0.2), (8192, 4e8, 0.4))
+    ]
+    keep(tmp_path, "context", depths=depths)
+    # 20 ms, and 0.4 GB at 40 GB/s.
+    assert "| Q8_0, cache F16, 8,192 tokens | 40.0 | 30.0 |  |" in report.block()
+
+
+def test_a_text_without_the_marks_is_refused() -> None:
+    with pytest.raises(SystemExit, match="lacks the lines"):
+        report.with_block("no marks", "x")
