@@ -166,7 +166,8 @@ void bind_attention(Context& context, const Input& q, const Input& k, const Inpu
 
 // Activation kinds as in ops.contract, and how the neurons of a block lie.
 FfnBlock block_of(const MatrixHandle* gate, const MatrixHandle& up, const MatrixHandle& down, bool records,
-                  int activation, bool both, float threshold, const std::optional<Input>& up_bias) {
+                  int activation, bool both, float threshold, const std::optional<Input>& up_bias,
+                  const std::optional<Input>& rows) {
   const Matrix& u = up.matrix;
   const Matrix& d = down.matrix;
   require(activation >= kSilu && activation <= kGelu, "activation", "is unknown");
@@ -176,7 +177,10 @@ FfnBlock block_of(const MatrixHandle* gate, const MatrixHandle& up, const Matrix
   require(!both || gate, "both", "needs a gate");
   require(records ? d.rows == u.rows && d.cols == u.cols : d.cols == u.rows && d.rows == u.cols, "down",
           "does not have the shape that up asks for");
-  const float* bias = up_bias ? data_of<float>(*up_bias, "up_bias", {u.rows}) : nullptr;
+  require(!rows || records, "rows", "are of neuron records only");
+  const int32_t* places = rows ? data_of<int32_t>(*rows, "rows", {kAny}) : nullptr;
+  const int64_t neurons = rows ? length(*rows, 0) : u.rows;
+  const float* bias = up_bias ? data_of<float>(*up_bias, "up_bias", {neurons}) : nullptr;
   return {gate ? &gate->matrix : nullptr,
           &u,
           &d,
@@ -185,7 +189,8 @@ FfnBlock block_of(const MatrixHandle* gate, const MatrixHandle& up, const Matrix
           both,
           threshold,
           bias,
-          u.rows};
+          places,
+          neurons};
 }
 
 const int32_t* active_of(const std::optional<Input>& active, int64_t neurons, int64_t* count) {
@@ -203,13 +208,17 @@ const int32_t* active_of(const std::optional<Input>& active, int64_t neurons, in
 std::tuple<int64_t, int64_t, int64_t, int64_t> bind_ffn(
     Context& context, const Input& x, const MatrixHandle* gate, const MatrixHandle& up,
     const MatrixHandle& down, bool records, int activation, bool both, float threshold,
-    const std::optional<Input>& up_bias, const std::optional<Input>& active, const Output& out,
-    bool skip_zeros, const std::optional<Output>& hidden) {
-  const FfnBlock block = block_of(gate, up, down, records, activation, both, threshold, up_bias);
+    const std::optional<Input>& up_bias, const std::optional<Input>& rows, const std::optional<Input>& active,
+    const Output& out, bool skip_zeros, const std::optional<Output>& hidden) {
+  const FfnBlock block = block_of(gate, up, down, records, activation, both, threshold, up_bias, rows);
   const float* from = data_of<float>(x, "x", {kAny, block.up->cols});
   const int64_t tokens = length(x, 0);
   int64_t count = 0;
   const int32_t* ids = active_of(active, block.neurons, &count);
+  for (int64_t i = 0; block.rows && i < count; ++i) {
+    const int32_t row = block.rows[ids ? ids[i] : i];
+    require(row >= 0 && row < block.up->rows, "rows", "do not tell where an active neuron lies");
+  }
   float* to = data_of<float>(out, "out", {tokens, block.up->cols});
   float* h = hidden ? data_of<float>(*hidden, "hidden", {tokens, block.neurons}) : nullptr;
   const FfnWork work =
@@ -299,8 +308,8 @@ NB_MODULE(_native, m) {
            nb::arg("values"), nb::arg("start"), nb::arg("scale"), nb::arg("window"), nb::arg("out"))
       .def("ffn", &bind_ffn, nb::arg("x"), nb::arg("gate").none(), nb::arg("up"), nb::arg("down"),
            nb::arg("records"), nb::arg("activation"), nb::arg("both"), nb::arg("threshold"),
-           nb::arg("up_bias").none(), nb::arg("active").none(), nb::arg("out"), nb::arg("skip_zeros"),
-           nb::arg("hidden").none())
+           nb::arg("up_bias").none(), nb::arg("rows").none(), nb::arg("active").none(), nb::arg("out"),
+           nb::arg("skip_zeros"), nb::arg("hidden").none())
       .def("predict", &bind_predict, nb::arg("x"), nb::arg("fc1"), nb::arg("fc2"), nb::arg("scores"))
       .def("select", &bind_select, nb::arg("scores"), nb::arg("threshold"), nb::arg("out"))
       .def("transpose_requantize", &bind_transpose, nb::arg("source"), nb::arg("out"), nb::arg("ggml_type"))

@@ -41,8 +41,8 @@ DownRecords::DownRecords(Context& context, Pool& team, const Matrix& down, int64
   }
 }
 
-void DownRecords::list(const int32_t* ids, const uint8_t* wanted, int64_t count, const float* h,
-                       int64_t h_stride) {
+void DownRecords::list(const int32_t* ids, const int32_t* rows, const uint8_t* wanted, int64_t count,
+                       const float* h, int64_t h_stride) {
   h_ = h;
   h_stride_ = h_stride;
   std::fill(start_, start_ + kGroups + 1, 0);
@@ -56,7 +56,7 @@ void DownRecords::list(const int32_t* ids, const uint8_t* wanted, int64_t count,
     if (wanted && !wanted[i]) continue;
     const int64_t id = ids ? ids[i] : i;
     const int64_t at = next[group_of(id)]++;
-    ids_[at] = static_cast<int32_t>(id);
+    ids_[at] = rows ? rows[i] : static_cast<int32_t>(id);
     positions_[at] = static_cast<int32_t>(i);
   }
   items_.reset(column_parts_ * (tokens_ == 1 ? kGroups : token_parts_), 1);

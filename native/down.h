@@ -18,9 +18,10 @@ class DownRecords {
   // Takes scratch for lists of up to `most` neurons and for the partial sums.
   DownRecords(Context& context, Pool& team, const Matrix& down, int64_t tokens, int64_t most);
 
-  // Serial: what to add. Neuron i of `count` has the id ids[i] (i if null) and the activations h[t * h_stride
-  // + i]; it is left out where `wanted` is given and wanted[i] is 0.
-  void list(const int32_t* ids, const uint8_t* wanted, int64_t count, const float* h, int64_t h_stride);
+  // Serial: what to add. Neuron i of `count` has the id ids[i] (i if null), its row at rows[i] (at its id if
+  // null) and the activations h[t * h_stride + i]; it is left out where `wanted` is given and wanted[i] is 0.
+  void list(const int32_t* ids, const int32_t* rows, const uint8_t* wanted, int64_t count, const float* h,
+            int64_t h_stride);
 
   // In a parallel section, after list(): adds the rows to out (tokens, columns).
   void add(int worker, float* out);

@@ -39,6 +39,12 @@ class Slice {
       kept_positions_ = arena.take<int32_t>(count_);
       kept_ids_ = arena.take<int32_t>(count_);
     }
+    if (block.rows) {
+      int32_t* rows = arena.take<int32_t>(count_);
+      for (int64_t p = 0; p < count_; ++p) rows[p] = block.rows[active ? active[p] : p];
+      active_rows_ = rows;
+      if (compact_) kept_rows_ = arena.take<int32_t>(count_);
+    }
     scratch_size_ = std::max(dot_scratch(block.up->format, block.up->cols, tokens),
                              block.gate ? dot_scratch(block.gate->format, block.gate->cols, tokens) : 0);
     if (block.records) {
@@ -66,7 +72,8 @@ class Slice {
         kept_items_.drain([&](int64_t k0, int64_t k1) { finish_kept(k0, k1, scratch); });
       }
       if (block_.records) {
-        team_.barrier([&] { records_->list(ids(), skip_ ? wanted_ : nullptr, kept_, h_, count_); });
+        team_.barrier(
+            [&] { records_->list(ids(), rows(ids()), skip_ ? wanted_ : nullptr, kept_, h_, count_); });
         if (hidden) token_items_.drain([&](int64_t t, int64_t) { spread(t, hidden); });
         records_->add(worker, out);
       } else {
@@ -91,8 +98,14 @@ class Slice {
   const int32_t* ids() const { return compact_ ? kept_ids_ : active_; }
   int64_t position(int64_t k) const { return compact_ ? kept_positions_[k] : k; }
 
+  // Where neurons lie in the matrices; `ids` are the active or the kept ones.
+  const int32_t* rows(const int32_t* ids) const {
+    if (!block_.rows) return ids;
+    return compact_ && ids == kept_ids_ ? kept_rows_ : active_rows_;
+  }
+
   void project(const Matrix& matrix, const int32_t* ids, float* out, int64_t r0, int64_t r1, float* scratch) {
-    const DotJob job{matrix.at(ids), matrix.cols, x_.tokens(), out, count_, nullptr, false};
+    const DotJob job{matrix.at(rows(ids)), matrix.cols, x_.tokens(), out, count_, nullptr, false};
     dot_chunk(context_.kernels, matrix.format, job, r0, r1, tokens_, scratch);
   }
 
@@ -134,6 +147,7 @@ class Slice {
     for (int64_t p = 0; p < count_; ++p) {
       kept_positions_[kept_] = static_cast<int32_t>(p);
       kept_ids_[kept_] = active_ ? active_[p] : static_cast<int32_t>(p);
+      if (kept_rows_) kept_rows_[kept_] = active_rows_[p];
       kept_ += opened_[p];
     }
     kept_items_.reset(kept_, row_grain(kept_, block_.up->row_bytes, tokens_, team_.size()));
@@ -211,7 +225,8 @@ class Slice {
   Batch x_;
   float *first_, *h_;          // (tokens, count): the activated gate or up by position, and h by place
   uint8_t *opened_, *wanted_;  // by position, and by place
-  int32_t *kept_positions_ = nullptr, *kept_ids_ = nullptr;
+  int32_t *kept_positions_ = nullptr, *kept_ids_ = nullptr, *kept_rows_ = nullptr;
+  const int32_t* active_rows_ = nullptr;
   int64_t kept_;
   std::optional<DownRecords> records_;
   float* full_ = nullptr;  // (tokens, neurons), for the standard layout

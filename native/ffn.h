@@ -17,6 +17,7 @@ struct FfnBlock {
   bool both;
   float threshold;
   const float* up_bias;  // (neurons), or null
+  const int32_t* rows;   // of each neuron its row in the matrices (records only), or null: its own number
   int64_t neurons;
 };
 
@@ -29,8 +30,8 @@ struct FfnWork {
 // more rows. `hidden` (tokens, neurons) receives the activations, unless null.
 //
 // The sum over neurons is cut into kGroups sums by the neuron's id, each taken in ascending order, and these
-// are added in order: the result does not depend on threads, on skipping, nor on the other tokens of the
-// batch.
+// are added in order: the result does not depend on threads, on skipping, on where rows lie, nor on the other
+// tokens of the batch.
 FfnWork ffn(Context& context, const float* x, int64_t tokens, const FfnBlock& block, const int32_t* active,
             int64_t n_active, bool skip, float* out, float* hidden);
 

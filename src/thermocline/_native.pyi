@@ -74,6 +74,7 @@ class Context:
         both: bool,
         threshold: float,
         up_bias: _Floats | None,
+        rows: _Ints | None,
         active: _Ints | None,
         out: _Floats,
         skip_zeros: bool,

@@ -6,6 +6,7 @@ import pytest
 
 from thermocline.files.formats import BF16, BY_NAME, F16, F32, Q4_0, Q8_0
 from thermocline.files.quantize import to_float
+from thermocline.files.weight import Weight
 from thermocline.ops.contract import ALL, Activation, ActiveSet, FfnKind, NeuronBlock
 
 EPS = 2.0**-24
@@ -210,6 +211,39 @@ def test_the_sum_is_the_same_whatever_is_skipped_and_shared(team, skewed, weight
                     ops.ffn(x[t : t + 1], at, active, single, skip_zeros=skip)
                     assert single.tobytes() == out[t].tobytes()
         assert len(results) == 1
+
+
+@pytest.mark.parametrize("fmt", [F32, F16, Q8_0, Q4_0], ids=lambda f: f.name)
+@pytest.mark.parametrize("name", ["reglu", "drelu", "relu", "relu2 gated"])
+def test_where_rows_lie_does_not_matter(ops, reference, rng, skewed, weight, fmt, name):
+    """Bit for bit; rows that nobody points to hold NaN."""
+    neurons, slots, width = 300, 420, 64
+    block = make_block(weight, skewed, fmt, neurons, width, KINDS[name], biased=name == "relu")
+    places = rng.permutation(slots)[:neurons].astype(np.int32)
+
+    def scattered(whole):
+        if whole is None:
+            return None
+        data = np.full((slots, whole.data.shape[1]), 255, np.uint8)
+        data[places] = whole.data
+        return Weight(whole.name, whole.format, (slots, width), data)
+
+    spread = replace(block, gate=scattered(block.gate), up=scattered(block.up), down=scattered(block.down), rows=places)
+    some = ActiveSet(np.flatnonzero(rng.random(neurons) < 0.3).astype(np.int32))
+    absent = places.copy()
+    absent[np.setdiff1d(np.arange(neurons), some.indices)] = -1
+    for tokens in (1, 5):
+        x = skewed((tokens, width))
+        for active, rows in ((ALL, places), (some, places), (some, absent)):
+            for skip in (False, True):
+                for side in (ops, reference):
+                    one, two = np.zeros((tokens, width), np.float32), np.zeros((tokens, width), np.float32)
+                    h, g = np.empty((tokens, neurons), np.float32), np.empty((tokens, neurons), np.float32)
+                    work = side.ffn(x, placed(side, block), active, one, skip_zeros=skip, hidden=h)
+                    at = placed(side, replace(spread, rows=rows))
+                    assert side.ffn(x, at, active, two, skip_zeros=skip, hidden=g) == work
+                    assert one.tobytes() == two.tobytes()
+                    assert h.tobytes() == g.tobytes()
 
 
 def test_gelu_is_exact_from_end_to_end(ops, reference, weight):

@@ -90,8 +90,8 @@ def test_context_refuses(context, message):
 def ffn(context, **changes):
     arguments = {
         "x": floats(1, 8), "gate": matrix(), "up": matrix(), "down": matrix(), "records": True, "activation": 1,
-        "both": False, "threshold": 0.0, "up_bias": None, "active": None, "out": floats(1, 8), "skip_zeros": True,
-        "hidden": None,
+        "both": False, "threshold": 0.0, "up_bias": None, "rows": None, "active": None, "out": floats(1, 8),
+        "skip_zeros": True, "hidden": None,
     }  # fmt: skip
     return context.ffn(**(arguments | changes))
 
@@ -112,6 +112,11 @@ def ffn(context, **changes):
         ({"threshold": -1.0}, "threshold is negative"),
         ({"threshold": float("nan")}, "threshold is negative or not a number"),
         ({"up_bias": floats(5)}, "up_bias has shape"),
+        ({"rows": np.array([0, 1, 2, 4], np.int32)}, "rows do not tell"),
+        ({"rows": np.array([0, 1, 2, -1], np.int32)}, "rows do not tell"),
+        ({"rows": np.array([0, 9], np.int32), "active": np.array([1], np.int32)}, "rows do not tell"),
+        ({"rows": np.array([0, 1]), "active": np.array([1], np.int32)}, "rows is not int32"),
+        ({"rows": np.zeros(4, np.int32), "records": False, "down": matrix(8, 4)}, "rows are of neuron records"),
         ({"hidden": floats(1, 5)}, "hidden has shape"),
         ({"out": floats(1, 4)}, "out has shape"),
         ({"x": floats(1, 4)}, "x has shape"),

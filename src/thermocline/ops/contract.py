@@ -62,7 +62,8 @@ class NeuronBlock:
     `gate` (None if the family has none) and `up` have one row of n_embd per neuron. `down` is either
     neuron records (`records`: one row of n_embd per neuron, transposed) or the standard layout (n_embd rows
     of one element per neuron). Only records can be skipped. `up_bias` (neurons), if there is one, is added to
-    up's products before the activation.
+    up's products before the activation. `rows` (neurons, int32; records only) tells where each neuron lies in the
+    matrices, which then may have fewer rows or more; None means at its own number. It must hold for active neurons.
     """
 
     gate: Matrix | None
@@ -72,6 +73,7 @@ class NeuronBlock:
     kind: FfnKind
     neurons: int
     up_bias: Array | None = None
+    rows: Array | None = None
 
 
 @dataclass(frozen=True, slots=True)

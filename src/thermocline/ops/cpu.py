@@ -143,6 +143,7 @@ class CpuOps:
                 kind.both,
                 kind.threshold,
                 block.up_bias,
+                block.rows,
                 active.indices,
                 out,
                 skip_zeros,

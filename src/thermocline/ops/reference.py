@@ -128,6 +128,8 @@ class ReferenceOps:
         hidden: Array | None = None,
     ) -> FfnWork:
         """See the contract."""
+        if block.rows is not None:
+            return self._ffn_of_rows(x, block, block.rows, active, out, skip_zeros, hidden)
         computed = np.zeros(block.neurons, dtype=bool)
         computed[slice(None) if active.indices is None else active.indices] = True
         wide = x.astype(np.float64)
@@ -141,6 +143,37 @@ class ReferenceOps:
         if hidden is not None:
             hidden[...] = h
         return _work(computed, _activate(gate, block.kind) != 0, h, block, skip_zeros)
+
+    def _ffn_of_rows(
+        self,
+        x: Array,
+        block: NeuronBlock,
+        rows: Array,
+        active: ActiveSet,
+        out: Array,
+        skip_zeros: bool,
+        hidden: Array | None,
+    ) -> FfnWork:
+        """The same with all rows in their places; those of neurons that are not active are anybody's."""
+        wanted = np.arange(block.neurons) if active.indices is None else active.indices
+        if len(wanted) and not (rows[wanted].min() >= 0 and rows[wanted].max() < block.up.rows):
+            raise ValueError("rows do not tell where an active neuron lies")
+        places = np.zeros(block.neurons, np.intp)
+        places[wanted] = rows[wanted]
+
+        def ordered(weight: Weight) -> Weight:
+            return Weight(weight.name, weight.format, (block.neurons, weight.columns), weight.data[places])
+
+        whole = NeuronBlock(
+            gate=None if block.gate is None else ordered(block.gate),
+            up=ordered(block.up),
+            down=ordered(block.down),
+            records=True,
+            kind=block.kind,
+            neurons=block.neurons,
+            up_bias=block.up_bias,
+        )
+        return self.ffn(x, whole, active, out, skip_zeros=skip_zeros, hidden=hidden)
 
     def predict(self, x: Array, fc1: Matrix, fc2: Matrix, scores: Array) -> None:
         """See the contract."""
