@@ -1,0 +1,383 @@
+"""The disk tier: neurons whose records are read when they are wanted, past the page cache, into a cache of our own.
+
+A record is read from wherever its rows lie: three places in a model's file, or one in a bundle (`bundle.py`). Rows that
+are near one another come with one read where that is faster than two. Reads start when the active set is known and go
+on while resident neurons are computed. Records lie in slots, and kernels find them by a table: results depend neither
+on what was cached nor on where.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from thermocline.errors import BudgetError, HardwareError, UsageError, printable
+from thermocline.files.weight import Bytes, Weight
+from thermocline.hardware.machine import ReadCurve, Tier
+from thermocline.hardware.reader import Reader, ReadStats, RecordReader
+from thermocline.memory.arena import Memory
+from thermocline.memory.neuron_store import Records
+from thermocline.memory.record_cache import RecordCache
+from thermocline.model.feed_forward import NOTHING
+from thermocline.ops.contract import ActiveSet, Array, FfnWork, Matrix, NeuronBlock
+from thermocline.ops.device import Device
+from thermocline.placement.ledger import Purpose
+
+Ints = npt.NDArray[np.int32]
+Longs = npt.NDArray[np.int64]
+Open = Callable[[Path], RecordReader]
+
+LARGEST_READ = 256 << 10
+"""Bytes of one read: far on the flat end of every disk's curve."""
+IN_FLIGHT = 16
+SMALLEST_CACHE = 2
+"""Slots for so many records at least: one to compute with while another one is read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a matrix's rows lie: `offset` of row 0 in the file `path`, and the bytes from a row to the next."""
+
+    path: Path
+    offset: int
+    stride: int
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How records are read. `gap` is the most bytes between two pieces that are read over rather than left out."""
+
+    gap: int
+    largest: int = LARGEST_READ
+
+    @classmethod
+    def of(cls, curve: ReadCurve | None) -> Way:
+        """What a disk's curve says: reading on costs less than beginning anew, up to so many bytes."""
+        if curve is None:
+            return cls(0)
+        start, fastest = curve.points[0], max(rate for _, rate in curve.points)
+        begin = max(0.0, start[0] / start[1] - start[0] / fastest)
+        return cls(min(int(begin * fastest), LARGEST_READ // 4))
+
+
+class DiskStore:
+    """Neurons that lie on disk, of all layers; see `memory.neuron_store.NeuronStore`.
+
+    `nbytes` of `memory`'s RAM are taken for slots as soon as the first layer is told of, and reads beside that take
+    `IN_FLIGHT` times the largest one. `open_reader` is there for tests.
+    """
+
+    def __init__(self, memory: Memory, nbytes: int, way: Way, open_reader: Open | None = None) -> None:
+        self._memory = memory
+        self._nbytes = nbytes
+        self._way = way
+        self._open = open_reader or (lambda path: Reader(path, depth=IN_FLIGHT, largest=way.largest))
+        self._readers: dict[Path, RecordReader] = {}
+        self._pools: dict[tuple[tuple[str, int], ...], Pool] = {}
+
+    def neurons(self, records: Records, device: Device) -> DiskNeurons:
+        """A layer's slice.
+
+        Raises:
+            UsageError: the layer has no neuron records, or its rows lie in no file.
+            BudgetError: the budget has no room for slots.
+        """
+        if not records.transposed:
+            raise UsageError(
+                "neurons can be left on disk only in files with neuron records; `thermocline convert` writes such a "
+                "file, or raise --ram-budget so that all of them are in RAM"
+            )
+        matrices = [w for w in (records.gate, records.up, records.down) if w is not None]
+        places = [place_of(weight) for weight in matrices]
+        for place in places:
+            if place.path not in self._readers:
+                self._readers[place.path] = self._open(place.path)
+        return DiskNeurons(self, self._pool(matrices, device), records, places, device)
+
+    @property
+    def stats(self) -> ReadStats:
+        """What was read so far, of all files."""
+        each = [reader.stats for reader in self._readers.values()]
+        return ReadStats(sum(s.requests for s in each), sum(s.nbytes for s in each), sum(s.busy for s in each))
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the wanted records that were in memory."""
+        asked = sum(pool.cache.uses.asked for pool in self._pools.values())
+        return sum(pool.cache.uses.found for pool in self._pools.values()) / asked if asked else 0.0
+
+    @property
+    def slots(self) -> int:
+        """Records that there is room for."""
+        return sum(pool.cache.slots for pool in self._pools.values())
+
+    def close(self) -> None:
+        """Let go of the files; the slots are the memory's to let go."""
+        for reader in self._readers.values():
+            reader.close()
+
+    def reader(self, path: Path) -> RecordReader:
+        """The open file."""
+        return self._readers[path]
+
+    @property
+    def way(self) -> Way:
+        """How records are read."""
+        return self._way
+
+    def _pool(self, matrices: list[Weight], device: Device) -> Pool:
+        """The slots of records of this shape. The first shape gets all the room; layers of another one share it."""
+        shape = tuple((w.format.name, w.columns) for w in matrices)
+        if shape not in self._pools:
+            row_bytes = [w.format.row_bytes(w.columns) for w in matrices]
+            share = self._nbytes if not self._pools else self._nbytes // 4
+            slots = share // sum(row_bytes)
+            if slots < SMALLEST_CACHE:
+                raise BudgetError(
+                    "ram", SMALLEST_CACHE * sum(row_bytes) - share, "raise --ram-budget: no neuron has room to be read"
+                )
+            size = slots * sum(row_bytes)
+            arena = self._memory.arenas[Tier.RAM].array((size,), "uint8", Purpose.STAGING)
+            self._pools[shape] = Pool.of(matrices, slots, device.ops.to_host(arena), device)
+        return self._pools[shape]
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """Slots for records of one shape: the cache's account, its bytes, and the matrices that kernels see.
+
+    `starts` are where each matrix begins in `memory`, `row_bytes` the bytes of its rows.
+    """
+
+    cache: RecordCache
+    memory: Bytes
+    starts: tuple[int, ...]
+    row_bytes: tuple[int, ...]
+    matrices: tuple[Matrix, ...]
+
+    @classmethod
+    def of(cls, like: list[Weight], slots: int, memory: Bytes, device: Device) -> Pool:
+        """Slots laid out matrix after matrix in `memory`."""
+        sizes = tuple(w.format.row_bytes(w.columns) for w in like)
+        starts, placed = [], []
+        at = 0
+        for weight, size in zip(like, sizes, strict=True):
+            view = memory[at : at + slots * size].reshape(slots, size)
+            placed.append(device.ops.place(Weight(weight.name, weight.format, (slots, weight.columns), view)))
+            starts.append(at)
+            at += slots * size
+        return cls(RecordCache(slots), memory, tuple(starts), sizes, tuple(placed))
+
+    def targets(self, slots: Ints) -> list[Longs]:
+        """Of each matrix, the places in `memory` of the rows in these slots."""
+        wide = slots.astype(np.int64)
+        return [start + wide * size for start, size in zip(self.starts, self.row_bytes, strict=True)]
+
+
+@dataclass(slots=True)
+class _Fetch:
+    """Reads that were started: tickets by reader, and the slots that they fill."""
+
+    wanted: Ints
+    missing: Ints
+    slots: Ints
+    tickets: list[tuple[RecordReader, int]]
+
+
+class DiskNeurons:
+    """One layer's slice on disk; see `model.feed_forward.Neurons`."""
+
+    def __init__(self, store: DiskStore, pool: Pool, records: Records, places: list[Place], device: Device) -> None:
+        self.device = device
+        self.start = records.start
+        self.stop = records.stop
+        self._store = store
+        self._pool = pool
+        self._places = places
+        self._layer = pool.cache.add_layer(self.stop - self.start)
+        order = np.arange(self.start, self.stop) if records.order is None else records.order[self.start : self.stop]
+        self._numbers = order.astype(np.int64)
+        gate = pool.matrices[0] if records.gate is not None else None
+        self._block = NeuronBlock(
+            gate=gate,
+            up=pool.matrices[-2],
+            down=pool.matrices[-1],
+            records=True,
+            kind=records.kind,
+            neurons=self.stop - self.start,
+            rows=pool.cache.rows[self._layer],
+        )
+        self._begun: _Fetch | None = None
+
+    def announce(self, active: ActiveSet) -> None:
+        """Start reading what is missing of the active set, or of its first part if there is no room for all."""
+        self._drop()
+        wanted = self._wanted(active)
+        self._pool.cache.step()
+        self._begun = self._fetch(wanted[: self._room])
+
+    def ffn(self, x: Array, active: ActiveSet, out: Array, *, skip_zeros: bool, hidden: Array | None = None) -> FfnWork:
+        """See `Neurons.ffn`.
+
+        Raises:
+            HardwareError: a read failed; what it was to fill is free again.
+        """
+        wanted, room = self._wanted(active), self._room
+        total, part = NOTHING, hidden
+        if hidden is not None:
+            hidden[...] = 0.0
+            part = np.empty_like(hidden) if len(wanted) > room else hidden
+        for start in range(0, len(wanted), room):
+            piece = wanted[start : start + room]
+            self._finish(piece)
+            work = self.device.ops.ffn(x, self._block, ActiveSet(piece), out, skip_zeros=skip_zeros, hidden=part)
+            total = FfnWork(*(a + b for a, b in zip(total, work, strict=True)))
+            if hidden is not None and part is not hidden:
+                hidden += part
+        return total
+
+    @property
+    def _room(self) -> int:
+        """Records that are computed with at once."""
+        return self._pool.cache.slots
+
+    def _wanted(self, active: ActiveSet) -> Ints:
+        if active.indices is None:
+            return np.arange(self.stop - self.start, dtype=np.int32)
+        indices: Ints = np.asarray(active.indices, np.int32)
+        return indices
+
+    def _finish(self, piece: Ints) -> None:
+        """Have `piece` in its slots."""
+        fetch, self._begun = self._begun, None
+        if fetch is not None and not np.array_equal(fetch.wanted, piece):
+            self._abandon(fetch)
+            fetch = None
+        if fetch is None:
+            fetch = self._fetch(piece)
+        try:
+            failed = _wait(fetch.tickets)
+        except BaseException:
+            self._pool.cache.give_back(fetch.slots)
+            raise
+        if failed is not None:
+            self._pool.cache.give_back(fetch.slots)
+            raise failed
+        self._pool.cache.fill(self._layer, fetch.missing, fetch.slots)
+
+    def _drop(self) -> None:
+        """Forget reads of a step that failed before it came to compute here."""
+        fetch, self._begun = self._begun, None
+        if fetch is not None:
+            self._abandon(fetch)
+
+    def _abandon(self, fetch: _Fetch) -> None:
+        _wait(fetch.tickets)
+        self._pool.cache.give_back(fetch.slots)
+
+    def _fetch(self, wanted: Ints) -> _Fetch:
+        """Start reads of the records that are not in memory."""
+        wanted = wanted.copy()
+        missing, slots = self._pool.cache.claim(self._layer, wanted)
+        fetch = _Fetch(wanted, missing, slots, [])
+        try:
+            if len(missing):
+                self._start_reads(fetch)
+        except BaseException:
+            self._abandon(fetch)
+            raise
+        return fetch
+
+    def _start_reads(self, fetch: _Fetch) -> None:
+        numbers, pool = self._numbers[fetch.missing], self._pool
+        for path in dict.fromkeys(place.path for place in self._places):
+            pieces = [
+                np.stack([place.offset + numbers * place.stride, np.full(len(numbers), size), to], axis=1)
+                for place, size, to in zip(self._places, pool.row_bytes, pool.targets(fetch.slots), strict=True)
+                if place.path == path
+            ]
+            requests, parts = merged(np.concatenate(pieces).astype(np.int64), self._store.way)
+            reader = self._store.reader(path)
+            fetch.tickets.append((reader, reader.submit(requests, parts, pool.memory)))
+
+
+def merged(pieces: Longs, way: Way) -> tuple[Longs, Longs]:
+    """Requests and parts for `Reader.submit` that fetch pieces (n, 3) of offset, bytes and place.
+
+    Pieces with at most `way.gap` bytes between them share a request of at most `way.largest` bytes; a piece that is
+    larger is cut.
+    """
+    pieces = _cut(pieces, way.largest)
+    parts = np.ascontiguousarray(pieces[np.argsort(pieces[:, 0], kind="stable")])
+    begin, end = parts[:, 0], parts[:, 0] + parts[:, 1]
+    new = np.ones(len(parts), bool)
+    new[1:] = begin[1:] - end[:-1] > way.gap
+    first = np.flatnonzero(new)
+    last = np.append(first[1:], len(parts)) - 1
+    while (too_long := end[last] - begin[first] > way.largest).any():
+        # Cut every request that is too long where it first is, and look at the rest again.
+        for i in np.flatnonzero(too_long):
+            inside = slice(first[i], last[i] + 1)
+            new[first[i] + int(np.searchsorted(end[inside], begin[first[i]] + way.largest, side="right"))] = True
+        first = np.flatnonzero(new)
+        last = np.append(first[1:], len(parts)) - 1
+    requests = np.stack([begin[first], end[last] - begin[first], last - first + 1], axis=1)
+    return np.ascontiguousarray(requests), parts
+
+
+def _cut(pieces: Longs, largest: int) -> Longs:
+    """Pieces of at most `largest` bytes."""
+    if not len(pieces) or pieces[:, 1].max() <= largest:
+        return pieces
+    rows = [
+        (offset + at, min(largest, size - at), place + at)
+        for offset, size, place in pieces.tolist()
+        for at in range(0, size, largest)
+    ]
+    return np.array(rows, np.int64)
+
+
+def place_of(weight: Weight, maps: Path = Path("/proc/self/maps")) -> Place:
+    """Where the rows of a mapped weight lie in its file.
+
+    Raises:
+        UsageError: it is not mapped from a file.
+        HardwareError: the file was removed or replaced meanwhile.
+    """
+    address = weight.data.ctypes.data
+    for line in maps.read_text().splitlines():
+        bounds, _, offset, device, inode, *name = line.split(None, 5)
+        low, high = (int(part, 16) for part in bounds.split("-"))
+        if not low <= address < high or inode == "0":
+            continue
+        path = Path(name[0])
+        if not _is_still(path, device, int(inode)):
+            raise HardwareError(f"{printable(str(path))}: was removed or replaced while it was loaded; load it again")
+        return Place(path, int(offset, 16) + address - low, weight.data.shape[1])
+    raise UsageError(f"{printable(weight.name)} is not mapped from a file, so its neurons cannot stay on disk")
+
+
+def _is_still(path: Path, device: str, inode: int) -> bool:
+    try:
+        found = path.stat()
+    except OSError:
+        return False
+    major, minor = (int(part, 16) for part in device.split(":"))
+    return found.st_ino == inode and (os.major(found.st_dev), os.minor(found.st_dev)) == (major, minor)
+
+
+def _wait(tickets: list[tuple[RecordReader, int]]) -> HardwareError | None:
+    """Wait for all, whatever fails: nothing may still be written when the slots are given to others."""
+    failed = None
+    while tickets:
+        reader, ticket = tickets.pop()
+        try:
+            reader.wait(ticket)
+        except HardwareError as error:
+            failed = error
+    return failed

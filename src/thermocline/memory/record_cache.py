@@ -1,0 +1,97 @@
+"""Neuron records of the disk tier that are in memory: which, where, and which of them go first.
+
+The cache is a fixed number of slots. What goes first is decided by recency and frequency together, as in LRFU (Lee et
+al., IEEE Transactions on Computers 50, 2001): every use adds a weight that doubles each HALF_LIFE steps, so that a
+record's score is the sum of its uses, older ones counting less.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Ints = npt.NDArray[np.int32]
+
+HALF_LIFE = 24.0
+"""Steps after which a use counts half as much."""
+HIGHEST = 1e100
+"""Scores are scaled down before they get here."""
+SPARE = 1 / 16
+"""Share of the slots that are made free at once: finding the lowest scores takes a look at all of them."""
+
+
+@dataclass(slots=True)
+class Uses:
+    """Records asked for, and those of them that were there."""
+
+    asked: int = 0
+    found: int = 0
+
+
+class RecordCache:
+    """Slots that hold records of several layers. `rows[layer]` (int32) is each record's slot, -1 for none."""
+
+    def __init__(self, slots: int) -> None:
+        self.slots = slots
+        self.uses = Uses()
+        self.rows: list[Ints] = []
+        self._layer = np.full(slots, -1, np.int32)
+        self._record = np.zeros(slots, np.int32)
+        self._score = np.zeros(slots)
+        self._free = list(range(slots - 1, -1, -1))
+        self._weight = 1.0
+
+    def add_layer(self, records: int) -> int:
+        """The number of a new layer of so many records, none of which is in memory."""
+        self.rows.append(np.full(records, -1, np.int32))
+        return len(self.rows) - 1
+
+    def step(self) -> None:
+        """A token later: uses from now on count more than those before."""
+        self._weight *= 2.0 ** (1 / HALF_LIFE)
+        if self._weight > HIGHEST:
+            self._score /= self._weight
+            self._weight = 1.0
+
+    def claim(self, layer: int, records: Ints) -> tuple[Ints, Ints]:
+        """Use records: those that must be read, and a slot for each of them. The rest stays where it is.
+
+        The slots belong to nobody until `fill` or `give_back`. `records` are at most as many as there are slots.
+        """
+        rows = self.rows[layer]
+        slots = rows[records]
+        present = slots >= 0
+        self._score[slots[present]] += self._weight
+        missing = records[~present]
+        self.uses.asked += len(records)
+        self.uses.found += len(records) - len(missing)
+        if len(missing) > len(self._free):
+            self._evict(len(missing) - len(self._free), keep=slots[present])
+        taken = np.array([self._free.pop() for _ in range(len(missing))], np.int32)
+        return missing, taken
+
+    def fill(self, layer: int, records: Ints, slots: Ints) -> None:
+        """Slots that `claim` gave hold these records now."""
+        self.rows[layer][records] = slots
+        self._layer[slots], self._record[slots] = layer, records
+        self._score[slots] = self._weight
+
+    def give_back(self, slots: Ints) -> None:
+        """Slots that `claim` gave hold nothing after all."""
+        self._free.extend(slots.tolist())
+
+    def _evict(self, count: int, keep: Ints) -> None:
+        """Free at least `count` slots, lowest scores first, of those that hold a record and are not to be kept."""
+        held = self._layer >= 0
+        held[keep] = False
+        candidates = np.flatnonzero(held)
+        count = min(len(candidates), max(count, int(self.slots * SPARE)))
+        scores = self._score[candidates]
+        gone = candidates[np.argpartition(scores, count - 1)[:count]] if count < len(candidates) else candidates
+        for layer in np.unique(self._layer[gone]):
+            mine = gone[self._layer[gone] == layer]
+            self.rows[layer][self._record[mine]] = -1
+        self._layer[gone] = -1
+        self._free.extend(gone.tolist())

@@ -1,0 +1,277 @@
+"""Neurons on disk compute what neurons in memory compute, and faults leave nothing behind."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from thermocline.config import CacheType, Mode
+from thermocline.errors import BudgetError, HardwareError, UsageError
+from thermocline.files.open import open_model
+from thermocline.hardware.machine import ReadCurve, Tier
+from thermocline.hardware.reader import Reader
+from thermocline.memory.arena import Memory
+from thermocline.memory.convert import convert
+from thermocline.memory.disk_store import DiskStore, Way, merged, place_of
+from thermocline.memory.kv_cache import KVCache
+from thermocline.memory.loader import load_transformer
+from thermocline.memory.record_cache import RecordCache
+from thermocline.model.network import Outputs, Segment, Transformer
+from thermocline.ops.contract import ALL
+from thermocline.ops.cpu import CpuOps
+from thermocline.ops.device import Host
+from thermocline.placement.seats import LayerSeat, Seating
+
+RAM = Tier.RAM
+LAYERS, NEURONS, TOKENS, RECORD = 2, 96, 10, 2 * 68
+LARGE = 1 << 24
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """The tiny model with its neurons as records."""
+    path = tmp_path_factory.mktemp("records") / "records.gguf"
+    source = open_model(tiny_model)
+    convert(source, path, None, records=True)
+    source.close()
+    return path
+
+
+class Loaded:
+    """A network with `warm` neurons of each layer in RAM, the rest on disk with room for `slots`."""
+
+    def __init__(self, path: Path, warm: int, slots: int, order: np.ndarray | None = None, **how: Any) -> None:
+        self.memory = Memory({RAM: Host(CpuOps(1))}, {RAM: LARGE})
+        self.store = DiskStore(self.memory, slots * RECORD, Way(64), **how)
+        self.source = open_model(path)
+        seats = Seating(RAM, RAM, (LayerSeat(RAM, 0, warm),) * LAYERS)
+        self.network, _ = load_transformer(
+            self.source, self.memory, mode=Mode.EXACT, seats=seats, order=order, store=self.store
+        )
+
+    def close(self) -> None:
+        self.store.close()
+        self.source.close()
+        self.memory.close()
+
+
+def run(network: Transformer, splits: tuple[int, ...] = ()) -> np.ndarray:
+    cache = KVCache(network.spec, network.ops, TOKENS, CacheType.F32, CacheType.F32)
+    workspace = network.workspace(TOKENS)
+    tokens, rows = np.arange(TOKENS, dtype=np.int32), []
+    for start, stop in zip((0, *splits), (*splits, TOKENS), strict=True):
+        result = network.step(tokens[start:stop], (Segment(cache, start, stop - start),), workspace, Outputs.ALL)
+        rows.append(result.logits.copy())
+    return np.concatenate(rows)
+
+
+@pytest.fixture(scope="module")
+def plain(file: Path) -> np.ndarray:
+    with open_model(file) as source:
+        return run(load_transformer(source, CpuOps(1), mode=Mode.EXACT)[0])
+
+
+def order() -> np.ndarray:
+    rng = np.random.default_rng(3)
+    return np.stack([rng.permutation(NEURONS) for _ in range(LAYERS)]).astype(np.int32)
+
+
+@pytest.mark.parametrize("slots", [2, 7, 96, 300])
+def test_all_on_disk_gives_the_same_logits(file: Path, plain: np.ndarray, slots: int) -> None:
+    """One slice of all neurons and one cache that holds them: the same sum, bit for bit; else associated otherwise."""
+    loaded = Loaded(file, 0, slots)
+    for splits in ((), (3,), (4, 5, 6)):
+        found = run(loaded.network, splits)
+        if slots >= NEURONS:
+            np.testing.assert_array_equal(found, plain)
+        else:
+            np.testing.assert_allclose(found, plain, rtol=0, atol=np.abs(plain).max() * NEURONS * 2.0**-24 * 100)
+    assert loaded.store.slots == slots
+    assert loaded.store.stats.requests > 0
+    assert (loaded.store.hit_rate > 0.5) == (slots > NEURONS * LAYERS)
+    assert loaded.memory.is_true
+    loaded.close()
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+def test_hot_neurons_in_ram_and_cold_ones_on_disk(file: Path, plain: np.ndarray, ordered: bool) -> None:
+    for warm, slots in ((32, 5), (90, 100)):
+        loaded = Loaded(file, warm, slots, order() if ordered else None)
+        first = run(loaded.network, (1, 2, 3))
+        np.testing.assert_allclose(first, plain, rtol=0, atol=np.abs(plain).max() * NEURONS * 2.0**-24 * 100)
+        # What was cached, and where, is not in the result.
+        np.testing.assert_array_equal(run(loaded.network, (1, 2, 3)), first)
+        loaded.close()
+
+
+def test_what_does_not_fit_or_has_no_records_is_refused(file: Path, tiny_model: Path) -> None:
+    with pytest.raises(BudgetError, match="ram"):
+        Loaded(file, 0, 1)
+    with pytest.raises(UsageError, match="convert"):
+        Loaded(tiny_model, 0, 50)
+
+
+class Faulty:
+    """A reader whose nth request fails when it is waited for."""
+
+    def __init__(self, path: Path, nth: int) -> None:
+        self._real = Reader(path, depth=2, largest=1 << 18)
+        self._nth, self._count = nth, 0
+        self._bad: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    @property
+    def largest(self) -> int:
+        return self._real.largest
+
+    @property
+    def stats(self):
+        return self._real.stats
+
+    def submit(self, requests, parts, out) -> int:
+        ticket = self._real.submit(requests, parts, out)
+        self._count += 1
+        if self._count == self._nth:
+            self._bad[ticket] = (parts, out)
+        return ticket
+
+    def wait(self, ticket: int) -> None:
+        self._real.wait(ticket)
+        if ticket in self._bad:
+            parts, out = self._bad.pop(ticket)
+            for _, size, place in parts:
+                out[place : place + size] = 0xFF  # whatever a disk leaves behind
+            raise HardwareError("Input/output error")
+
+    def close(self) -> None:
+        self._real.close()
+
+
+@pytest.mark.parametrize("slots", [10, 96])
+def test_every_nth_read_failing_ends_that_run_only(file: Path, plain: np.ndarray, slots: int) -> None:
+    nth, failures = 1, 0
+    while True:
+        loaded = Loaded(file, 32, slots, open_reader=lambda path, nth=nth: Faulty(path, nth))
+        before = loaded.memory.ledger.used(RAM)
+        try:
+            run(loaded.network, (3, 4))
+        except HardwareError:
+            failures += 1
+        else:
+            loaded.close()
+            break
+        again = run(loaded.network, (3, 4))
+        np.testing.assert_allclose(again, plain, rtol=0, atol=np.abs(plain).max() * NEURONS * 2.0**-24 * 100)
+        assert loaded.memory.ledger.used(RAM) == before
+        loaded.close()
+        nth += 1
+    assert failures >= 3
+
+
+def test_a_file_cut_short_and_mended(file: Path, plain: np.ndarray, tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    shutil.copy(file, path)
+    loaded = Loaded(path, 0, 8)
+    whole = path.read_bytes()
+    os.truncate(path, 5000)
+    free = [len(pool.cache._free) for pool in loaded.store._pools.values()]
+    with pytest.raises(HardwareError, match="ends early"):
+        # Not through the network: its mapped embedding has lost its bytes too.
+        loaded.network.layers[0].ffn.parts[0].ffn(
+            np.zeros((1, 64), np.float32), ALL, np.zeros((1, 64), np.float32), skip_zeros=True
+        )
+    assert [len(pool.cache._free) for pool in loaded.store._pools.values()] == free
+    with path.open("r+b") as same:
+        same.write(whole)
+    np.testing.assert_allclose(run(loaded.network), plain, rtol=0, atol=np.abs(plain).max() * NEURONS * 2.0**-24 * 100)
+    loaded.close()
+
+
+def test_a_removed_file_is_still_read(file: Path, plain: np.ndarray, tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    shutil.copy(file, path)
+    loaded = Loaded(path, 0, 96)
+    path.unlink()
+    np.testing.assert_array_equal(run(loaded.network), plain)
+    loaded.close()
+
+
+def test_a_file_replaced_while_loading_is_refused(file: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    shutil.copy(file, path)
+    source = open_model(path)
+    weight = source.weights["blk.0.ffn_up.weight"]
+    place = place_of(weight)
+    assert path.read_bytes()[place.offset : place.offset + 68] == weight.data[0].tobytes()
+    shutil.copy(file, tmp_path / "other")
+    (tmp_path / "other").replace(path)
+    with pytest.raises(HardwareError, match="replaced"):
+        place_of(weight)
+    source.close()
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 3000), st.integers(1, 90)), min_size=1, max_size=40),
+    st.integers(0, 100),
+    st.integers(10, 200),
+)
+def test_merged_requests_cover_all_pieces(pieces: list[tuple[int, int]], gap: int, largest: int) -> None:
+    """Pieces apart from one another, in any order: covered once, near ones together, no request too long."""
+    apart, end = [], 0
+    for skip, size in pieces:
+        apart.append((end + skip, size, end))
+        end += skip + size
+    order = np.random.default_rng(len(pieces)).permutation(len(apart))
+    requests, parts = merged(np.array(apart, np.int64)[order], Way(gap, largest))
+    assert (requests[:, 1] <= largest).all()
+    assert requests[:, 2].sum() == len(parts)
+    assert parts[:, 1].sum() == sum(size for _, size, _ in apart)
+    at = 0
+    for offset, size, count in requests:
+        mine = parts[at : at + count]
+        assert (mine[:, 0] >= offset).all()
+        assert (mine[:, 0] + mine[:, 1] <= offset + size).all()
+        assert (mine[1:, 0] - (mine[:-1, 0] + mine[:-1, 1]) <= gap).all()
+        at += count
+    wanted = {(o + i, p + i) for o, s, p in apart for i in range(s)}
+    assert {(o + i, p + i) for o, s, p in parts.tolist() for i in range(s)} == wanted
+
+
+def test_the_gap_follows_the_curve() -> None:
+    assert Way.of(None).gap == 0
+    slow = Way.of(ReadCurve(((4096, 4096 / 5e-3), (1 << 20, 150e6))))  # a turning disk: 5 ms to begin
+    fast = Way.of(ReadCurve(((4096, 2e9), (1 << 20, 7e9))))
+    assert slow.gap == slow.largest // 4
+    assert 1000 < fast.gap < 40_000
+
+
+def test_the_cache_keeps_what_is_used_often_and_lately() -> None:
+    cache = RecordCache(20)
+    layer = cache.add_layer(100)
+    often = np.arange(5, dtype=np.int32)
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        cache.step()
+        wanted = np.unique(np.concatenate([often, rng.integers(5, 100, 6)])).astype(np.int32)
+        missing, slots = cache.claim(layer, wanted)
+        cache.fill(layer, missing, slots)
+        rows = cache.rows[layer]
+        held = rows[rows >= 0]
+        assert len(set(held.tolist())) == len(held)
+        assert (rows[wanted] >= 0).all()
+        assert len(held) + len(cache._free) == 20
+    assert cache.uses.found >= 59 * 5
+    for _ in range(300):  # another kind of text: what was hot grows old
+        cache.step()
+        missing, slots = cache.claim(layer, np.arange(50, 62, dtype=np.int32))
+        cache.fill(layer, missing, slots)
+    missing, slots = cache.claim(layer, np.arange(62, 75, dtype=np.int32))
+    assert (cache.rows[layer][:5] < 0).all()
+    cache.give_back(slots)
