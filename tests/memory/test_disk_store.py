@@ -275,3 +275,21 @@ def test_the_cache_keeps_what_is_used_often_and_lately() -> None:
     missing, slots = cache.claim(layer, np.arange(62, 75, dtype=np.int32))
     assert (cache.rows[layer][:5] < 0).all()
     cache.give_back(slots)
+
+
+def test_warming_up_reads_the_hottest_and_changes_nothing(file: Path, plain: np.ndarray) -> None:
+    heat = np.random.default_rng(8).random((LAYERS, NEURONS))
+    loaded = Loaded(file, 0, 110)
+    filled = loaded.store.warm_up(heat)
+    assert 100 <= filled <= 110
+    (pool,) = loaded.store._pools.values()
+    coldest = min(heat[layer][rows >= 0].min() for layer, rows in enumerate(pool.cache.rows))
+    assert (heat > coldest).sum() <= filled
+    for layer, rows in enumerate(pool.cache.rows):
+        for name, start, size in zip(("up", "down_t"), pool.starts, pool.row_bytes, strict=True):
+            stored = loaded.source.weights[f"blk.{layer}.ffn_{name}.weight"].data
+            for record in np.flatnonzero(rows >= 0):
+                at = start + rows[record] * size
+                assert pool.memory[at : at + size].tobytes() == stored[record].tobytes()
+    np.testing.assert_array_equal(run(loaded.network), plain)
+    loaded.close()

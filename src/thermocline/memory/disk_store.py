@@ -22,7 +22,7 @@ from thermocline.hardware.machine import ReadCurve, Tier
 from thermocline.hardware.reader import Reader, ReadStats, RecordReader
 from thermocline.memory.arena import Memory
 from thermocline.memory.neuron_store import Records
-from thermocline.memory.record_cache import RecordCache
+from thermocline.memory.record_cache import SPARE, RecordCache
 from thermocline.model.feed_forward import NOTHING
 from thermocline.ops.contract import ActiveSet, Array, FfnWork, Matrix, NeuronBlock
 from thermocline.ops.device import Device
@@ -31,10 +31,13 @@ from thermocline.placement.ledger import Purpose
 Ints = npt.NDArray[np.int32]
 Longs = npt.NDArray[np.int64]
 Open = Callable[[Path], RecordReader]
+Progress = Callable[[int, int], None]
 
 LARGEST_READ = 256 << 10
 """Bytes of one read: far on the flat end of every disk's curve."""
 IN_FLIGHT = 16
+PIECE = 2048
+"""Records that are read ahead at once."""
 SMALLEST_CACHE = 2
 """Slots for so many records at least: one to compute with while another one is read."""
 
@@ -79,6 +82,7 @@ class DiskStore:
         self._open = open_reader or (lambda path: Reader(path, depth=IN_FLIGHT, largest=way.largest))
         self._readers: dict[Path, RecordReader] = {}
         self._pools: dict[tuple[tuple[str, int], ...], Pool] = {}
+        self._layers: list[DiskNeurons] = []
 
     def neurons(self, records: Records, device: Device) -> DiskNeurons:
         """A layer's slice.
@@ -97,7 +101,34 @@ class DiskStore:
         for place in places:
             if place.path not in self._readers:
                 self._readers[place.path] = self._open(place.path)
-        return DiskNeurons(self, self._pool(matrices, device), records, places, device)
+        layer = DiskNeurons(self, self._pool(matrices, device), records, places, device)
+        self._layers.append(layer)
+        return layer
+
+    def warm_up(self, heat: npt.NDArray[np.floating], progress: Progress | None = None) -> int:
+        """Fill the slots with the records that are used most; how many. `heat` (n_layer, n_ff) is how often each is, by
+        the numbers of the file.
+
+        Raises:
+            HardwareError: the file cannot be read.
+        """
+        filled = 0
+        for pool in self._pools.values():
+            layers = [layer for layer in self._layers if layer.pool is pool]
+            hot = [layer.heat(heat) for layer in layers]
+            every = np.concatenate(hot)
+            # A part stays free: the first tokens would have to evict before they read.
+            count = min(len(every), int(pool.cache.slots * (1 - SPARE)))
+            least = np.partition(every, len(every) - count)[len(every) - count] if count else np.inf
+            for done, (layer, mine) in enumerate(zip(layers, hot, strict=True)):
+                room = min(count, pool.cache.free)
+                chosen = np.flatnonzero(mine >= least)[:room].astype(np.int32)
+                layer.read_ahead(chosen, mine[chosen])
+                count -= len(chosen)
+                filled += len(chosen)
+                if progress is not None:
+                    progress(done + 1, len(layers))
+        return filled
 
     @property
     def stats(self) -> ReadStats:
@@ -196,8 +227,9 @@ class DiskNeurons:
         self.device = device
         self.start = records.start
         self.stop = records.stop
+        self._number = records.layer
         self._store = store
-        self._pool = pool
+        self.pool = pool
         self._places = places
         self._layer = pool.cache.add_layer(self.stop - self.start)
         order = np.arange(self.start, self.stop) if records.order is None else records.order[self.start : self.stop]
@@ -214,11 +246,26 @@ class DiskNeurons:
         )
         self._begun: _Fetch | None = None
 
+    def heat(self, of_file: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
+        """How often each record of the slice is used."""
+        return np.asarray(of_file[self._number, self._numbers], np.float64)
+
+    def read_ahead(self, records: Ints, heat: npt.NDArray[np.float64]) -> None:
+        """Have records in memory before anybody asks for them.
+
+        Raises:
+            HardwareError: a read failed.
+        """
+        for start in range(0, len(records), PIECE):
+            piece = records[start : start + PIECE]
+            fetch = self._fetch(piece)
+            self._settle(fetch, heat[start : start + PIECE][np.isin(piece, fetch.missing)])
+
     def announce(self, active: ActiveSet) -> None:
         """Start reading what is missing of the active set, or of its first part if there is no room for all."""
         self._drop()
         wanted = self._wanted(active)
-        self._pool.cache.step()
+        self.pool.cache.step()
         self._begun = self._fetch(wanted[: self._room])
 
     def ffn(self, x: Array, active: ActiveSet, out: Array, *, skip_zeros: bool, hidden: Array | None = None) -> FfnWork:
@@ -244,7 +291,7 @@ class DiskNeurons:
     @property
     def _room(self) -> int:
         """Records that are computed with at once."""
-        return self._pool.cache.slots
+        return self.pool.cache.slots
 
     def _wanted(self, active: ActiveSet) -> Ints:
         if active.indices is None:
@@ -260,15 +307,19 @@ class DiskNeurons:
             fetch = None
         if fetch is None:
             fetch = self._fetch(piece)
+        self._settle(fetch)
+
+    def _settle(self, fetch: _Fetch, heat: npt.NDArray[np.float64] | None = None) -> None:
+        """Wait for reads, and enter what they brought."""
         try:
             failed = _wait(fetch.tickets)
         except BaseException:
-            self._pool.cache.give_back(fetch.slots)
+            self.pool.cache.give_back(fetch.slots)
             raise
         if failed is not None:
-            self._pool.cache.give_back(fetch.slots)
+            self.pool.cache.give_back(fetch.slots)
             raise failed
-        self._pool.cache.fill(self._layer, fetch.missing, fetch.slots)
+        self.pool.cache.fill(self._layer, fetch.missing, fetch.slots, heat)
 
     def _drop(self) -> None:
         """Forget reads of a step that failed before it came to compute here."""
@@ -278,12 +329,12 @@ class DiskNeurons:
 
     def _abandon(self, fetch: _Fetch) -> None:
         _wait(fetch.tickets)
-        self._pool.cache.give_back(fetch.slots)
+        self.pool.cache.give_back(fetch.slots)
 
     def _fetch(self, wanted: Ints) -> _Fetch:
         """Start reads of the records that are not in memory."""
         wanted = wanted.copy()
-        missing, slots = self._pool.cache.claim(self._layer, wanted)
+        missing, slots = self.pool.cache.claim(self._layer, wanted)
         fetch = _Fetch(wanted, missing, slots, [])
         try:
             if len(missing):
@@ -294,7 +345,7 @@ class DiskNeurons:
         return fetch
 
     def _start_reads(self, fetch: _Fetch) -> None:
-        numbers, pool = self._numbers[fetch.missing], self._pool
+        numbers, pool = self._numbers[fetch.missing], self.pool
         for path in dict.fromkeys(place.path for place in self._places):
             pieces = [
                 np.stack([place.offset + numbers * place.stride, np.full(len(numbers), size), to], axis=1)

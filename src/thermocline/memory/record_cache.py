@@ -72,11 +72,19 @@ class RecordCache:
         taken = np.array([self._free.pop() for _ in range(len(missing))], np.int32)
         return missing, taken
 
-    def fill(self, layer: int, records: Ints, slots: Ints) -> None:
-        """Slots that `claim` gave hold these records now."""
+    def fill(self, layer: int, records: Ints, slots: Ints, heat: npt.NDArray[np.float64] | None = None) -> None:
+        """Slots that `claim` gave hold these records now.
+
+        With `heat`, how often each is used, they score as if they had been used so for ever; without, as used once.
+        """
         self.rows[layer][records] = slots
         self._layer[slots], self._record[slots] = layer, records
-        self._score[slots] = self._weight
+        self._score[slots] = self._weight if heat is None else self._weight * heat / (1 - 2.0 ** (-1 / HALF_LIFE))
+
+    @property
+    def free(self) -> int:
+        """Slots that hold nothing."""
+        return len(self._free)
 
     def give_back(self, slots: Ints) -> None:
         """Slots that `claim` gave hold nothing after all."""
