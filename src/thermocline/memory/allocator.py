@@ -12,11 +12,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
-from thermocline.errors import BudgetError
+from thermocline.errors import BudgetError, UsageError
 from thermocline.files.weight import Bytes, Weight
 from thermocline.hardware.machine import Tier
 from thermocline.memory.arena import Arena, Memory
@@ -28,6 +29,14 @@ STAGING = 8 << 20
 
 Rows = slice | npt.NDArray[np.int32] | None
 """Which rows of a tensor: neighbours, any in an order, or all."""
+
+
+@runtime_checkable
+class Streamer(Protocol):
+    """An implementation of ops that computes with matrices which stay in their file."""
+
+    def stream(self, weight: Weight) -> Matrix:
+        """The matrix as it is computed with."""
 
 
 Progress = Callable[[int, int], None]
@@ -154,6 +163,9 @@ class BufferedAllocator:
         return done
 
     def _move(self, slot: Slot, staging: _Staging, done: Flushed) -> None:
+        if slot.tier is Tier.DISK:
+            slot._matrix = self._streamed(slot)
+            return
         arena, ops = self._memory.arenas[slot.tier], self._memory.devices[slot.tier].ops
         like, rows, source = slot.like, slot.rows, slot.source
         shape = (slot.count, like.format.row_bytes(like.columns))
@@ -176,6 +188,13 @@ class BufferedAllocator:
         if slot.tier is Tier.RAM:
             done.host_bytes.append(ops.to_host(out))
         done.copied[slot.purpose] = done.copied.get(slot.purpose, 0) + slot.nbytes
+
+    def _streamed(self, slot: Slot) -> Matrix:
+        """A matrix that the host reads anew for every pass."""
+        ops = self._memory.host.ops
+        if not isinstance(ops, Streamer) or not isinstance(slot.source, Weight) or slot.rows is not None:
+            raise UsageError(f"{slot.like.name} cannot be left on disk: raise --ram-budget so that it is in RAM")
+        return ops.stream(slot.source)
 
     def _bytes_of(self, source: Weight | Source) -> Bytes:
         if isinstance(source, Weight):

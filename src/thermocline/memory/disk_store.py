@@ -242,6 +242,7 @@ class DiskNeurons:
             records=True,
             kind=records.kind,
             neurons=self.stop - self.start,
+            up_bias=records.up_bias,
             rows=pool.cache.rows[self._layer],
         )
         self._begun: _Fetch | None = None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol, TypeVar, runtime_checkable
 
@@ -157,6 +157,11 @@ TRUNK, NEURONS = 0, 1
 """Priorities: without the trunk nothing runs."""
 
 
+def _held(tier: Tier) -> Tier:
+    """Where small things of a tier are: what stays on disk is computed in RAM."""
+    return Tier.RAM if tier is Tier.DISK else tier
+
+
 @dataclass(slots=True)
 class _Loading:
     """The account kept while tensors are queued and placed."""
@@ -264,7 +269,7 @@ class _Loading:
         tokens = predictor.batches(first_bytes(self.spec, self.weights))
         for index, layer in enumerate(predictor.layers):
             seat = self.seats.layers[index]
-            tier = seat.predictor or seat.home
+            tier = _held(seat.predictor or seat.home)
             fc1 = self.allocator.queue(layer.fc1, tier, Purpose.PREDICTOR)
             fc2 = self.allocator.queue(layer.fc2, tier, Purpose.PREDICTOR, rows=self.order_of(index))
             threshold, most = predictor.thresholds[index], tokens[index]
@@ -293,9 +298,9 @@ class _Loading:
             self.device(tier)
             if tier is Tier.DISK:
                 stored = self.weights.get(blk + "ffn_down_t.weight") or self.weights[blk + "ffn_down.weight"]
+                bias = f"{blk}ffn_up.bias" if spec.ffn_bias else None
                 cold = Records(index, gate, up, stored, stored.rows == spec.n_ff, spec.ffn, order, start, stop)
-                store = require_store(self.store, stop - start)
-                parts.append(partial(store.neurons, cold, self.memory.host))
+                parts.append(partial(self.on_disk, require_store(self.store, stop - start), cold, bias))
                 continue
             rows: Rows = None
             if order is not None:
@@ -311,6 +316,13 @@ class _Loading:
             bias = f"{blk}ffn_up.bias" if spec.ffn_bias else None
             parts.append(partial(self.resident, tier, rows, (start, stop), slots, records, bias))
         return lambda: FeedForward.of(self.device(seat.home), [part() for part in parts], order)
+
+    def on_disk(self, store: NeuronStore, records: Records, bias: str | None) -> Neurons:
+        if bias is not None:
+            cut = slice(records.start, records.stop)
+            rows = cut if records.order is None else records.order[cut]
+            records = replace(records, up_bias=self.vector(bias, Tier.RAM, Purpose.FFN, rows))
+        return store.neurons(records, self.memory.host)
 
     def resident(
         self,
@@ -392,12 +404,13 @@ class _Loading:
         return self.made(values, tier, purpose)
 
     def made(self, values: npt.NDArray[np.float32], tier: Tier, purpose: Purpose) -> Array:
-        array = self.memory.arenas[tier].array(values.shape, "float32", purpose)
+        array = self.memory.arenas[_held(tier)].array(values.shape, "float32", purpose)
         self.device(tier).ops.upload(values, array)
         return array
 
     def rope(self, tier: Tier) -> Array | None:
         """The table of rotations on a device."""
+        tier = _held(tier)
         if self.spec.rope is None:
             return None
         if tier not in self.ropes:

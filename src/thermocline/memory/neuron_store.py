@@ -40,7 +40,7 @@ class Records:
 
     `gate` (None without one) and `up` have a row for each neuron by the file's numbers. `down` has too, if
     `transposed`; otherwise it is the standard layout, n_embd rows of n_ff. `order` is the file's number of each neuron
-    of the order, None where they are the same.
+    of the order, None where they are the same. `up_bias` (stop - start) is on the host, in the slice's order.
     """
 
     layer: int
@@ -52,6 +52,7 @@ class Records:
     order: Ints | None
     start: int
     stop: int
+    up_bias: Array | None = None
 
 
 class NeuronStore(Protocol):
