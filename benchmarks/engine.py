@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,21 +14,34 @@ from thermocline.files.open import open_model
 from thermocline.files.sidecar import SidecarKind
 from thermocline.memory.kv_cache import KVCache
 from thermocline.model.families import family_of
+from thermocline.runtime.engine import Engine
 from thermocline.runtime.loading import LoadedModel, load_model
 from thermocline.runtime.sampler import Sampler
+from thermocline.runtime.sequence import TransformerSequence
 
 FREE = SamplingSettings(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=1)
 
 
 class Ours:
-    """A model loaded in one mode. Turns continue its text."""
+    """A loaded model in one mode. Turns continue its text."""
 
-    def __init__(self, path: Path, mode: Mode, threads: int, n_ctx: int, cache: CacheType = CacheType.F16) -> None:
-        self.source = open_model(path)
-        settings = LoadSettings(mode=mode, threads=threads, ctx_size=n_ctx, cache_type_k=cache, cache_type_v=cache)
-        self.model: LoadedModel = load_model(self.source, settings)
-        self.engine, self.mode = self.model.engine, mode
+    def __init__(self, model: LoadedModel, engine: Engine) -> None:
+        self.model, self.engine = model, engine
         self.start(0)
+
+    @classmethod
+    def load(cls, path: Path, mode: Mode, threads: int, n_ctx: int, cache: CacheType = CacheType.F16) -> Ours:
+        """Load `path` as the command line does."""
+        settings = LoadSettings(mode=mode, threads=threads, ctx_size=n_ctx, cache_type_k=cache, cache_type_v=cache)
+        with open_model(path) as source:
+            model = load_model(source, settings)
+        return cls(model, model.engine)
+
+    def beside(self, mode: Mode) -> Ours:
+        """The same weights and threads in another mode, with a cache of its own. It uses no predictor."""
+        network, old = self.model.transformer.with_mode(mode), self.engine
+        sequence = TransformerSequence(network, KVCache(network.spec, network.ops, old.n_ctx), old._sequence.ubatch)
+        return Ours(self.model, Engine(sequence, replace(old.traffic, predictor=0), old.width, mode))
 
     @property
     def cache(self) -> KVCache:
@@ -71,11 +85,6 @@ class Ours:
                 part = array.reshape(-1)
                 for at in range(0, part.size, pattern.size):
                     part[at : at + pattern.size] = pattern[: part.size - at]
-
-    def close(self) -> None:
-        """Let go of the model."""
-        self.source.close()
-        del self.model, self.engine
 
     @property
     def dense_bytes(self) -> float:

@@ -98,7 +98,9 @@ def peer_turn(peer: Peer, do: str, tokens: list[int], size: float = 0.0) -> Turn
 
 def decode_test(path: Path, peer: Peer | None, probe: Probe, args: argparse.Namespace) -> dict[str, Any]:
     """Decoding in every mode that the model has, and by llama.cpp."""
-    engines = [Ours(records_of(path), mode, args.threads, 2 * COUNT) for mode in modes_of(records_of(path))]
+    *others, richest = modes_of(records_of(path))
+    engines = [Ours.load(records_of(path), richest, args.threads, 2 * COUNT)]
+    engines = [engines[0].beside(mode) for mode in others] + engines
     tokens = engines[0].random_tokens(COUNT)
     if peer:
         peer.ask("load", path=str(path), n_ctx=2 * COUNT, threads=args.threads)
@@ -111,17 +113,17 @@ def decode_test(path: Path, peer: Peer | None, probe: Probe, args: argparse.Name
         if peer:
             peer.ask("reset")
             peer.seconds("prefill", tokens=tokens[:8])
-        turns: dict[str, Turn] = {str(e.mode): decode_turn(e, SLICE) for e in engines}
+        turns: dict[str, Turn] = {str(e.engine.mode): decode_turn(e, SLICE) for e in engines}
         if peer:
             turns[LLAMA] = peer_turn(peer, "decode", tokens[:SLICE], SLICE * engines[0].dense_bytes)
         rounds.run(turns, COUNT // SLICE)
-    active = {str(e.mode): e.engine.fired / (COUNT * e.engine.traffic.neurons) for e in engines}
+    active = {str(e.engine.mode): e.engine.fired / (COUNT * e.engine.traffic.neurons) for e in engines}
     return {"count": COUNT, "active": active, "rounds": rounds.rows}
 
 
 def prefill_test(path: Path, peer: Peer | None, probe: Probe, args: argparse.Namespace) -> dict[str, Any]:
     """A prompt of 512 tokens."""
-    engine = Ours(records_of(path), Mode.AUTO, args.threads, PROMPT + 1)
+    engine = Ours.load(records_of(path), Mode.AUTO, args.threads, PROMPT + 1)
     tokens = engine.random_tokens(PROMPT)
     engine.prefill(tokens)
     if peer:
@@ -143,7 +145,7 @@ def context_test(path: Path, peer: Peer | None, probe: Probe, args: argparse.Nam
     """Decoding at several depths, with each type of cache."""
     results = []
     for cache in (c for c in CacheType if c is not CacheType.F32):
-        engine = Ours(records_of(path), Mode.AUTO, args.threads, max(args.depths) + 2 * COUNT, cache)
+        engine = Ours.load(records_of(path), Mode.AUTO, args.threads, max(args.depths) + 2 * COUNT, cache)
         engine.fill_cache()
         tokens = engine.random_tokens(SLICE // 2)
         for depth in args.depths:
@@ -161,7 +163,6 @@ def context_test(path: Path, peer: Peer | None, probe: Probe, args: argparse.Nam
             spec = engine.model.transformer.spec
             cached = depth * kv_bytes_per_token(spec, cache, cache)
             results.append({"cache": str(cache), "depth": depth, "cache_bytes": cached, "rounds": rounds.rows})
-        engine.close()
         del engine
         gc.collect()
     return {"count": SLICE // 2, "depths": results}
