@@ -137,6 +137,24 @@ class LLM:
         return self._loaded.notices
 
     @property
+    def plan(self) -> Plan | None:
+        """What places the model on several devices or under budgets; None where it is in RAM as it is."""
+        return self._loaded.placing.plan
+
+    def plan_tables(self) -> list[PlanTable]:
+        """The plan as tables: layers, speed, bytes by tier; and what is reserved, once loaded. Empty without a plan."""
+        if self.plan is None:
+            return []
+        reserved = tuple((t.value, p.value, size) for t, p, size in self._loaded.placing.memory.ledger.rows())
+        title = "bytes reserved, once loaded"
+        return [
+            layer_table(self.plan),
+            speed_table(self.plan),
+            tier_table(self.plan),
+            PlanTable(title, ("tier", "purpose", "bytes"), reserved),
+        ]
+
+    @property
     def load_seconds(self) -> float:
         """What loading took."""
         return self._loaded.seconds
@@ -204,6 +222,8 @@ class LLM:
         """Let go of the files and the memory; twice does no harm."""
         if self._template is not None:
             self._template.close()
+        if self._model is not None:
+            self._model.close()
         self._model = self._template = None
         self._source.close()
 

@@ -32,6 +32,19 @@ class OpsKind(StrEnum):
     REFERENCE = "reference"
 
 
+class DeviceKind(StrEnum):
+    """What computes beside the CPU.
+
+    `AUTO` is a GPU where there is one that can be used, else nothing. `EMULATED` is a second device that any machine
+    has: it stands where a GPU would, with a memory and threads of its own.
+    """
+
+    AUTO = "auto"
+    CPU = "cpu"
+    EMULATED = "emulated"
+    CUDA = "cuda"
+
+
 class CacheType(StrEnum):
     """Number format of the KV cache."""
 
@@ -65,17 +78,51 @@ class LoadSettings:
     """Instruction set of the native kernels; `doctor` lists those that this CPU has."""
     mlock: bool = False
     """Keep the weights in memory: the system may neither swap them out nor drop them."""
+    device: DeviceKind = DeviceKind.AUTO
+    """What computes beside the CPU: auto, cpu (nothing), emulated or cuda."""
+    vram_budget: str | None = None
+    """VRAM that may be used: 8GiB, 80%, auto (what is free), or a bare number of GiB."""
+    ram_budget: str | None = None
+    """RAM that may be used, as for VRAM; without, weights stay mapped and the system decides what it keeps."""
+    plan: str | Path | None = None
+    """Plan to carry out, as `plan -o` wrote it; without, one is made."""
+    activity: str | Path | None = None
+    """What `profile` or `order` wrote, to place hot neurons; without, what lies beside the model."""
+    replan: bool = False
+    """Plan with what the last run on this machine measured, instead of the machine's own figures."""
+    reset_gpu_index: bool = False
+    """PowerInfer's: make the GPU index anew. Plans are made anew with every start."""
+    disable_gpu_index: bool = False
+    """PowerInfer's: do not use a GPU index. A plan takes its place."""
 
     def __post_init__(self) -> None:
         _check_numbers(self, LoadSettings, UsageError)
-        for name, kind in (("cache_type_k", CacheType), ("cache_type_v", CacheType), ("mode", Mode), ("ops", OpsKind)):
+        members = {"cache_type_k": CacheType, "cache_type_v": CacheType, "mode": Mode, "ops": OpsKind}
+        for name, kind in (members | {"device": DeviceKind}).items():
             value = getattr(self, name)
             _check(value in list(kind), name, value, ", ".join(kind))
             object.__setattr__(self, name, kind(value))  # strings are welcome, members are what is kept
         self._check_predictor()
+        self._check_placement()
         _check(0 <= self.ctx_size <= 1 << 24, "ctx-size", self.ctx_size, "0 (the model's own) to 16777216")
         _check(0 <= self.threads <= 1024, "threads", self.threads, "0 (physical cores) to 1024")
         _check(1 <= self.ubatch <= 1 << 16, "ubatch-size", self.ubatch, "1 to 65536")
+
+    def _check_placement(self) -> None:
+        for name in ("plan", "activity"):
+            path = getattr(self, name)
+            if path is not None:
+                _check(isinstance(path, str | Path) and str(path) != "", name, printable(repr(path)), "a file")
+        for name in ("vram_budget", "ram_budget"):
+            budget = getattr(self, name)
+            if budget is not None:  # what it says is read where the memory is known
+                kind = isinstance(budget, str) or _is_number(budget, Real)
+                _check(kind, name.replace("_", "-"), printable(repr(budget)), "8GiB, 80%, auto, or a number of GiB")
+                object.__setattr__(self, name, str(budget))
+        if self.device is DeviceKind.CPU and self.vram_budget is not None:
+            raise UsageError("--device cpu has no VRAM: leave --vram-budget out, or use --device emulated")
+        if self.ops is OpsKind.REFERENCE and self.device is DeviceKind.CUDA:
+            raise UsageError("the reference implementation computes on the CPU; use --device cpu or emulated")
 
     def _check_predictor(self) -> None:
         path, threshold = self.predictor, self.predictor_threshold

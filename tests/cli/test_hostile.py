@@ -84,7 +84,7 @@ USAGE = {
     ),
     "exact mode without zeros": (["run", "-m", "{silu}", "-p", "x", "--mode", "exact"], "silu gives none"),
     "GPU layers": ([*RUN, "-ngl", "99"], "--n-gpu-layers is not available: this version computes on the CPU only"),
-    "VRAM budget": ([*RUN, "--vram-budget", "8GiB"], "--vram-budget is not available"),
+    "VRAM budget": ([*RUN, "--vram-budget", "8GiB"], "none can be used; try --device emulated"),
     "Hugging Face download": (["run", "-hf", "a/b:Q4_K_M", "-p", "x"], "--hf-repo is not available: download"),
     "adapter": ([*RUN, "--lora", "x.gguf"], "--lora is not available"),
     "draft model": ([*RUN, "-md", "x.gguf"], "--model-draft is not available"),

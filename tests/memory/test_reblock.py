@@ -9,7 +9,8 @@ from thermocline.errors import NumericalError
 from thermocline.files.formats import BF16, F16, F32, Q4_0, Q8_0, BlockFormat
 from thermocline.files.quantize import dequantize, from_float, to_float
 from thermocline.files.weight import Weight
-from thermocline.memory.reblock import TILE, Reblocked, record_format, transpose
+from thermocline.memory.reblock import TILE, Reblocked, transpose
+from thermocline.model.tensors import record_format
 
 
 def matrix(fmt: BlockFormat, rows: int, columns: int) -> Weight:

@@ -68,7 +68,7 @@ def signed(document: dict) -> bytes:
     return json.dumps(document).encode()
 
 
-@pytest.mark.parametrize(("vram", "ram"), [(3, 30), (2, 4)])
+@pytest.mark.parametrize(("vram", "ram"), [(3, 30), (2, 5)])
 def test_round_trip(tmp_path: Path, vram: int, ram: int) -> None:
     save_plan(plan(vram, ram), tmp_path / "a.plan.json")
     assert load_plan(tmp_path / "a.plan.json") == plan(vram, ram)
@@ -239,7 +239,7 @@ def test_stale_plans_say_why() -> None:
 
 
 def test_tables() -> None:
-    made = plan(2, 4)
+    made = plan(2, 5)
     table = layer_table(made)
     assert len(table.rows) == 32
     assert all(len(row) == len(table.columns) for row in table.rows)

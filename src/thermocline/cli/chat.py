@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import thermocline
 from thermocline.cli.flags import ModelFlag, VerboseFlag, flag, with_settings
 from thermocline.cli.loading import load as load_model
-from thermocline.cli.output import notices, status, write_stream
+from thermocline.cli.output import notices, status, tell_report, write_stream
 from thermocline.config import LoadSettings, SamplingSettings
 from thermocline.errors import ChatTemplateError, ContextError, ThermoclineError
 
@@ -139,7 +139,7 @@ def _turn(talk: TemplateTalk | PlainTalk, line: str, verbose: bool) -> None:
         status(f"error: {error}", always=True)
         return
     talk.keep(line, written.text)
-    status(stream.report.line(), always=verbose)
+    tell_report(stream.report, always=verbose)
 
 
 def _read() -> str | None:

@@ -31,7 +31,6 @@ NAMES: dict[str, tuple[str, ...]] = {
 
 NOT_YET: dict[tuple[str, ...], str] = {
     ("--n-gpu-layers", "--gpu-layers", "-ngl"): "this version computes on the CPU only",
-    ("--vram-budget",): "this version computes on the CPU only",
     ("--hf-repo", "-hf", "-hfr"): "download the model yourself and give its file or folder with -m",
     ("--lora",): "adapters are not implemented; merge it into the model",
     ("--model-draft", "-md"): "speculative decoding is not implemented",

@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from thermocline.api import LLM, Stream
+    from thermocline.api import LLM, RunReport, Stream
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
@@ -39,6 +39,17 @@ def notices(llm: LLM, *, always: bool = False) -> None:
     """Say what is odd about a model, or what was decided while it was loaded."""
     for notice in llm.notices:
         status(f"note: {notice}", always=always)
+    if always and llm.plan is not None:
+        from thermocline.cli.plan import plan_table  # the tables are slow to import, and seldom wanted
+        from thermocline.cli.tables import print_tables
+
+        print_tables(*(plan_table(table) for table in llm.plan_tables()), stderr=True)
+
+
+def tell_report(report: RunReport, *, always: bool = False) -> None:
+    """Say what a run did; where it was not what its plan predicted, to everybody."""
+    for line in report.lines():
+        status(line, always=always or line.startswith("WARNING"))
 
 
 def echo(prompt: str) -> None:

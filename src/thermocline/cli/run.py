@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import thermocline
 from thermocline.cli.flags import JsonFlag, ModelFlag, VerboseFlag, flag, with_settings
 from thermocline.cli.loading import load as load_model
-from thermocline.cli.output import INTERRUPTED, echo, notices, status, write_json, write_stream
+from thermocline.cli.output import INTERRUPTED, echo, notices, status, tell_report, write_json, write_stream
 from thermocline.cli.prompt import read_prompt
 from thermocline.config import LoadSettings, SamplingSettings
 from thermocline.errors import UsageError
@@ -73,7 +73,7 @@ def run(
             echo(text)
         with stream:
             interrupted = write_stream(stream).interrupted
-        status(stream.report.line(), always=verbose)
+        tell_report(stream.report, always=verbose)
         return INTERRUPTED if interrupted else 0
 
 

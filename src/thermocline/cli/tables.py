@@ -23,9 +23,9 @@ def facts(rows: Iterable[tuple[str, str]]) -> Table:
     return table
 
 
-def print_tables(*tables: Table) -> None:
-    """On standard output, as wide as the terminal, or as their contents need where there is none."""
-    console = Console(markup=False, emoji=False, highlight=False)
+def print_tables(*tables: Table, stderr: bool = False) -> None:
+    """On standard output (or error), as wide as the terminal, or as their contents need where there is none."""
+    console = Console(stderr=stderr, markup=False, emoji=False, highlight=False)
     if not console.is_terminal:
         console.width = 1000
     for table in tables:

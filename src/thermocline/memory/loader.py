@@ -24,7 +24,7 @@ from thermocline.hardware.machine import Tier
 from thermocline.memory.allocator import BufferedAllocator, Flushed, Rows, Slot, Source
 from thermocline.memory.arena import Memory
 from thermocline.memory.neuron_store import NeuronStore, Records, ResidentNeurons, require_store
-from thermocline.memory.reblock import Reblocked, Transposer, not_finite, record_format, transpose
+from thermocline.memory.reblock import Reblocked, Transposer, not_finite, transpose
 from thermocline.memory.residence import Reading, lock, touch
 from thermocline.model.families import family_of
 from thermocline.model.feed_forward import FeedForward, Neurons
@@ -32,7 +32,7 @@ from thermocline.model.network import Layer, LayerPredictor, Norm, Transformer, 
 from thermocline.model.rope import rope_table
 from thermocline.model.source import NetworkSource
 from thermocline.model.spec import ModelSpec
-from thermocline.model.tensors import check_tensors, has_records
+from thermocline.model.tensors import check_tensors, has_records, record_format
 from thermocline.ops.contract import Array, Matrix, NeuronBlock, Ops
 from thermocline.ops.device import Device
 from thermocline.placement.ledger import Purpose
@@ -190,12 +190,14 @@ class _Loading:
         """Queue the whole network."""
         spec, seats = self.spec, self.seats
         entry, exit_ = self.device(seats.embedding), self.device(seats.head)
-        embedding = self.queue("token_embd.weight", seats.embedding, Purpose.EMBEDDING)
+        shared = spec.tied_embeddings and seats.embedding is seats.head
+        purpose = Purpose.OUTPUT if shared else Purpose.EMBEDDING
+        embedding = self.queue("token_embd.weight", seats.embedding, purpose)
         positions = None
         if spec.n_positions:
             positions = self.queue("position_embd.weight", seats.embedding, Purpose.EMBEDDING)
         head = embedding
-        if not spec.tied_embeddings or seats.embedding is not seats.head:
+        if not shared:
             name = "token_embd.weight" if spec.tied_embeddings else "output.weight"
             head = self.queue(name, seats.head, Purpose.OUTPUT)
         layers = [self.layer(i) for i in range(spec.n_layer)]

@@ -14,7 +14,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from thermocline.errors import NumericalError, printable
-from thermocline.files.formats import F16, Q8_0, BlockFormat
+from thermocline.files.formats import BlockFormat
 from thermocline.files.quantize import dequantize, quantize
 from thermocline.files.weight import Bytes, Weight
 from thermocline.ops.contract import Matrix
@@ -39,16 +39,6 @@ class Transposer(Protocol):
 
     def transpose_requantize(self, matrix: Matrix, out: Bytes, fmt: BlockFormat) -> tuple[float, float]:
         """Write the transpose of `matrix` in `fmt` into `out`; largest absolute and root mean square error."""
-
-
-def record_format(down: Weight) -> BlockFormat:
-    """The format of a down projection's records: its own, or F16 where n_embd is no whole number of blocks.
-
-    K-quants become Q8_0: their scales would have to be searched for anew, which costs minutes, and Q8_0 adds an error
-    far below theirs.
-    """
-    fmt = Q8_0 if down.format.block > Q8_0.block else down.format
-    return fmt if down.rows % fmt.block == 0 else F16
 
 
 def transpose(source: Weight, out: Bytes, fmt: BlockFormat) -> Reblocked:

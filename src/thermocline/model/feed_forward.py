@@ -16,6 +16,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from thermocline.hardware.machine import Tier
 from thermocline.model.workspace import Views, Workspace
 from thermocline.ops.contract import ALL, ActiveSet, Array, FfnWork
 from thermocline.ops.device import Device
@@ -117,7 +118,7 @@ class FeedForward:
     def of(cls, home: Device, parts: Sequence[Neurons], order: Ints | None = None) -> FeedForward:
         """Devices work at once if the host, which works in the caller's thread, begins last."""
         devices = sorted({id(p.device): p.device for p in parts}.values(), key=lambda d: d.tier)
-        devices.sort(key=lambda d: d.tier == "ram")
+        devices.sort(key=lambda d: d.tier is Tier.RAM)
         sides = (_Side(d, tuple((i, p) for i, p in enumerate(parts) if p.device is d)) for d in devices)
         bounds = np.array([parts[0].start, *(part.stop for part in parts)], np.int32)
         return cls(home, tuple(parts), order, tuple(sides), bounds)
@@ -134,10 +135,13 @@ class FeedForward:
         for part, cut in zip(self.parts, cuts, strict=True):
             part.announce(cut)
         if len(self._sides) == 1 and self._sides[0].device is self.home:
+            began = time.perf_counter() if tally.timed else 0.0
             for (_, part), cut in zip(self._sides[0].parts, cuts, strict=True):
                 into = _slice(views, part) if hidden else None
                 work = part.ffn(views.normed, cut, views.x, skip_zeros=skip_zeros, hidden=into)
                 tally.work.append((part, work))
+            if tally.timed:
+                tally.lap(_name(self.home), began)
             return
         self._together(views, workspace, cuts, skip_zeros, tally, hidden)
 
@@ -225,8 +229,12 @@ class FeedForward:
         if tally.timed:
             tally.lap("crossing", merging - crossing)
             for side in self._sides:
-                name = "ffn cold" if side.device.tier == "ram" else "ffn hot"
+                name = _name(side.device)
                 tally.seconds[name] = tally.seconds.get(name, 0.0) + side.device.seconds
+
+
+def _name(device: Device) -> str:
+    return "ffn hot" if device.tier is Tier.VRAM else "ffn cold"
 
 
 def _slice(views: Views, part: Neurons) -> Array:

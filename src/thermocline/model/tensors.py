@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from thermocline.errors import ModelFormatError, printable
+from thermocline.files.formats import F16, Q8_0, BlockFormat
 from thermocline.files.weight import Weight
 from thermocline.model.spec import ModelSpec
 
@@ -34,6 +35,16 @@ def expected_tensors(spec: ModelSpec, *, records: bool) -> dict[str, Shape]:
 def has_records(weights: Mapping[str, Weight]) -> bool:
     """Whether the down projections are stored as neuron records."""
     return "blk.0.ffn_down_t.weight" in weights
+
+
+def record_format(down: Weight) -> BlockFormat:
+    """The format of a down projection's records: its own, or F16 where n_embd is no whole number of blocks.
+
+    K-quants become Q8_0: their scales would have to be searched for anew, which costs minutes, and Q8_0 adds an error
+    far below theirs.
+    """
+    fmt = Q8_0 if down.format.block > Q8_0.block else down.format
+    return fmt if down.rows % fmt.block == 0 else F16
 
 
 def check_tensors(path: object, spec: ModelSpec, weights: Mapping[str, Weight]) -> None:

@@ -68,7 +68,9 @@ def choices_of(problem: Problem, *, disk: bool, vram: bool, prompt_weight: float
         for part, size, time in ((0, f.embedding, cost.embedding(home)), (-1, f.head, cost.head(home))):
             if tied in (None, home):
                 seconds[part, h, 0] = time
-                (v if home is Tier.VRAM else r)[part, h, 0] = 0 if tied and part == 0 else size
+                (v if home is Tier.VRAM else r)[part, h, 0] = (0 if tied and part == 0 else size) + (
+                    f.positions if part == 0 else 0
+                )
         for layer in range(f.n_layer):
             _layer(problem, layer, homes, h, (predictor[h], hot, warm), prompt_weight, seconds, v, r)
     edges = [[_edge(problem, a, b, prompt_weight) for b in homes] for a in homes]

@@ -10,6 +10,10 @@ from thermocline.errors import UsageError
 from thermocline.files.formats import F32, BlockFormat
 from thermocline.files.weight import Weight
 from thermocline.model.spec import ModelSpec
+from thermocline.model.tensors import record_format
+
+NEURON_PARTS = ("gate.", "up.", "down.", "down_t.")
+"""What of `blk.N.ffn_*` belongs to neurons, but for the bias of down, which is added once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,7 +25,8 @@ class Footprint:
     the layer's predictor, 0 for none. `head` counts the output norm too; with tied embeddings it is the
     embedding's matrix, stored once. `kv_token` is the bytes that one token takes in one layer's cache.
     `windows` are the sliding windows in tokens, 0 for none. `attention_params` is the number of weights of
-    a layer's attention matrices. `fingerprint` identifies the model's file.
+    a layer's attention matrices. `positions` is the bytes of learned positions, which lie with the embedding;
+    `rope_token` what one position takes in the table of rotations. `fingerprint` identifies the model's file.
     """
 
     name: str
@@ -39,6 +44,8 @@ class Footprint:
     tied: bool
     kv_token: int
     windows: tuple[int, ...]
+    positions: int = 0
+    rope_token: int = 0
 
     def __post_init__(self) -> None:
         layers = len(self.attention)
@@ -64,7 +71,7 @@ class Footprint:
         """Bytes of all weights, predictors included."""
         ffn = self.n_ff * sum(sum(record) for record in self.records)
         table = 0 if self.tied else self.embedding
-        return sum(self.attention) + ffn + sum(self.predictor) + table + self.head
+        return sum(self.attention) + ffn + sum(self.predictor) + table + self.positions + self.head
 
     @property
     def trunk(self) -> int:
@@ -145,16 +152,18 @@ def footprint_of(
 
     def record(layer: int) -> tuple[int, int, int]:
         down = weights.get(f"blk.{layer}.ffn_down.weight")
-        column = row(layer, "ffn_down_t") if down is None else down.format.row_bytes(spec.n_embd)
-        return row(layer, "ffn_gate"), row(layer, "ffn_up"), column
+        if down is None:
+            column = row(layer, "ffn_down_t")
+        else:
+            column = (record_format(down) if spec.ffn.sparse else down.format).row_bytes(spec.n_embd)
+        bias = F32.block_bytes if f"blk.{layer}.ffn_up.bias" in weights else 0
+        return row(layer, "ffn_gate"), row(layer, "ffn_up") + bias, column
 
     def rest(layer: int) -> int:
-        prefix = f"blk.{layer}."
+        prefix, neurons = f"blk.{layer}.", tuple(f"blk.{layer}.ffn_{part}" for part in NEURON_PARTS)
         return sum(
-            w.nbytes
-            for name, w in weights.items()
-            if name.startswith(prefix) and (not name.startswith(f"{prefix}ffn_") or name == f"{prefix}ffn_norm.weight")
-        )
+            _resident(w) for name, w in weights.items() if name.startswith(prefix) and not name.startswith(neurons)
+        ) + sum(_resident(w) for name, w in weights.items() if name.startswith(f"{prefix}ffn_down") and w.rows == 1)
 
     embedding = weights["token_embd.weight"].nbytes
     head = embedding if spec.tied_embeddings else weights["output.weight"].nbytes
@@ -170,8 +179,15 @@ def footprint_of(
         records=tuple(record(layer) for layer in layers),
         predictor=tuple(predictor) if predictor is not None else (0,) * spec.n_layer,
         embedding=embedding,
-        head=head + weights["output_norm.weight"].nbytes,
+        head=head + sum(_resident(w) for name, w in weights.items() if name.startswith("output_norm.")),
         tied=spec.tied_embeddings,
         kv_token=kv_token,
         windows=spec.windows,
+        positions=weights["position_embd.weight"].nbytes if spec.n_positions else 0,
+        rope_token=F32.block_bytes * spec.rope.rotary_dim if spec.rope is not None else 0,
     )
+
+
+def _resident(weight: Weight) -> int:
+    """Bytes of a tensor in memory: vectors are float32, whatever the file has."""
+    return F32.row_bytes(weight.columns) if weight.rows == 1 else weight.nbytes

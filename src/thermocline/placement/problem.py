@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from thermocline.activity.predictor import MOST_TOKENS
 from thermocline.errors import UsageError
 from thermocline.hardware.machine import Machine, Tier
 from thermocline.placement.cost import LARGEST_CLUSTER, CostModel, FfnMode, Phase
@@ -89,8 +90,9 @@ class Problem:
         token = 4 * (2 * f.n_embd + 4 * f.n_q + f.n_ff * (1 + f.gated))
         outputs = 4 * w.batch * (f.n_embd + f.n_vocab)
         # Products over many tokens unpack one matrix at a time on the GPU.
-        unpacked = 2 * f.n_ff * f.n_embd if tier is Tier.VRAM else 0
-        size = tokens * token + outputs + unpacked
+        unpacked = 2 * f.n_ff * f.n_embd if tier is Tier.VRAM and o.unpacks else 0
+        scores = 4 * (min(tokens, MOST_TOKENS) + 1) * f.n_ff if self.mode is FfnMode.PREDICTED else 0
+        size = tokens * token + outputs + unpacked + scores + f.rope_token * w.context
         demands = [
             Demand(tier, Purpose.ACTIVATIONS, size, "--ubatch-size", tokens, token),
             Demand(tier, Purpose.MARGIN, o.margin_vram if tier is Tier.VRAM else o.margin_ram),
@@ -115,6 +117,7 @@ class Problem:
 
         if not f.tied or placement.embedding is not placement.head:
             add(placement.embedding, Purpose.EMBEDDING, f.embedding)
+        add(placement.embedding, Purpose.EMBEDDING, f.positions)
         add(placement.head, Purpose.OUTPUT, f.head)
         for layer, place in enumerate(placement.layers):
             add(place.home, Purpose.ATTENTION, f.attention[layer])

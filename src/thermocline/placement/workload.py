@@ -55,13 +55,15 @@ class Overheads:
 
     `staging` is the pinned double buffer that loading and prefill stream through, on each side. `graphs` is
     what captured graphs and the workspaces of matrix products keep in VRAM. The margins are for what nobody
-    counts: fragments of the allocator and the driver in VRAM, the interpreter in RAM.
+    counts: fragments of the allocator and the driver in VRAM, the interpreter in RAM. A device that `unpacks`
+    computes products over many tokens from one matrix at a time in half precision.
     """
 
     staging: int = 64 * MIB
     graphs: int = 64 * MIB
     margin_vram: int = 256 * MIB
     margin_ram: int = 256 * MIB
+    unpacks: bool = True
 
     def __post_init__(self) -> None:
         for name in ("staging", "graphs", "margin_vram", "margin_ram"):
@@ -71,4 +73,7 @@ class Overheads:
 
 
 NO_OVERHEADS = Overheads(staging=0, graphs=0, margin_vram=0, margin_ram=0)
-"""For devices that are emulated in RAM, and for arithmetic in tests."""
+"""For arithmetic in tests."""
+
+EMULATED = Overheads(staging=0, graphs=0, margin_vram=0, unpacks=False)
+"""For a device that is emulated in RAM: it has no driver, and computes with the host's kernels."""

@@ -8,7 +8,9 @@ import numpy as np
 
 from thermocline.config import Mode
 from thermocline.errors import ContextError, UsageError
+from thermocline.placement.plan import Plan
 from thermocline.runtime.sequence import Logits, Sequence
+from thermocline.runtime.split import Account
 from thermocline.runtime.traffic import Traffic
 
 
@@ -22,9 +24,12 @@ class Engine:
         traffic: what a step reads from memory.
         width: logits that belong to tokens; the rest of a row is padding and never looked at.
         mode: how the FFN is computed, for reports.
+        plan: what places it on several devices; None for one.
     """
 
-    def __init__(self, sequence: Sequence, traffic: Traffic, width: int, mode: Mode) -> None:
+    def __init__(self, sequence: Sequence, traffic: Traffic, width: int, mode: Mode, plan: Plan | None = None) -> None:
+        self.plan = plan
+        self.account = Account()
         self.traffic = traffic
         self.mode = mode
         self.width = min(width, sequence.n_vocab)
@@ -56,6 +61,7 @@ class Engine:
         """Start a generation; earlier ones can go no further. Returns the ticket that `step` asks for."""
         self._generation += 1
         self.bytes_read, self.fired, self.selected = 0.0, 0, 0
+        self.account = Account()
         return self._generation
 
     def prefill(self, prompt: Listing[int], *, reuse: bool) -> tuple[Logits, int]:
@@ -91,6 +97,8 @@ class Engine:
         self.bytes_read += self.traffic.step(step.work, position)
         self.fired += step.work.fired
         self.selected += max(step.work.gate_rows, step.work.up_rows)
+        if self.plan is not None:
+            self.account.add(self._sequence.tally, step.hot, self.traffic.hot(step.hot, position))
         assert step.logits is not None
         return step.logits[: self.width]
 

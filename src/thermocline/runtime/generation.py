@@ -12,6 +12,7 @@ from thermocline.errors import ThermoclineError
 from thermocline.runtime.engine import Engine
 from thermocline.runtime.report import RunReport
 from thermocline.runtime.sampler import Sampler
+from thermocline.runtime.split import SplitReport, split_report
 from thermocline.text.detokenize import Detokenizer, StopMatcher
 from thermocline.text.tokenizer import Tokenizer
 
@@ -87,6 +88,7 @@ class Stream:
         self._cached = self._generated = 0
         self._prompt_seconds = self._first_seconds = self._decode_seconds = 0.0
         self._bytes_read, self._fired, self._selected = 0.0, 0, 0
+        self._spent = engine.account
         self._items = self._run()
 
     def __iter__(self) -> Iterator[Item]:
@@ -124,6 +126,15 @@ class Stream:
             predictor_bytes=self._engine.traffic.predictor,
             load_seconds=self._load_seconds,
             seed=self._sampler.seed,
+            split=self._split(),
+        )
+
+    def _split(self) -> SplitReport | None:
+        plan = self._engine.plan
+        if plan is None:
+            return None
+        return split_report(
+            plan, self._spent, fired=self._fired, bytes_read=self._bytes_read, seconds=self._decode_seconds
         )
 
     def collect(self) -> Generation:
@@ -184,3 +195,4 @@ class Stream:
             self._decode_seconds += seconds
         engine = self._engine
         self._bytes_read, self._fired, self._selected = engine.bytes_read, engine.fired, engine.selected
+        self._spent = engine.account

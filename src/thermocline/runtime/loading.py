@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from thermocline.activity.predictor import MOST_TOKENS
 from thermocline.config import LoadSettings
-from thermocline.errors import BudgetError
+from thermocline.errors import BudgetError, OutputError
 from thermocline.files.source import ModelSource
 from thermocline.hardware.cores import find_cores
 from thermocline.hardware.memory import find_memory
+from thermocline.memory.arena import Make, make_array
 from thermocline.memory.kv_cache import KVCache, kv_bytes
 from thermocline.memory.loader import LoadReport, first_bytes, load_transformer
 from thermocline.memory.residence import Reading
@@ -18,10 +21,13 @@ from thermocline.model.families import family_of
 from thermocline.model.network import Transformer
 from thermocline.model.spec import ModelSpec
 from thermocline.model.workspace import workspace_bytes
-from thermocline.ops.factory import make_ops
+from thermocline.placement.ledger import Purpose
+from thermocline.placement.plan import Plan
 from thermocline.runtime.engine import Engine
+from thermocline.runtime.placing import Placing, place, require_device
 from thermocline.runtime.prediction import Prediction, choose_prediction
 from thermocline.runtime.sequence import TransformerSequence
+from thermocline.runtime.split import measured_of, remember
 from thermocline.runtime.traffic import traffic_of
 from thermocline.text.load import load_tokenizer
 from thermocline.text.tokenizer import Tokenizer, check_vocabulary
@@ -45,17 +51,40 @@ class LoadedModel:
     notices: tuple[str, ...]
     seconds: float
     prediction: Prediction
+    placing: Placing
+
+    def close(self) -> None:
+        """Give the memory back and let go of the devices. What the last generation measured is kept for --replan."""
+        plan = self.placing.plan
+        measured = None if plan is None else measured_of(plan, self.engine.account)
+        if plan is not None and measured is not None:
+            with contextlib.suppress(OutputError):  # a home that cannot be written only means that nothing is kept
+                remember(plan, measured)
+        self.placing.memory.close()
 
 
-def load_model(source: ModelSource, settings: LoadSettings, progress: Reading | None = None) -> LoadedModel:
-    """Load `source`; `progress` is told how much of its weights was read.
+def load_model(
+    source: ModelSource,
+    settings: LoadSettings,
+    progress: Reading | None = None,
+    *,
+    make: Make = make_array,
+    tell: Callable[[str], None] | None = None,
+) -> LoadedModel:
+    """Load `source`; `progress` is told how much of its weights was read, and `tell` what is done before.
+
+    `make` makes every array of every device.
 
     Raises:
         ModelFormatError, UnsupportedModelError, TokenizerError, NumericalError: the model is not usable.
-        BudgetError: the context asked for does not fit the memory.
+        BudgetError: the context asked for does not fit the memory, or the model the budgets.
+        AllocationError: a memory refused what its budget allows.
+        PlanError: the plan that was named belongs to another model or activity.
         UsageError: the network cannot run in the mode asked for.
         HardwareError: this CPU lacks the instruction set asked for, or the system the permission to lock memory.
-        FingerprintError: the predictor that was asked for belongs to another model.
+        FingerprintError: the predictor or the activity that was asked for belongs to another model.
+
+    After any of them nothing stays allocated.
     """
     began = time.perf_counter()
     tokenizer = load_tokenizer(source)
@@ -64,25 +93,53 @@ def load_model(source: ModelSource, settings: LoadSettings, progress: Reading | 
     check_vocabulary(tokenizer, spec.n_vocab)
     weights = family.weights(source, spec)
     prediction = choose_prediction(source, spec, first_bytes(spec, weights), settings)
-    n_ctx, notices = _context(spec, settings, scored=MOST_TOKENS if prediction.predictor is not None else 0)
     threads = settings.threads or find_cores().threads
-    ops = make_ops(settings.ops, threads, settings.isa)
-    transformer, report = load_transformer(
-        source,
-        ops,
-        n_ctx=n_ctx,
-        mode=prediction.mode,
-        predictor=prediction.predictor,
-        mlock=settings.mlock,
-        progress=progress,
-    )
-    cache = KVCache(spec, ops, n_ctx, settings.cache_type_k, settings.cache_type_v)
-    traffic = traffic_of(spec, weights, settings.cache_type_k, settings.cache_type_v, report.predictor_bytes)
-    sequence = TransformerSequence(transformer, cache, settings.ubatch)
-    engine = Engine(sequence, traffic, tokenizer.size, transformer.mode)
-    notices = [*source.warnings, *tokenizer.warnings, *prediction.notices, *notices, *_load_notices(report)]
+    placing = place(source, settings, threads, make=make, tell=tell)
+    plan, memory = placing.plan, placing.memory
+    try:
+        if plan is None:
+            scored = MOST_TOKENS if prediction.predictor is not None else 0
+            n_ctx, notices = _context(spec, settings, scored=scored)
+            ubatch = settings.ubatch
+        else:
+            require_device(plan, memory)
+            n_ctx, notices = plan.workload.context, _planned_context(spec, settings, plan)
+            ubatch = plan.workload.ubatch
+        transformer, report = load_transformer(
+            source,
+            memory,
+            n_ctx=n_ctx,
+            mode=prediction.mode,
+            predictor=prediction.predictor,
+            mlock=settings.mlock,
+            progress=progress,
+            seats=plan,
+            order=None if placing.order is None else placing.order.order,
+        )
+        caches, scratch = memory.arrays(Purpose.KV), memory.arrays(Purpose.ACTIVATIONS)
+        homes = [caches[layer.device.tier] for layer in transformer.layers]
+        cache = KVCache(spec, homes, n_ctx, settings.cache_type_k, settings.cache_type_v)
+        sequence = TransformerSequence(transformer, cache, ubatch, scratch)
+        placing.claim_scratch()
+    except BaseException:
+        memory.close()
+        raise
+    traffic = traffic_of(spec, weights, settings.cache_type_k, settings.cache_type_v, report.predictor_bytes, plan)
+    engine = Engine(sequence, traffic, tokenizer.size, transformer.mode, plan)
+    said = [*source.warnings, *tokenizer.warnings, *prediction.notices, *placing.notices, *notices]
+    # What a plan's making has to say of the predictor was said before.
+    notices = list(dict.fromkeys([*said, *_load_notices(report)]))
     seconds = time.perf_counter() - began
-    return LoadedModel(engine, tokenizer, transformer, report, threads, tuple(notices), seconds, prediction)
+    return LoadedModel(engine, tokenizer, transformer, report, threads, tuple(notices), seconds, prediction, placing)
+
+
+def _planned_context(spec: ModelSpec, settings: LoadSettings, plan: Plan) -> list[str]:
+    context = plan.workload.context
+    if settings.ctx_size > spec.n_ctx_train:
+        return [f"a context of {context} tokens is longer than the {spec.n_ctx_train} the model was trained on"]
+    if settings.ctx_size or context >= spec.n_ctx_train:
+        return []
+    return [f"planned for a context of {context} tokens of the model's {spec.n_ctx_train}; choose with --ctx-size"]
 
 
 def _context(spec: ModelSpec, settings: LoadSettings, *, scored: int) -> tuple[int, list[str]]:

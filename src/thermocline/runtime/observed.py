@@ -25,7 +25,8 @@ class ObservedRunner:
         self.batch = min(settings.ubatch, self.window)
         self._transformer = transformer
         types = settings.cache_type_k, settings.cache_type_v
-        self._cache = KVCache(transformer.spec, transformer.ops, self.window, *types)
+        homes = [layer.device.ops for layer in transformer.layers]
+        self._cache = KVCache(transformer.spec, homes, self.window, *types)
         self._workspace = transformer.workspace(self.batch, 1, observed=True)
 
     def run(self, tokens: Tokens, observer: Observer) -> None:

@@ -26,18 +26,25 @@ from thermocline.hardware.probe import emulated, machine_of, probe_machine
 from thermocline.memory.kv_cache import kv_bytes_per_token
 from thermocline.memory.loader import first_bytes
 from thermocline.model.families import family_of
-from thermocline.placement.budget import Budget, parse_budget
+from thermocline.placement.budget import Budget, parse_budget, size_text
 from thermocline.placement.cost import LARGEST_CLUSTER, FfnMode, ffn_mode
 from thermocline.placement.footprint import Footprint, footprint_of
+from thermocline.placement.ledger import Purpose
 from thermocline.placement.plan import Plan, make_plan, plan_of
 from thermocline.placement.plan_file import plan_text
 from thermocline.placement.powerinfer import from_gpu_index, to_gpu_index
 from thermocline.placement.problem import LayerPlace, Placement, Problem
-from thermocline.placement.solver import Method, Solution
-from thermocline.placement.workload import NO_OVERHEADS, Overheads, Workload
+from thermocline.placement.solver import Method, Solution, solve
+from thermocline.placement.workload import EMULATED, Overheads, Workload
 from thermocline.runtime.prediction import choose_prediction
 
 AUTO = "auto"
+LIKE_A_GPU = 8
+"""Times that the memory of the GPU, for which an emulated device stands, is as fast as RAM."""
+FEWEST_TOKENS = 16
+"""Passes of a prompt are not made shorter than this to leave VRAM for weights."""
+SCRATCH_SHARE = 4
+"""Scratch may take one part in so many of VRAM's budget, unless passes would be too short."""
 CONTEXT = 4096
 """Tokens that a plan is made for where nobody says, if the model was trained on as many."""
 
@@ -99,8 +106,32 @@ def plan_model(
     problem, order, notices = problem_of(source, settings, load, activity=activity, tell=tell)
     if tell is not None:
         tell("looking for the fastest placement")
-    plan = make_plan(problem, None if order is None else order.fingerprint, settings.method)
+    fingerprint = None if order is None else order.fingerprint
+    if settings.emulated:
+        plan = stand_in(problem, fingerprint, settings.method)
+    else:
+        plan = make_plan(problem, fingerprint, settings.method)
     return Planned(plan, problem, order, notices)
+
+
+def stand_in(problem: Problem, activity: str | None, method: Method = Method.GREEDY) -> Plan:
+    """The plan for an emulated device: placed as for a GPU, priced as what it is.
+
+    For itself, a device that shares the CPU's memory would be worth few neurons or none, and there would be nothing to
+    try: so the solver is told of a memory some times as fast as RAM, and of crossings that cost nothing.
+    """
+    machine = problem.machine
+    if machine.gpu is None:
+        raise UsageError(f"{machine.name} has no emulated device")
+    rate = LIKE_A_GPU * machine.cpu.bandwidth
+    gpu = replace(machine.gpu, bandwidth=rate, bandwidth_busy=rate, flops=LIKE_A_GPU * machine.cpu.flops, launch=0.0)
+    faster = replace(machine, gpu=gpu, crossing=0.0, link=rate)
+    found = solve(replace(problem, machine=faster), method)
+    seconds = problem.seconds(found.placement)
+    note = f"placed as for a device {LIKE_A_GPU} times as fast as RAM; the times are those of the emulated one"
+    # What bounds the faster machine bounds this one.
+    bound = min(found.bound, seconds)
+    return plan_of(problem, Solution(found.placement, seconds, bound, found.method, (*found.notes, note)), activity)
 
 
 def problem_of(
@@ -136,7 +167,25 @@ def problem_of(
         overheads,
         LARGEST_CLUSTER,
     )
-    return problem, order, (*prediction.notices, *notices)
+    problem, shorter = _with_short_passes(problem)
+    return problem, order, (*prediction.notices, *notices, *shorter)
+
+
+def _with_short_passes(problem: Problem) -> tuple[Problem, tuple[str, ...]]:
+    """The same with passes short enough that a small VRAM budget is not spent on scratch, and what to say about it."""
+    asked = tokens = problem.workload.ubatch
+    budget = problem.limits.get(Tier.VRAM, 0)
+    while budget and tokens > FEWEST_TOKENS and SCRATCH_SHARE * _scratch(problem) > budget:
+        tokens = max(FEWEST_TOKENS, tokens // 2)
+        problem = replace(problem, workload=replace(problem.workload, ubatch=tokens))
+    if tokens == asked:
+        return problem, ()
+    return problem, (f"prompts run in passes of {tokens} tokens instead of {asked}: a VRAM budget of "
+                     f"{size_text(budget)} has no room for the scratch of longer ones",)  # fmt: skip
+
+
+def _scratch(problem: Problem) -> int:
+    return sum(d.nbytes for d in problem.fixed(Tier.VRAM) if d.purpose is Purpose.ACTIVATIONS)
 
 
 def find_order(source: ModelSource, path: str | Path | None) -> tuple[Order | None, tuple[str, ...]]:
@@ -185,7 +234,7 @@ def machine_and_budgets(
     return (
         machine,
         budgets,
-        replace(NO_OVERHEADS, margin_ram=Overheads().margin_ram) if settings.emulated else Overheads(),
+        EMULATED if settings.emulated else Overheads(),
     )
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from thermocline.runtime.split import SplitReport
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunReport:
@@ -13,7 +15,7 @@ class RunReport:
     `cached_tokens` of the prompt were already in the KV cache. `decode_tokens` are the tokens after the first,
     each of which took one step. `bytes_read` and `fired` (neurons, all layers) sum over these steps, and so does
     `selected`: neurons of which at least the first row was read. `predictor_bytes` are what the predictor adds to
-    the bytes of a step, 0 where the mode is not predicted.
+    the bytes of a step, 0 where the mode is not predicted. `split` tells of a run by a plan.
     """
 
     prompt_tokens: int
@@ -31,6 +33,7 @@ class RunReport:
     predictor_bytes: int
     load_seconds: float
     seed: int
+    split: SplitReport | None = None
 
     @property
     def prompt_rate(self) -> float:
@@ -67,7 +70,12 @@ class RunReport:
         derived = (
             "prompt_rate", "decode_rate", "active_share", "selected_share", "bytes_per_token", "gigabytes_per_second"
         )  # fmt: skip
-        return asdict(self) | {name: getattr(self, name) for name in derived}
+        split = None if self.split is None else self.split.as_dict()
+        return asdict(self) | {name: getattr(self, name) for name in derived} | {"split": split}
+
+    def lines(self) -> list[str]:
+        """For people: a line, and more about a run by a plan."""
+        return [self.line(), *(self.split.lines() if self.split is not None else ())]
 
     def line(self) -> str:
         """One line for people."""

@@ -9,7 +9,6 @@ import numpy as np
 from thermocline.config import LoadSettings, Mode
 from thermocline.memory.kv_cache import KVCache
 from thermocline.model.network import Observer, Outputs, Segment, Transformer
-from thermocline.model.workspace import Workspace
 from thermocline.runtime.sequence import Logits, Tokens
 
 ROW_BYTES = 64 << 20
@@ -38,10 +37,9 @@ class Scorer:
         self.batch = min(wanted, self.window)
         self.rows = max(1, min(self.batch, ROW_BYTES // (4 * spec.n_vocab)))
         self._transformer = transformer
-        self._cache = KVCache(spec, transformer.ops, self.window, settings.cache_type_k, settings.cache_type_v)
-        self._workspace = Workspace(
-            spec, transformer.ops, self.batch, self.rows, observed=observed, scored=transformer.scored
-        )
+        homes = [layer.device.ops for layer in transformer.layers]
+        self._cache = KVCache(spec, homes, self.window, settings.cache_type_k, settings.cache_type_v)
+        self._workspace = transformer.workspace(self.batch, self.rows, observed=observed)
 
     def run(self, tokens: Tokens, first: int = 0) -> Iterator[tuple[int, Logits]]:
         """The logits (T, n_vocab) that follow the tokens from `first` on, step by step, each with its first position.

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from thermocline.hardware.machine import Tier
 from thermocline.memory.kv_cache import KVCache
+from thermocline.model.feed_forward import NOTHING, Tally
 from thermocline.model.network import Outputs, Segment, Transformer
 from thermocline.ops.contract import Arrays, FfnWork
 
@@ -22,6 +23,8 @@ class Step(NamedTuple):
 
     logits: Logits | None
     work: FfnWork
+    hot: FfnWork = NOTHING
+    """The part of the work that was done beside VRAM."""
 
 
 class Sequence(Protocol):
@@ -30,6 +33,8 @@ class Sequence(Protocol):
     n_ctx: int
     n_vocab: int
     ubatch: int
+    tally: Tally
+    """What the last step did, and by component how long it took, if that is measured."""
 
     def step(self, tokens: Tokens, start: int, *, logits: bool) -> Step:
         """Run `tokens` (1 to `ubatch`) at positions from `start`; positions before it are cached already."""
@@ -44,6 +49,7 @@ class TransformerSequence:
         self.n_ctx = min(cache.n_ctx, transformer.n_ctx)
         self.n_vocab = transformer.spec.n_vocab
         self.ubatch = min(ubatch, self.n_ctx)
+        self.tally = Tally(timed=len(transformer.devices) > 1)
         self._transformer = transformer
         self._cache = cache
         self._workspace = transformer.workspace(self.ubatch, 1, arrays=arrays)
@@ -52,5 +58,5 @@ class TransformerSequence:
         """See the protocol."""
         outputs = Outputs.LAST if logits else Outputs.NONE
         segment = Segment(self._cache, start, len(tokens))
-        result = self._transformer.step(tokens, (segment,), self._workspace, outputs)
-        return Step(self._transformer.ops.to_host(result.logits)[0] if logits else None, result.work)
+        result = self._transformer.step(tokens, (segment,), self._workspace, outputs, tally=self.tally)
+        return Step(self._transformer.ops.to_host(result.logits)[0] if logits else None, result.work, result.hot)

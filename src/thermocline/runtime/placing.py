@@ -1,0 +1,198 @@
+"""Which devices run a model, and what each of them gets: from the settings to memory and seats."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from thermocline.activity.order import Order
+from thermocline.config import DeviceKind, LoadSettings
+from thermocline.errors import HardwareError, UsageError
+from thermocline.files.source import ModelSource
+from thermocline.hardware.machine import Tier
+from thermocline.memory.arena import Make, Memory, make_array
+from thermocline.ops.device import Device, EmulatedDevice, Host
+from thermocline.ops.factory import make_ops
+from thermocline.placement.ledger import Demand, Purpose
+from thermocline.placement.plan import Plan, Status, check_plan, make_plan
+from thermocline.placement.plan_file import load_plan
+from thermocline.placement.problem import Problem
+from thermocline.runtime.planning import AUTO, PlanSettings, find_order, problem_of, stand_in
+from thermocline.runtime.split import recall
+
+KERNELS = (Purpose.ACTIVATIONS, Purpose.STAGING, Purpose.GRAPHS, Purpose.MARGIN)
+"""What a plan sets aside for memory that no array of ours shows: scratch of kernels, drivers, the interpreter."""
+
+
+@dataclass(frozen=True, slots=True)
+class Placing:
+    """The devices with their memory, and the plan that fills it; None where everything is in RAM, unbudgeted."""
+
+    memory: Memory
+    plan: Plan | None
+    order: Order | None
+    notices: tuple[str, ...]
+
+    def claim_scratch(self) -> None:
+        """Put into the ledger what the plan sets aside for memory that is in use, but in no arena.
+
+        An emulated device computes with the host's kernels, so that their scratch is the host's.
+
+        Raises:
+            BudgetError: a budget has no room for it.
+        """
+        if self.plan is None:
+            return
+        for tier, purpose, size in self.plan.demands:
+            where = tier
+            if isinstance(self.memory.devices.get(tier), EmulatedDevice):
+                where = Tier.RAM
+            left = size - self.memory.ledger.used(tier, purpose)
+            if purpose in KERNELS and left > 0:
+                self.memory.arenas[where].claim(left, purpose)
+
+
+def place(
+    source: ModelSource,
+    settings: LoadSettings,
+    threads: int,
+    *,
+    make: Make = make_array,
+    tell: Callable[[str], None] | None = None,
+) -> Placing:
+    """Decide where everything of a model lives, and make the devices.
+
+    Raises:
+        BudgetError: nothing fits, or a budget of VRAM is too small to be of use.
+        PlanError, FingerprintError: the plan or the activity that was named belongs to something else.
+        HardwareError: the device that was asked for is not there.
+        UsageError: settings contradict one another, or say something of a device that is not there.
+    """
+    kind, notices = _device(settings), _powerinfer(settings)
+    if kind is DeviceKind.CPU and settings.ram_budget is None and settings.plan is None:
+        if settings.vram_budget is not None:
+            raise UsageError("--vram-budget says how much of a GPU to use, and none can be used; try --device emulated")
+        if settings.activity is not None:
+            find_order(source, settings.activity)
+            notices.append("the activity is not needed: everything is in RAM, and nothing is split")
+        if settings.replan:
+            notices.append("--replan does nothing: everything is in RAM, and there is no plan")
+        host = Host(make_ops(settings.ops, threads, settings.isa))
+        return Placing(Memory({Tier.RAM: host}, {}, make), None, None, tuple(notices))
+    wanted = load_plan(settings.plan) if settings.plan is not None else None
+    problem, order, more = _problem(source, settings, kind, wanted, tell)
+    plan, why = _plan(problem, order, settings, wanted, kind)
+    if order is None and kind is not DeviceKind.CPU:
+        notices.append(
+            "which neurons are hot is not known, so all count as equally hot: `thermocline profile` finds out"
+        )
+    budgets = {
+        tier: size for tier, size in plan.budgets.items() if tier is Tier.VRAM or settings.ram_budget is not None
+    }
+    memory = Memory(_devices(kind, settings, threads), budgets, make)
+    return Placing(memory, plan, order, (*notices, *more, *why))
+
+
+def _device(settings: LoadSettings) -> DeviceKind:
+    if settings.device is DeviceKind.CUDA:
+        raise HardwareError("this version does not compute on CUDA yet; use --device cpu or emulated")
+    return DeviceKind.CPU if settings.device is DeviceKind.AUTO else settings.device
+
+
+def _powerinfer(settings: LoadSettings) -> list[str]:
+    notices = []
+    if settings.reset_gpu_index:
+        notices.append("--reset-gpu-index: plans are made anew with every start, so there is nothing to reset")
+    if settings.disable_gpu_index:
+        notices.append("--disable-gpu-index: no GPU index is used in any case; a plan says what the GPU holds")
+    return notices
+
+
+def _devices(kind: DeviceKind, settings: LoadSettings, threads: int) -> dict[Tier, Device]:
+    """The host, and an emulated device that has half of its threads."""
+    if kind is DeviceKind.CPU:
+        return {Tier.RAM: Host(make_ops(settings.ops, threads, settings.isa))}
+    half = max(1, threads // 2)
+    return {
+        Tier.VRAM: EmulatedDevice(make_ops(settings.ops, half, settings.isa)),
+        Tier.RAM: Host(make_ops(settings.ops, max(1, threads - half), settings.isa)),
+    }
+
+
+def _problem(
+    source: ModelSource,
+    settings: LoadSettings,
+    kind: DeviceKind,
+    wanted: Plan | None,
+    tell: Callable[[str], None] | None,
+) -> tuple[Problem, Order | None, tuple[str, ...]]:
+    """What is to be placed, under the budgets that were stated, else those of the plan, else what there is."""
+    plan_settings = PlanSettings(
+        emulated=kind is DeviceKind.EMULATED,
+        vram_budget=settings.vram_budget or AUTO,
+        ram_budget=settings.ram_budget or AUTO,
+    )
+    load = settings
+    if wanted is not None:
+        load = replace(settings, ctx_size=settings.ctx_size or wanted.workload.context)
+    problem, order, notices = problem_of(source, plan_settings, load, activity=settings.activity, tell=tell)
+    budgets = dict(problem.limits)
+    if settings.ram_budget is None:
+        # Without a budget, weights stay mapped and may be more than memory holds: the system drops what it must.
+        whole = problem.footprint.nbytes + sum(d.nbytes for d in problem.fixed(Tier.RAM))
+        cache = problem.footprint.kv_layer(problem.workload.context) * problem.footprint.n_layer
+        budgets[Tier.RAM] = max(problem.machine.cpu.capacity, whole + cache)
+    if wanted is not None:
+        stated = {Tier.VRAM: settings.vram_budget, Tier.RAM: settings.ram_budget}
+        budgets |= {t: size for t, size in wanted.budgets.items() if t in budgets and stated[t] is None}
+        tokens = min(wanted.workload.ubatch, settings.ubatch)
+        work = replace(wanted.workload, context=problem.workload.context, ubatch=tokens)
+        problem = replace(problem, workload=work)
+    problem = replace(problem, budgets=budgets)
+    if settings.vram_budget not in (None, AUTO):
+        least = Demand(Tier.VRAM, Purpose.FFN, max(problem.cost.record_bytes) * int(problem.cost.bounds[1]))
+        problem.ledger().reserve_all([*problem.fixed(Tier.VRAM), least])
+    return problem, order, notices
+
+
+def _plan(
+    problem: Problem, order: Order | None, settings: LoadSettings, wanted: Plan | None, kind: DeviceKind
+) -> tuple[Plan, tuple[str, ...]]:
+    """The plan that was named if it serves, else a new one, with the reasons."""
+    fingerprint = None if order is None else order.fingerprint
+    why: tuple[str, ...] = ()
+    if wanted is not None:
+        status, reasons = check_plan(
+            wanted,
+            problem.footprint,
+            activity=fingerprint,
+            machine=problem.machine.fingerprint,
+            mode=problem.mode,
+            workload=problem.workload,
+            limits=problem.limits,
+        )
+        if status is Status.FRESH and not settings.replan:
+            return wanted, ()
+        name = Path(str(settings.plan)).name
+        why = (f"a new plan was made instead of {name}: {'; '.join(reasons) or '--replan asks for it'}",)
+    if settings.replan:
+        measured = recall(problem.machine.fingerprint, problem.footprint.fingerprint)
+        if measured is not None:
+            machine = measured.machine(problem.machine)
+            plan = make_plan(replace(problem, machine=machine), fingerprint)
+            return plan, (*why, "planned with the last run's figures")
+        why = (*why, "--replan: no run with this model was measured on this machine yet")
+    if kind is DeviceKind.EMULATED:
+        return stand_in(problem, fingerprint), why
+    return make_plan(problem, fingerprint), why
+
+
+def require_device(plan: Plan, memory: Memory) -> None:
+    """Refuse a plan for a device that is not there.
+
+    Raises:
+        UsageError: the plan uses VRAM, and no device has it.
+    """
+    if plan.bytes_of(Tier.VRAM) and Tier.VRAM not in memory.devices:
+        raise UsageError("the plan uses VRAM, and no device has it; add --device emulated, or make a plan without")

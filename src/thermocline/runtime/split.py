@@ -1,0 +1,222 @@
+"""What a run over several devices did, beside what its plan predicted; and what of it the next plan may use."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from thermocline.errors import OutputError
+from thermocline.files.atomic import atomic_write
+from thermocline.hardware.cache import home
+from thermocline.hardware.machine import Machine, Processor
+from thermocline.model.feed_forward import Tally
+from thermocline.ops.contract import FfnWork
+from thermocline.placement.plan import Plan
+
+LOUD = 0.25
+"""The cost model is off by so much of its prediction: that is said aloud."""
+FEWEST_STEPS = 8
+"""Fewer steps tell more of the first touch of memory than of the machine."""
+FURTHEST = 20.0
+"""Times that a measured figure may differ from the machine's own; beyond, something else was measured."""
+LARGEST = 1 << 16
+
+
+@dataclass(slots=True)
+class Account:
+    """Sums over the decode steps of one generation."""
+
+    steps: int = 0
+    hot_fired: int = 0
+    hot_bytes: float = 0.0
+    crossings: int = 0
+    crossed_bytes: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def add(self, tally: Tally, hot: FfnWork, hot_bytes: float) -> None:
+        """One step more."""
+        self.steps += 1
+        self.hot_fired += hot.fired
+        self.hot_bytes += hot_bytes
+        self.crossings += tally.crossings
+        self.crossed_bytes += tally.crossed_bytes
+        for name, seconds in tally.seconds.items():
+            self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+
+    def mean_ms(self, *names: str) -> float:
+        """Milliseconds of a step that components took together."""
+        return sum(self.seconds.get(name, 0.0) for name in names) * 1e3 / max(self.steps, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Component:
+    """Milliseconds of a decode step, predicted and measured."""
+
+    name: str
+    predicted_ms: float
+    measured_ms: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SplitReport:
+    """A generation over several devices. Bytes are sums over its `steps` decode steps, as are crossings.
+
+    `hot_fired` of `fired` neurons were computed beside VRAM. The components "ffn hot" and "ffn cold" overlap.
+    """
+
+    steps: int
+    fired: int
+    hot_fired: int
+    vram_bytes: float
+    ram_bytes: float
+    seconds: float
+    crossings: int
+    crossed_bytes: int
+    components: tuple[Component, ...]
+
+    @property
+    def hot_share(self) -> float:
+        """Share of the neurons that fired which were hot."""
+        return self.hot_fired / self.fired if self.fired else 0.0
+
+    @property
+    def step(self) -> Component:
+        """The whole step."""
+        return self.components[0]
+
+    @property
+    def off(self) -> float:
+        """How far measured is from predicted, relative to predicted; 0 where nothing was measured."""
+        if self.steps < FEWEST_STEPS or not self.step.predicted_ms:
+            return 0.0
+        return self.step.measured_ms / self.step.predicted_ms - 1
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        names = ("steps", "hot_share", "vram_bytes", "ram_bytes", "crossings", "crossed_bytes", "off")
+        return {name: getattr(self, name) for name in names} | {
+            "components": [
+                {"name": c.name, "predicted_ms": c.predicted_ms, "measured_ms": c.measured_ms} for c in self.components
+            ]
+        }
+
+    def lines(self) -> list[str]:
+        """For people: what each tier did, the components, and a warning where the cost model was off."""
+        if not self.steps:
+            return []
+        tiers = [("VRAM", self.vram_bytes), ("RAM", self.ram_bytes)]
+        reads = ", ".join(
+            f"{name} {size / self.steps / 1e6:.1f} MB a token at {size / self.seconds / 1e9:.1f} GB/s"
+            for name, size in tiers
+        )
+        crossed = f"{self.crossings / self.steps:.0f} crossings a token ({self.crossed_bytes / self.steps:,.0f} bytes)"
+        shown = ", ".join(f"{c.name} {c.predicted_ms:.3g} / {c.measured_ms:.3g}" for c in self.components)
+        lines = [
+            f"{self.hot_share:.1%} of the active neurons were hot · {reads} · {crossed}",
+            f"ms a token, predicted / measured: {shown}",
+        ]
+        if abs(self.off) > LOUD:
+            faster = "slower" if self.off > 0 else "faster"
+            lines.append(
+                f"WARNING: decoding was {abs(self.off):.0%} {faster} than the plan predicted; "
+                "--replan plans with what was measured"
+            )
+        return lines
+
+
+def split_report(plan: Plan, account: Account, *, fired: int, bytes_read: float, seconds: float) -> SplitReport:
+    """The report of a generation whose decode steps took `seconds` and read `bytes_read`."""
+    layers = plan.layers
+    attention = sum(layer.attention_ms for layer in layers)
+    total = sum(layer.total_ms for layer in layers)
+    components = (
+        Component("step", plan.predicted.step_ms, seconds * 1e3 / max(account.steps, 1)),
+        Component("attention", attention, account.mean_ms("attention")),
+        Component("ffn", total - attention, account.mean_ms("ffn")),
+        Component("ffn hot", sum(layer.hot_ms for layer in layers), account.mean_ms("ffn hot")),
+        Component("ffn cold", sum(layer.cold_ms for layer in layers), account.mean_ms("ffn cold")),
+        Component("crossing", sum(layer.crossing_ms for layer in layers), account.mean_ms("crossing")),
+        Component("rest", max(0.0, plan.predicted.step_ms - total), account.mean_ms("head")),
+    )
+    return SplitReport(
+        steps=account.steps,
+        fired=fired,
+        hot_fired=account.hot_fired,
+        vram_bytes=account.hot_bytes,
+        ram_bytes=bytes_read - account.hot_bytes,
+        seconds=seconds,
+        crossings=account.crossings,
+        crossed_bytes=account.crossed_bytes,
+        components=components,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """How many times longer a side, or a crossing, took than the machine's figures say; 1 where none was measured."""
+
+    vram: float = 1.0
+    ram: float = 1.0
+    crossing: float = 1.0
+
+    def machine(self, machine: Machine) -> Machine:
+        """The machine with what was measured."""
+        gpu = None if machine.gpu is None else _slower(machine.gpu, self.vram)
+        crossing = machine.crossing * self.crossing
+        return replace(machine, cpu=_slower(machine.cpu, self.ram), gpu=gpu, crossing=crossing, source="the last run")
+
+
+def measured_of(plan: Plan, account: Account) -> Measured | None:
+    """What a generation says of the machine; None if it saw too little."""
+    if account.steps < FEWEST_STEPS:
+        return None
+    report = split_report(plan, account, fired=0, bytes_read=0.0, seconds=0.0)
+    found = {c.name: _ratio(c) for c in report.components}
+    return Measured(found["ffn hot"], found["ffn cold"], found["crossing"])
+
+
+def remember(plan: Plan, measured: Measured) -> None:
+    """Keep what a run of this plan's model on its machine measured, relative to what the plan was priced with.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    path = _path(plan.machine, plan.model)
+    values = {"vram": measured.vram, "ram": measured.ram, "crossing": measured.crossing}
+    content = json.dumps(values, indent=2).encode()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{path.parent} cannot be made: {error.strerror}; set THERMOCLINE_HOME") from error
+    with atomic_write(path, size=len(content)) as file:
+        file.write(content)
+
+
+def recall(machine: str, model: str) -> Measured | None:
+    """What was measured before on the machine and model with these fingerprints; None if nothing usable was."""
+    try:
+        with _path(machine, model).open("rb") as file:
+            kept: Mapping[str, Any] = json.loads(file.read(LARGEST))
+        ratios = [float(kept[name]) for name in ("vram", "ram", "crossing")]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return Measured(*ratios) if all(1 / FURTHEST <= ratio <= FURTHEST for ratio in ratios) else None
+
+
+def _path(machine: str, model: str) -> Path:
+    return home() / f"run-{machine[:16]}-{model[:16]}.json"
+
+
+def _ratio(component: Component) -> float:
+    if component.predicted_ms <= 0 or component.measured_ms <= 0:
+        return 1.0
+    ratio = component.measured_ms / component.predicted_ms
+    return min(FURTHEST, max(1 / FURTHEST, ratio)) if math.isfinite(ratio) else 1.0
+
+
+def _slower(side: Processor, times: float) -> Processor:
+    return replace(side, bandwidth=side.bandwidth / times, bandwidth_busy=side.bandwidth_busy / times)
