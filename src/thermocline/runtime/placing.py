@@ -161,13 +161,15 @@ def _plan(
 ) -> tuple[Plan, tuple[str, ...]]:
     """The plan that was named if it serves, else a new one, with the reasons."""
     fingerprint = None if order is None else order.fingerprint
+    machine = problem.machine.fingerprint
+    problem = replace(problem, machine=replace(problem.machine, disk=None))
     why: tuple[str, ...] = ()
     if wanted is not None:
         status, reasons = check_plan(
             wanted,
             problem.footprint,
             activity=fingerprint,
-            machine=problem.machine.fingerprint,
+            machine=machine,
             mode=problem.mode,
             workload=problem.workload,
             limits=problem.limits,
@@ -177,15 +179,13 @@ def _plan(
         name = Path(str(settings.plan)).name
         why = (f"a new plan was made instead of {name}: {'; '.join(reasons) or '--replan asks for it'}",)
     if settings.replan:
-        measured = recall(problem.machine.fingerprint, problem.footprint.fingerprint)
+        measured = recall(machine, problem.footprint.fingerprint)
         if measured is not None:
-            machine = measured.machine(problem.machine)
-            plan = make_plan(replace(problem, machine=machine), fingerprint)
-            return plan, (*why, "planned with the last run's figures")
+            plan = make_plan(replace(problem, machine=measured.machine(problem.machine)), fingerprint)
+            return replace(plan, machine=machine), (*why, "planned with the last run's figures")
         why = (*why, "--replan: no run with this model was measured on this machine yet")
-    if kind is DeviceKind.EMULATED:
-        return stand_in(problem, fingerprint), why
-    return make_plan(problem, fingerprint), why
+    make = stand_in if kind is DeviceKind.EMULATED else make_plan
+    return replace(make(problem, fingerprint), machine=machine), why
 
 
 def require_device(plan: Plan, memory: Memory) -> None:

@@ -118,14 +118,16 @@ def stand_in(problem: Problem, activity: str | None, method: Method = Method.GRE
     """The plan for an emulated device: placed as for a GPU, priced as what it is.
 
     For itself, a device that shares the CPU's memory would be worth few neurons or none, and there would be nothing to
-    try: so the solver is told of a memory some times as fast as RAM, and of crossings that cost nothing.
+    try: so the solver is told of a memory some times as fast as RAM, beside which the CPU has all of its own, and of
+    crossings that cost nothing.
     """
     machine = problem.machine
     if machine.gpu is None:
         raise UsageError(f"{machine.name} has no emulated device")
     rate = LIKE_A_GPU * machine.cpu.bandwidth
     gpu = replace(machine.gpu, bandwidth=rate, bandwidth_busy=rate, flops=LIKE_A_GPU * machine.cpu.flops, launch=0.0)
-    faster = replace(machine, gpu=gpu, crossing=0.0, link=rate)
+    cpu = replace(machine.cpu, bandwidth_busy=machine.cpu.bandwidth)  # a GPU leaves the CPU its memory
+    faster = replace(machine, cpu=cpu, gpu=gpu, crossing=0.0, link=rate)
     found = solve(replace(problem, machine=faster), method)
     seconds = problem.seconds(found.placement)
     note = f"placed as for a device {LIKE_A_GPU} times as fast as RAM; the times are those of the emulated one"
