@@ -9,9 +9,10 @@ on what was cached nor on where.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -68,21 +69,38 @@ class Way:
         return cls(min(int(begin * fastest), LARGEST_READ // 4))
 
 
+class Bundled(Protocol):
+    """A file in which records are bundled; see `memory.bundle`."""
+
+    def places(self, layer: int, row_bytes: Sequence[int]) -> list[Place]:
+        """Where a layer's matrices lie."""
+
+
 class DiskStore:
     """Neurons that lie on disk, of all layers; see `memory.neuron_store.NeuronStore`.
 
     `nbytes` of `memory`'s RAM are taken for slots as soon as the first layer is told of, and reads beside that take
-    `IN_FLIGHT` times the largest one. `open_reader` is there for tests.
+    `IN_FLIGHT` times the largest one. Records are read from `bundle` if there is one, else from the model's own file.
+    `open_reader` is there for tests.
     """
 
-    def __init__(self, memory: Memory, nbytes: int, way: Way, open_reader: Open | None = None) -> None:
+    def __init__(
+        self,
+        memory: Memory,
+        nbytes: int,
+        way: Way,
+        open_reader: Open | None = None,
+        bundle: Bundled | None = None,
+    ) -> None:
         self._memory = memory
         self._nbytes = nbytes
+        self._bundle = bundle
         self._way = way
         self._open = open_reader or (lambda path: Reader(path, depth=IN_FLIGHT, largest=way.largest))
         self._readers: dict[Path, RecordReader] = {}
         self._pools: dict[tuple[tuple[str, int], ...], Pool] = {}
         self._layers: list[DiskNeurons] = []
+        self._entered = -1
 
     def neurons(self, records: Records, device: Device) -> DiskNeurons:
         """A layer's slice.
@@ -97,7 +115,10 @@ class DiskStore:
                 "file, or raise --ram-budget so that all of them are in RAM"
             )
         matrices = [w for w in (records.gate, records.up, records.down) if w is not None]
-        places = [place_of(weight) for weight in matrices]
+        if self._bundle is None:
+            places = [place_of(weight) for weight in matrices]
+        else:
+            places = self._bundle.places(records.layer, [w.format.row_bytes(w.columns) for w in matrices])
         for place in places:
             if place.path not in self._readers:
                 self._readers[place.path] = self._open(place.path)
@@ -155,6 +176,13 @@ class DiskStore:
     def reader(self, path: Path) -> RecordReader:
         """The open file."""
         return self._readers[path]
+
+    def enter(self, layer: int) -> None:
+        """A layer begins; a lower one than before begins the next token."""
+        if layer <= self._entered:
+            for pool in self._pools.values():
+                pool.cache.step()
+        self._entered = layer
 
     @property
     def way(self) -> Way:
@@ -266,7 +294,7 @@ class DiskNeurons:
         """Start reading what is missing of the active set, or of its first part if there is no room for all."""
         self._drop()
         wanted = self._wanted(active)
-        self.pool.cache.step()
+        self._store.enter(self._number)
         self._begun = self._fetch(wanted[: self._room])
 
     def ffn(self, x: Array, active: ActiveSet, out: Array, *, skip_zeros: bool, hidden: Array | None = None) -> FfnWork:
