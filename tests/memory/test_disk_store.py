@@ -13,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from thermocline.config import CacheType, Mode
-from thermocline.errors import BudgetError, HardwareError, UsageError
+from thermocline.errors import BudgetError, HardwareError, ModelFormatError, UsageError
 from thermocline.files.open import open_model
 from thermocline.hardware.machine import ReadCurve, Tier
 from thermocline.hardware.reader import Reader
 from thermocline.memory.arena import Memory
+from thermocline.memory.bundle import bundle_path, layer_matrices, read_bundle, write_bundle
 from thermocline.memory.convert import convert
 from thermocline.memory.disk_store import DiskStore, Way, merged, place_of
 from thermocline.memory.kv_cache import KVCache
@@ -293,3 +294,40 @@ def test_warming_up_reads_the_hottest_and_changes_nothing(file: Path, plain: np.
                 assert pool.memory[at : at + size].tobytes() == stored[record].tobytes()
     np.testing.assert_array_equal(run(loaded.network), plain)
     loaded.close()
+
+
+def test_a_bundle_gives_the_same_bits_with_fewer_reads(file: Path, plain: np.ndarray, tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    shutil.copy(file, path)
+    target = bundle_path(path)
+    with open_model(path) as source:
+        layers = [layer_matrices(source.weights, layer) or [] for layer in range(LAYERS)]
+        seen: list[tuple[int, int]] = []
+        size = write_bundle(target, source.fingerprint, layers, lambda *at: seen.append(at))
+        assert seen == [(1, 2), (2, 2)]
+        assert target.stat().st_size == size
+        bundle = read_bundle(target, source.fingerprint, layers)
+        content = target.read_bytes()
+        for layer, matrices in enumerate(layers):
+            places = bundle.places(layer, [w.data.shape[1] for w in matrices])
+            for place, weight in zip(places, matrices, strict=True):
+                for row in (0, 1, NEURONS - 1):
+                    at = place.offset + row * place.stride
+                    assert content[at : at + weight.data.shape[1]] == weight.data[row].tobytes()
+        with pytest.raises(ModelFormatError, match="another model"):
+            read_bundle(target, "0" * 64, layers)
+        with pytest.raises(ModelFormatError, match="another model"):
+            read_bundle(target, source.fingerprint, layers[:1])
+        standard = {name: source.weights[name] for name in source.weights if "down_t" not in name}
+        assert layer_matrices(standard, 0) is None
+        requests = []
+        for bundled in (None, bundle):
+            loaded = Loaded(path, 0, 96, bundle=bundled)
+            np.testing.assert_array_equal(run(loaded.network, (2, 3)), plain)
+            requests.append(loaded.store.stats.requests)
+            loaded.close()
+        assert requests[1] < requests[0]
+        for damage in (content[:-1], b"{}\n", b"", b"[" * 5000, content.replace(b"strides", b"stride_")):
+            target.write_bytes(damage)
+            with pytest.raises(ModelFormatError, match="remove"):
+                read_bundle(target, source.fingerprint, layers)
