@@ -1,4 +1,6 @@
 // The Python face of the kernels: checks arguments, lets go of the interpreter, calls the op.
+#include "bindings.h"
+
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
@@ -164,35 +166,6 @@ void bind_attention(Context& context, const Input& q, const Input& k, const Inpu
   run(context, [&] { attention(context, job); });
 }
 
-// Activation kinds as in ops.contract, and how the neurons of a block lie.
-FfnBlock block_of(const MatrixHandle* gate, const MatrixHandle& up, const MatrixHandle& down, bool records,
-                  int activation, bool both, float threshold, const std::optional<Input>& up_bias,
-                  const std::optional<Input>& rows) {
-  const Matrix& u = up.matrix;
-  const Matrix& d = down.matrix;
-  require(activation >= kSilu && activation <= kGelu, "activation", "is unknown");
-  require(threshold >= 0.0f, "threshold", "is negative or not a number");
-  require(!gate || (gate->matrix.rows == u.rows && gate->matrix.cols == u.cols), "gate",
-          "has another shape than up");
-  require(!both || gate, "both", "needs a gate");
-  require(records ? d.rows == u.rows && d.cols == u.cols : d.cols == u.rows && d.rows == u.cols, "down",
-          "does not have the shape that up asks for");
-  require(!rows || records, "rows", "are of neuron records only");
-  const int32_t* places = rows ? data_of<int32_t>(*rows, "rows", {kAny}) : nullptr;
-  const int64_t neurons = rows ? length(*rows, 0) : u.rows;
-  const float* bias = up_bias ? data_of<float>(*up_bias, "up_bias", {neurons}) : nullptr;
-  return {gate ? &gate->matrix : nullptr,
-          &u,
-          &d,
-          records,
-          static_cast<Activation>(activation),
-          both,
-          threshold,
-          bias,
-          places,
-          neurons};
-}
-
 const int32_t* active_of(const std::optional<Input>& active, int64_t neurons, int64_t* count) {
   static const int32_t kNobody = 0;
   *count = neurons;
@@ -264,6 +237,35 @@ void require_threads(int threads) {
 
 }  // namespace
 
+// Activation kinds as in ops.contract, and how the neurons of a block lie.
+FfnBlock block_of(const MatrixHandle* gate, const MatrixHandle& up, const MatrixHandle& down, bool records,
+                  int activation, bool both, float threshold, const std::optional<Input>& up_bias,
+                  const std::optional<Input>& rows) {
+  const Matrix& u = up.matrix;
+  const Matrix& d = down.matrix;
+  require(activation >= kSilu && activation <= kGelu, "activation", "is unknown");
+  require(threshold >= 0.0f, "threshold", "is negative or not a number");
+  require(!gate || (gate->matrix.rows == u.rows && gate->matrix.cols == u.cols), "gate",
+          "has another shape than up");
+  require(!both || gate, "both", "needs a gate");
+  require(records ? d.rows == u.rows && d.cols == u.cols : d.cols == u.rows && d.rows == u.cols, "down",
+          "does not have the shape that up asks for");
+  require(!rows || records, "rows", "are of neuron records only");
+  const int32_t* places = rows ? data_of<int32_t>(*rows, "rows", {kAny}) : nullptr;
+  const int64_t neurons = rows ? length(*rows, 0) : u.rows;
+  const float* bias = up_bias ? data_of<float>(*up_bias, "up_bias", {neurons}) : nullptr;
+  return {gate ? &gate->matrix : nullptr,
+          &u,
+          &d,
+          records,
+          static_cast<Activation>(activation),
+          both,
+          threshold,
+          bias,
+          places,
+          neurons};
+}
+
 NB_MODULE(_native, m) {
   m.doc() = "Native kernels of thermocline";
   // A context may live until the process ends; that is no leak worth a warning.
@@ -321,6 +323,7 @@ NB_MODULE(_native, m) {
           nb::arg("matrix"));
 
   bind_reader(m);
+  bind_handover(m);
   m.def("read_bandwidth", &bind_read_bandwidth, nb::arg("context"), nb::arg("buffer"));
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -22,6 +23,10 @@ from thermocline.files.sidecar import SidecarKind
 from thermocline.files.weight import Weight
 from thermocline.model.families import family_of
 from thermocline.text.tokenizer import CHARACTER_OF_BYTE
+
+if "CUDA_VISIBLE_DEVICES" not in os.environ and not Path("/dev/nvidiactl").exists() and not Path("/dev/kfd").exists():
+    # Without a GPU its kernels run in Triton's interpreter, which must be chosen before they are defined.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 LAYERS, WIDTH, NEURONS, HEADS, KV_HEADS, CONTEXT = 2, 64, 96, 4, 2, 128
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

@@ -110,3 +110,48 @@ class Reader:
 
 def read_bandwidth(context: Context, buffer: _Bytes) -> float:
     """Bytes a second at which all threads of `context` together read `buffer` once."""
+
+class HandOver:
+    """A worker that computes the cold neurons which a device hands over; wrapped by thermocline.ops.handover."""
+
+    def __init__(
+        self,
+        context: Context,
+        words: _Ints,
+        x: _Floats,
+        partial: _Floats,
+        active: _Ints,
+        count: _Ints,
+        patience: float,
+    ) -> None: ...
+    def add_layer(
+        self,
+        gate: Matrix | None,
+        up: Matrix,
+        down: Matrix,
+        records: bool,
+        activation: int,
+        both: bool,
+        threshold: float,
+        up_bias: _Floats | None,
+        rows: _Ints | None,
+        skip: bool,
+        listed: bool,
+    ) -> int: ...
+    def begin(self) -> bool: ...
+    def end(self) -> str | None: ...
+    def post(self, number: int) -> None: ...
+    def wait(self, number: int) -> bool: ...
+    def release(self, reason: str) -> bool: ...
+    def take_work(self) -> tuple[int, int, int, int]: ...
+    def argument(self, number: int) -> int: ...
+    def inject(self, fault: int, crossing: int, seconds: float = 0.0) -> None: ...
+    def simulate(self, layers: int, crossings: int) -> tuple[int, int, float]: ...
+    def cancel(self) -> None: ...
+    @property
+    def alive(self) -> bool: ...
+    @property
+    def crossings(self) -> int: ...
+
+def handover_functions() -> tuple[int, int]:
+    """Addresses of the C functions that post and wait for a device that calls the host."""

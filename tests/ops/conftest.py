@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from thermocline import _native
 from thermocline.files.formats import BlockFormat
 from thermocline.files.quantize import quantize
 from thermocline.files.weight import Weight
+from thermocline.ops.contract import ActiveSet, KVLayer, NeuronBlock
 from thermocline.ops.cpu import CpuOps
+from thermocline.ops.cuda.ops import CudaOps
 from thermocline.ops.reference import ReferenceOps
 
 THREADS = (1, 2, 3)
@@ -24,11 +29,76 @@ def cpu_ops(isa: str, threads: int) -> CpuOps:
     return CpuOps(threads, isa)
 
 
-@pytest.fixture(params=[f"{isa}-{threads}" for isa in _native.isa_levels() for threads in THREADS])
-def ops(request: pytest.FixtureRequest) -> CpuOps:
-    """Every level that this CPU has, with one, two and three threads."""
+class OnTensors:
+    """The CUDA ops behind numpy arrays: the tests' arrays go to the device and come back."""
+
+    def __init__(self, ops: CudaOps) -> None:
+        self.ops = ops
+        self.name = ops.name
+
+    def place(self, weight: Weight) -> Any:
+        return self.ops.place(weight)
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        return lambda *args, **named: self._call(getattr(self.ops, name), args, named)
+
+    def _call(self, op: Callable[..., Any], args: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        pairs: list[tuple[Any, torch.Tensor]] = []
+
+        def sent(value: Any) -> Any:
+            match value:
+                case np.ndarray():
+                    pairs.append((value, torch.from_numpy(value).to(self.ops.device)))
+                    return pairs[-1][1]
+                case KVLayer():
+                    return KVLayer(sent(value.keys), sent(value.values))
+                case NeuronBlock():
+                    return replace(value, up_bias=sent(value.up_bias), rows=sent(value.rows))
+                case ActiveSet():
+                    return value if value.indices is None else replace(value, indices=sent(value.indices))
+                case tuple() if not hasattr(value, "_fields"):
+                    return tuple(map(sent, value))
+            return value
+
+        result = op(*map(sent, args), **{key: sent(value) for key, value in named.items()})
+        for array, tensor in pairs:
+            if tensor.data_ptr() != array.ctypes.data:
+                array[...] = tensor.cpu().numpy()
+        if isinstance(result, ActiveSet):
+            return ActiveSet(args[-1][: len(result.indices)])
+        return result
+
+
+@cache
+def gpu_ops() -> OnTensors:
+    """On the GPU where one is and the interpreter is off, else in the interpreter."""
+    return OnTensors(CudaOps(tf32=False))
+
+
+CPUS = [f"{isa}-{threads}" for isa in _native.isa_levels() for threads in THREADS]
+
+
+@pytest.fixture(params=[*CPUS, "gpu"])
+def ops(request: pytest.FixtureRequest) -> Any:
+    """Every level that this CPU has, with one, two and three threads; and the GPU's kernels."""
+    if request.param == "gpu":
+        return gpu_ops()
     isa, threads = request.param.split("-")
     return cpu_ops(isa, int(threads))
+
+
+@pytest.fixture(params=CPUS)
+def host(request: pytest.FixtureRequest) -> CpuOps:
+    """The CPU alone, for what only loading asks of it."""
+    isa, threads = request.param.split("-")
+    return cpu_ops(isa, int(threads))
+
+
+@pytest.fixture
+def fewer(ops: Any) -> Callable[[Any, Any], Any]:
+    """The first of two lists of sizes; where kernels are interpreted, at some milliseconds a program, the second."""
+    slow = isinstance(ops, OnTensors) and os.environ.get("TRITON_INTERPRET") == "1"
+    return lambda full, few: few if slow else full
 
 
 @pytest.fixture(params=_native.isa_levels())

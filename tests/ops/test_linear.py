@@ -15,11 +15,11 @@ TOKENS = (1, 2, 3, 6, 7, 9)
 
 
 @pytest.mark.parametrize("fmt", BY_NAME.values(), ids=lambda f: f.name)
-def test_linear_agrees_with_reference(ops, reference, skewed, weight, fence, linear_bound, fmt):
-    for rows in ROWS:
-        for width in WIDTHS[fmt.block]:
+def test_linear_agrees_with_reference(ops, reference, skewed, weight, fence, linear_bound, fewer, fmt):
+    for rows in fewer(ROWS, (0, 1, 5)):
+        for width in WIDTHS[fmt.block][:: fewer(1, 2)]:
             w = weight(skewed((rows, width)), fmt)
-            for tokens in TOKENS if rows == 5 else (1, 4):
+            for tokens in fewer(TOKENS if rows == 5 else (1, 4), (1, 7)):
                 x = skewed((tokens, width))
                 out, expected = fence((tokens, rows)), np.zeros((tokens, rows), np.float32)
                 ops.linear(x, (ops.place(w),), (out.array,))
@@ -65,7 +65,7 @@ def test_linear_is_the_same_whatever_the_threads_and_the_batch(team, skewed, wei
 
 
 @pytest.mark.parametrize("fmt", BY_NAME.values(), ids=lambda f: f.name)
-def test_nothing_is_read_past_the_last_row(ops, rng, fmt):
+def test_nothing_is_read_past_the_last_row(ops, rng, fewer, fmt):
     page = mmap.PAGESIZE
     width = max(96, fmt.block)
     packed = quantize(rng.standard_normal((3, width)).astype(np.float32), fmt)
@@ -76,7 +76,7 @@ def test_nothing_is_read_past_the_last_row(ops, rng, fmt):
     data = np.frombuffer(room, np.uint8, count=packed.size, offset=page - packed.size).reshape(packed.shape)
     data[...] = packed
     w = Weight("w", fmt, (3, width), data)
-    for tokens in (1, 2, 9):
+    for tokens in fewer((1, 2, 9), (1, 9)):
         x, out = rng.standard_normal((tokens, width)).astype(np.float32), np.empty((tokens, 3), np.float32)
         ops.linear(x, (ops.place(w),), (out,))
         assert np.isfinite(out).all()

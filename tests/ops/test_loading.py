@@ -14,6 +14,11 @@ RECORDS = (F32, F16, BF16, Q8_0, Q4_0)
 """What records can be made in."""
 
 
+@pytest.fixture
+def ops(host):
+    return host
+
+
 @pytest.mark.parametrize("fmt", RECORDS, ids=lambda f: f.name)
 @pytest.mark.parametrize("source", BY_NAME.values(), ids=lambda f: f.name)
 def test_records_are_the_bytes_of_the_python_quantisers(ops, rng, weight, source, fmt):

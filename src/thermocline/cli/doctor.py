@@ -71,6 +71,7 @@ def _rows(survey: Survey, probe: Probe) -> list[tuple[str, str]]:
         ("launch", f"{probe.launch * 1e6:.1f} µs to start an op on all threads"),
         ("hand-over", f"{probe.handover * 1e6:.1f} µs to wake another thread: the crossing to an emulated device"),
         *_gpu_rows(probe),
+        *(("GPU lacks", lack) for lack in survey.gpu_lacks),
         *_disk_rows(probe),
         *(("not measured", reason) for reason in probe.unmeasured),
         ("measured", time.strftime("%Y-%m-%d %H:%M", time.localtime(probe.measured)) + "; again with --refresh"),

@@ -10,6 +10,7 @@ from typing import Any
 from thermocline import _native
 from thermocline.hardware.bandwidth import Bandwidth, measure_bandwidth
 from thermocline.hardware.cores import Cores, find_cores
+from thermocline.hardware.gpu_software import gpu_lacks
 from thermocline.hardware.memory import Cache, Memory, find_caches, find_memory
 
 
@@ -23,6 +24,8 @@ class Survey:
     memory: Memory
     caches: tuple[Cache, ...]
     bandwidth: Bandwidth | None
+    gpu_lacks: tuple[str, ...] = ()
+    """What keeps this installation from computing on a GPU, each with its remedy."""
 
     @property
     def fingerprint(self) -> str:
@@ -50,4 +53,5 @@ def examine(*, measure: bool = False, threads: int = 0) -> Survey:
         memory=find_memory(),
         caches=caches,
         bandwidth=measure_bandwidth(threads or cores.threads, last) if measure else None,
+        gpu_lacks=gpu_lacks(),
     )

@@ -16,7 +16,8 @@ from thermocline.ops.contract import Activation, ActiveSet, Array, FfnWork, KVLa
 LEVELS = ("baseline", "avx2", "avx512")
 """Every level that kernels exist for, weakest first."""
 
-_ACTIVATIONS = {Activation.SILU: 0, Activation.RELU: 1, Activation.RELU2: 2, Activation.GELU: 3}
+ACTIVATIONS = {Activation.SILU: 0, Activation.RELU: 1, Activation.RELU2: 2, Activation.GELU: 3}
+"""The native kernels' numbers."""
 
 
 class CpuOps:
@@ -48,6 +49,11 @@ class CpuOps:
         """`cpu/` and the level of the kernels."""
         self.threads = threads
         """Threads that share an op, the caller included."""
+
+    @property
+    def context(self) -> _native.Context:
+        """The native threads, kernels and scratch memory, for other native code."""
+        return self._context
 
     @property
     def scratch_bytes(self) -> int:
@@ -139,7 +145,7 @@ class CpuOps:
                 block.up,
                 block.down,
                 block.records,
-                _ACTIVATIONS[kind.activation],
+                ACTIVATIONS[kind.activation],
                 kind.both,
                 kind.threshold,
                 block.up_bias,

@@ -1,0 +1,136 @@
+// The hand-over under a sanitizer: a simulated device, a worker that dies, fails and stalls, a watcher, a
+// cancel.
+//
+// Takes the number of crossings; returns 0 if every answer was right and every fault ended as it should.
+#include "../handover.h"
+
+#include <cstdio>
+#include <cstdlib>
+#include <vector>
+
+using namespace thermocline;
+
+namespace {
+
+int failures = 0;
+
+void expect(bool ok, const char* what) {
+  if (ok) return;
+  std::fprintf(stderr, "wrong: %s\n", what);
+  ++failures;
+}
+
+struct World {
+  static constexpr int64_t kWidth = 64, kNeurons = 48;
+  Context context{2, "baseline", false};
+  std::vector<float> weights = std::vector<float>(3 * kNeurons * kWidth);
+  alignas(128) uint32_t words[64] = {};
+  std::vector<float> x = std::vector<float>(kWidth), partial = std::vector<float>(kWidth);
+  std::vector<int32_t> active = std::vector<int32_t>(kNeurons);
+  int32_t count = 0;
+  Mailbox box{words, words + 32, x.data(), partial.data(), active.data(), &count, kWidth, kNeurons};
+
+  World() {
+    uint32_t seed = 1;
+    const auto next = [&] {
+      return static_cast<float>((seed = seed * 1664525u + 1013904223u) >> 8) / 8388608.0f - 1.0f;
+    };
+    for (float& w : weights) w = next();
+    for (float& v : x) v = next();
+  }
+
+  Matrix matrix(int which) const {
+    const auto* data = reinterpret_cast<const uint8_t*>(weights.data() + which * kNeurons * kWidth);
+    return {data, format_of(0), kNeurons, kWidth, row_bytes(format_of(0), kWidth)};
+  }
+
+  void fill(HandOver& hand, uint32_t layers) {
+    const Matrix gate = matrix(0), up = matrix(1), down = matrix(2);
+    for (uint32_t i = 0; i < layers; ++i) {
+      FfnBlock block{};
+      block.gate = &gate;
+      block.up = &up;
+      block.down = &down;
+      block.records = true;
+      block.activation = kRelu;
+      block.neurons = kNeurons;
+      hand.add_layer(block, true, false);
+    }
+  }
+};
+
+void many(int64_t crossings) {
+  World world;
+  HandOver hand(world.context, world.box, 60.0);
+  world.fill(hand, 3);
+  // Steps of 300 crossings: the worker is woken and let go between them.
+  int64_t left = crossings;
+  while (left > 0) {
+    const int64_t n = left < 300 ? left : 300;
+    expect(hand.begin(), "a step begins");
+    const Simulated seen = simulate(hand, world.box, 3, n, nullptr);
+    expect(!hand.end() && seen.crossings == n && seen.different == 0, "every crossing is answered alike");
+    left -= n;
+  }
+}
+
+void faults() {
+  World world;
+  HandOver hand(world.context, world.box, 0.3);
+  world.fill(hand, 1);
+  for (const Fault fault : {Fault::kDie, Fault::kFail, Fault::kStall}) {
+    hand.inject(fault, 5, 0.6);
+    expect(hand.begin(), "a step begins before a fault");
+    simulate(hand, world.box, 1, 20, nullptr);
+    expect(hand.end().has_value(), "a fault is told");
+    bool back = false;
+    for (int i = 0; i < 100 && !back; ++i) {
+      if (!hand.begin()) continue;
+      back = simulate(hand, world.box, 1, 20, nullptr).crossings == 20;
+      hand.end();
+    }
+    expect(back, "the worker is back after a fault");
+  }
+}
+
+void watched() {
+  World world;
+  HandOver hand(world.context, world.box, 5.0);
+  world.fill(hand, 1);
+  hand.inject(Fault::kStall, 0, 0.2);
+  expect(hand.begin(), "a watched step begins");
+  hand.post(1);
+  std::thread watcher([&] {
+    while (!hand.release("given up")) std::this_thread::yield();
+  });
+  watcher.join();
+  expect(hand.end().has_value(), "a release is told");
+  expect(hand.begin(), "a step begins after a release");
+  expect(simulate(hand, world.box, 1, 20, nullptr).crossings == 20, "and is answered");
+  hand.end();
+}
+
+void cancelled() {
+  World world;
+  HandOver hand(world.context, world.box, 5.0);
+  world.fill(hand, 1);
+  std::atomic<bool> cancel{false};
+  expect(hand.begin(), "a step begins before it is cancelled");
+  std::thread device([&] { simulate(hand, world.box, 1, int64_t{1} << 40, &cancel); });
+  std::this_thread::sleep_for(std::chrono::milliseconds(50));
+  cancel.store(true);
+  device.join();
+  expect(!hand.end(), "a cancelled step has not failed");
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  const int64_t crossings = count > 1 ? std::atoll(arguments[1]) : 1000000;
+  many(crossings);
+  faults();
+  watched();
+  cancelled();
+  std::printf("%lld crossings, %d wrong\n", static_cast<long long>(crossings), failures);
+  return failures == 0 ? 0 : 1;
+}

@@ -1,0 +1,160 @@
+"""Compile every kernel ahead of time, as models of common shapes call it, for a GPU that need not be there.
+
+    python -m thermocline.ops.cuda.ahead sm_80 sm_90
+
+What would be launched is recorded from a dry run over tensors without memory, so nothing that runs is left out; one
+line of JSON for each compilation goes to stdout. `TRITON_INTERPRET` must not be set.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from thermocline.errors import UsageError
+from thermocline.files.formats import BY_NAME, F16, F32, Q8_0, BlockFormat
+from thermocline.files.weight import Weight
+from thermocline.ops.contract import ALL, Activation, FfnKind, KVLayer, NeuronBlock
+from thermocline.ops.cuda.kernels import KERNELS
+from thermocline.ops.cuda.launch import Recorder, Variant
+from thermocline.ops.cuda.ops import CudaOps
+
+WIDTH, NEURONS, HEADS, DIM, RANK, CONTEXT = 4096, 11008, 32, 128, 512, 4096
+"""Sizes of a model of 7 billion parameters."""
+RELU = FfnKind(Activation.RELU, gated=True)
+KINDS = (
+    RELU,
+    FfnKind(Activation.RELU, gated=True, both=True),
+    FfnKind(Activation.RELU2, gated=False),
+    FfnKind(Activation.SILU, gated=True),
+    FfnKind(Activation.GELU, gated=False),
+)
+
+
+def variants() -> list[Variant]:
+    """What is compiled for one token and for a prompt: every format, kind of FFN and shape of attention."""
+    recorder = Recorder()
+    ops = CudaOps("meta", launcher=recorder)
+    with ops.counting(ops.array((4,), "int64")):
+        _vectors(ops)
+        for heads, dim in ((HEADS, DIM), (8, DIM), (4, 64)):
+            _attention(ops, heads, dim)
+        for fmt in BY_NAME.values():
+            _matrices(ops, fmt)
+            _neurons(ops, fmt, RELU)
+        for kind in KINDS[1:]:
+            _neurons(ops, F16, kind)
+    return list(recorder.variants)
+
+
+def _weight(ops: CudaOps, rows: int, columns: int, fmt: BlockFormat) -> Any:
+    data: Any = ops.array((rows, fmt.row_bytes(columns)), "uint8")
+    return ops.place(Weight("w", fmt, (rows, columns), data))
+
+
+def _vectors(ops: CudaOps) -> None:
+    x, w = ops.array((1, WIDTH)), ops.array((WIDTH,))
+    ops.rms_norm(x, w, 1e-5, x)
+    ops.layer_norm(x, w, w, 1e-5, x)
+    table = ops.array((CONTEXT, 2, DIM // 2))
+    for interleaved in (False, True):
+        ops.rope(ops.array((1, HEADS, DIM)), table, ops.array((1,), "int32"), interleaved=interleaved)
+    ops.select(ops.array((1, NEURONS)), 0.5, ops.array((NEURONS,), "int32"))
+
+
+def _attention(ops: CudaOps, kv_heads: int, dim: int) -> None:
+    q, k = ops.array((1, HEADS, dim)), ops.array((1, kv_heads, dim))
+    for dtype in ("float16", "float32"):
+        cache = KVLayer(*(ops.array((kv_heads, CONTEXT, dim), dtype) for _ in range(2)))
+        ops.attention(q, k, k, cache, ops.array((1,), "int32"), 0.1, 0, q)
+    many, k = ops.array((9, HEADS, dim)), ops.array((9, kv_heads, dim))
+    ops.attention(many, k, k, cache, 0, 0.1, 0, many)
+
+
+def _matrices(ops: CudaOps, fmt: BlockFormat) -> None:
+    matrix, bias = _weight(ops, WIDTH, WIDTH, fmt), ops.array((WIDTH,))
+    for tokens in (1, 2, 512):
+        x, out = ops.array((tokens, WIDTH)), ops.array((tokens, WIDTH))
+        ops.linear(x, (matrix,), (out,))
+        if fmt is F16:
+            ops.linear(x, (matrix,), (out,), (bias,))
+        ops.linear(x, (matrix,), (out,), add=True)
+        ops.embed(matrix, np.zeros(tokens, np.int32), out)
+    if fmt in (F32, F16, Q8_0):
+        fc1, fc2 = _weight(ops, RANK, WIDTH, fmt), _weight(ops, NEURONS, RANK, fmt)
+        ops.predict(ops.array((1, WIDTH)), fc1, fc2, ops.array((1, NEURONS)))
+
+
+def _neurons(ops: CudaOps, fmt: BlockFormat, kind: FfnKind) -> None:
+    first = _weight(ops, NEURONS, WIDTH, fmt)
+    block = NeuronBlock(first if kind.gated else None, first, first, True, kind, NEURONS)
+    x, out = ops.array((1, WIDTH)), ops.array((1, WIDTH))
+    chosen = ops.select(ops.array((1, NEURONS)), 0.5, ops.array((NEURONS,), "int32"))
+    for active in (ALL, chosen):
+        if kind.sparse or active is ALL:
+            ops.ffn(x, block, active, out, skip_zeros=kind.sparse)
+    if fmt is F16 and kind is RELU:
+        ops.ffn(x, replace(block, rows=ops.array((NEURONS,), "int32")), chosen, out, skip_zeros=True)
+
+
+def compiled(variant: Variant, target: GPUTarget) -> Any:
+    """The variant for a device; raises what Triton raises where it does not compile."""
+    kernel = KERNELS[variant.name]
+    at = {name: (i,) for i, name in enumerate(kernel.arg_names)}
+    source = ASTSource(
+        fn=kernel,
+        signature=dict(variant.signature),
+        constexprs={at[name]: value for name, value in variant.constants},
+        attrs={at[name]: [["tt.divisibility", 16]] for name in variant.aligned},
+    )
+    return triton.compile(source, target=target, options=dict(variant.options))
+
+
+def compile_all(targets: Iterable[str], wanted: Iterable[Variant]) -> Iterator[dict[str, Any]]:
+    """Compile `wanted` for each of `targets` (such as sm_90); what became of each."""
+    wanted = list(wanted)
+    for target in targets:
+        if not target.removeprefix("sm_").isdigit():
+            raise UsageError(f"{target} is no target; allowed: sm_ and the compute capability, such as sm_90")
+        gpu = GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
+        for variant in wanted:
+            began = time.perf_counter()
+            made = compiled(variant, gpu)
+            yield {
+                "kernel": variant.name,
+                "target": target,
+                "seconds": round(time.perf_counter() - began, 2),
+                "binary": len(made.asm["cubin"]),
+                "shared": made.metadata.shared,
+                "wide": _widest_index(made.asm["ttir"]),
+            }
+
+
+def _widest_index(ir: str) -> bool:
+    """Whether pointers are offset by 64-bit numbers."""
+    return any("tt.addptr" in line and "i64" in line for line in ir.splitlines())
+
+
+def main() -> None:
+    """Compile for the targets of the command line, `--few` the first variant of every kernel only."""
+    few = "--few" in sys.argv
+    found: dict[Any, Variant] = {}
+    for variant in variants():
+        found.setdefault(variant.name if few else variant, variant)
+    for row in compile_all([a for a in sys.argv[1:] if a != "--few"] or ["sm_80", "sm_90"], found.values()):
+        print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()

@@ -1,0 +1,38 @@
+"""The GPU as a device that works while the host works."""
+
+from __future__ import annotations
+
+from thermocline.hardware.machine import Tier
+from thermocline.ops.contract import FfnWork, Ops
+from thermocline.ops.cuda.ops import CudaOps
+from thermocline.ops.device import EmulatedDevice, Work
+
+
+class CudaDevice:
+    """VRAM with its kernels, launched and waited for by a thread of its own.
+
+    This is the plain way: each piece of work costs a wake-up and one wait. A captured step (`runtime.captured`) has
+    neither.
+    """
+
+    tier = Tier.VRAM
+
+    def __init__(self, ops: CudaOps) -> None:
+        self.ops: Ops = ops
+        self.seconds = 0.0
+        self._thread = EmulatedDevice(ops)
+
+    def begin(self, work: Work) -> None:
+        """See the protocol."""
+        self._thread.begin(work)
+
+    def end(self) -> FfnWork:
+        """See the protocol."""
+        try:
+            return self._thread.end()
+        finally:
+            self.seconds = self._thread.seconds
+
+    def close(self) -> None:
+        """End the thread."""
+        self._thread.close()

@@ -1,0 +1,203 @@
+"""How a stream and the CPU tell each other that a vector is there: the only calls here that ROCm has not.
+
+Three ways, best first. `memory`: the stream itself writes and polls words of pinned memory (cuStreamWriteValue32 and
+cuStreamWaitValue32), which costs no thread of the driver. `calls`: the stream calls native functions of the host
+(cuLaunchHostFunc). `plain`: Python waits for the stream; it cannot be captured in a graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import StrEnum
+from importlib import import_module
+from typing import Any, Final, Protocol
+
+import torch
+
+from thermocline.errors import HardwareError, UsageError
+from thermocline.ops.handover import DONE, ColdWorker
+
+EQUAL: Final = 1
+"""CU_STREAM_WAIT_VALUE_EQ."""
+
+
+class Way(StrEnum):
+    """How to cross; `AUTO` takes the first that works."""
+
+    AUTO = "auto"
+    MEMORY = "memory"
+    CALLS = "calls"
+    PLAIN = "plain"
+
+
+class Crossing(Protocol):
+    """Both halves of a crossing, put into the current stream."""
+
+    way: Way
+    captured: bool
+    """Whether a graph can hold it."""
+
+    def post(self, number: int) -> None:
+        """Say that layer `number`'s input is in the mailbox, once the stream has come so far."""
+
+    def wait(self, number: int) -> None:
+        """Let the stream go on when the layer's sum is in the mailbox."""
+
+
+class Plain:
+    """Python waits for the stream, and then for the worker."""
+
+    way = Way.PLAIN
+    captured = False
+
+    def __init__(self, worker: ColdWorker, device: torch.device) -> None:
+        self._worker = worker
+        self._device = device
+
+    def post(self, number: int) -> None:
+        """See the protocol."""
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
+        self._worker.post(number)
+
+    def wait(self, number: int) -> None:
+        """See the protocol; where no answer comes, the step that the worker is in ends with the error."""
+        self._worker.wait(number)
+
+
+class StreamMemory:
+    """The stream writes `ready`, and polls `done`."""
+
+    way = Way.MEMORY
+    captured = True
+
+    def __init__(self, worker: ColdWorker, driver: Any, stream: Callable[[], int]) -> None:
+        """`driver` is cuda.bindings.driver, `stream` gives the handle of the current stream."""
+        self._driver = driver
+        self._stream = stream
+        words = worker.mailbox.words
+        (address,) = self._checked(driver.cuMemHostGetDevicePointer(words.ctypes.data, 0))
+        self._ready = int(address)
+        self._done = int(address) + DONE * words.itemsize
+
+    def post(self, number: int) -> None:
+        """See the protocol. What the stream wrote before is visible to the host before the flag is."""
+        self._checked(self._driver.cuStreamWriteValue32(self._stream(), self._ready, number, 0))
+
+    def wait(self, number: int) -> None:
+        """See the protocol. The flag is taken down, for the same layer of the next token."""
+        self._checked(self._driver.cuStreamWaitValue32(self._stream(), self._done, number, EQUAL))
+        self._checked(self._driver.cuStreamWriteValue32(self._stream(), self._done, 0, 0))
+
+    def _checked(self, result: tuple[Any, ...]) -> tuple[Any, ...]:
+        code, *values = result
+        if int(code) != 0:
+            raise HardwareError(f"the driver refuses stream memory operations ({code}); use --crossing calls")
+        return tuple(values)
+
+
+class HostCalls:
+    """The stream calls native functions that set `ready` and wait for `done`; they know a deadline."""
+
+    way = Way.CALLS
+    captured = True
+
+    def __init__(self, worker: ColdWorker, driver: Any, stream: Callable[[], int]) -> None:
+        self._worker = worker
+        self._driver = driver
+        self._stream = stream
+        self._addresses: dict[int, tuple[int, int, int]] = {}
+
+    def post(self, number: int) -> None:
+        """See the protocol."""
+        post, _, argument = self._of(number)
+        self._call(post, argument)
+
+    def wait(self, number: int) -> None:
+        """See the protocol."""
+        _, wait, argument = self._of(number)
+        self._call(wait, argument)
+
+    def _of(self, number: int) -> tuple[int, int, int]:
+        if number not in self._addresses:
+            self._addresses[number] = self._worker.callbacks(number)
+        return self._addresses[number]
+
+    def _call(self, function: int, argument: int) -> None:
+        (code, *_) = self._driver.cuLaunchHostFunc(self._stream(), function, argument)
+        if int(code) != 0:
+            raise HardwareError(f"the driver refuses calls of the host ({code}); use --crossing plain")
+
+
+def choose(
+    way: Way, worker: ColdWorker, device: torch.device, driver: Any | None = None
+) -> tuple[Crossing, str | None]:
+    """The crossing asked for, or the first that works; and what there is to say about a fallback.
+
+    Raises:
+        UsageError: the one asked for does not exist here.
+    """
+    if device.type != "cuda" and driver is None:
+        if way in (Way.MEMORY, Way.CALLS):
+            raise UsageError(f"crossing by {way} needs a CUDA device; use --crossing auto")
+        return Plain(worker, device), None
+    reasons = []
+    for kind in (StreamMemory, HostCalls):
+        if way in (Way.AUTO, kind.way):
+            try:
+                crossing = kind(worker, driver or _driver(), lambda: _stream(device))
+                probe(crossing, worker, device)
+            except (HardwareError, ImportError, RuntimeError, TypeError) as error:
+                if way is not Way.AUTO:
+                    raise UsageError(f"crossing by {way} does not work here: {error}") from error
+                reasons.append(f"{kind.way}: {error}")
+            else:
+                return crossing, _told(crossing, reasons)
+    return (plain := Plain(worker, device)), _told(plain, reasons)
+
+
+def probe(crossing: Crossing, worker: ColdWorker, device: torch.device) -> None:
+    """Cross once.
+
+    Raises:
+        HardwareError: no answer came.
+    """
+    with worker.step():
+        crossing.post(1)
+        crossing.wait(1)
+        if device.type == "cuda":
+            finish(torch.cuda.current_stream(device).record_event().query, worker)
+
+
+def finish(done: Callable[[], bool], worker: ColdWorker | None) -> None:
+    """Return when `done`, a look at the device. What nobody answers in time is answered with nothing, and told.
+
+    Raises:
+        HardwareError: the device itself does not come to an end.
+    """
+    import time
+
+    patience = worker.patience if worker is not None else 60.0
+    began = time.monotonic()
+    while not done():
+        waited = time.monotonic() - began
+        if waited > 2 * patience + 5:
+            raise HardwareError(f"the GPU has not finished a step after {waited:.0f} s; restart the program")
+        if worker is not None and (waited > patience or not worker.alive):
+            worker.release(
+                "the CPU did not compute its neurons in time"
+                if worker.alive
+                else "the worker of the CPU's neurons died"
+            )
+
+
+def _told(crossing: Crossing, reasons: list[str]) -> str | None:
+    return f"crossing by {crossing.way} ({'; '.join(reasons)})" if reasons else None
+
+
+def _driver() -> Any:
+    return import_module("cuda.bindings.driver")
+
+
+def _stream(device: torch.device) -> int:
+    return int(torch.cuda.current_stream(device).cuda_stream)

@@ -1,0 +1,193 @@
+"""The FFN: one token neuron by neuron, many tokens by matrix products."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+
+from thermocline.ops.contract import Activation, ActiveSet, FfnKind, FfnWork, NeuronBlock
+from thermocline.ops.cuda.layout import DeviceMatrix
+from thermocline.ops.cuda.tuning import power_of_two
+
+if TYPE_CHECKING:
+    from thermocline.ops.cuda.ops import CudaOps
+
+Tensor = torch.Tensor
+
+ACTIVATIONS: Final = {Activation.SILU: 0, Activation.RELU: 1, Activation.RELU2: 2, Activation.GELU: 3}
+NOTHING: Final = FfnWork(0, 0, 0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceSet(ActiveSet):
+    """An active set whose length only the device knows: `indices` is the whole array, `count` int32 (1)."""
+
+    count: Tensor | None = None
+
+
+def ffn(
+    ops: CudaOps, x: Tensor, block: NeuronBlock, active: ActiveSet, out: Tensor,
+    *, skip_zeros: bool, hidden: Tensor | None,
+) -> FfnWork:  # fmt: skip
+    """See the contract."""
+    if len(x) == 1:
+        return _one(ops, x, block, active, out, skip=skip_zeros and block.records, hidden=hidden)
+    return _many(ops, x, block, active, out, skip=skip_zeros and block.records, hidden=hidden)
+
+
+def _one(
+    ops: CudaOps, x: Tensor, block: NeuronBlock, active: ActiveSet, out: Tensor,
+    *, skip: bool, hidden: Tensor | None,
+) -> FfnWork:  # fmt: skip
+    ids, count, limit = _listed(ops, block, active)
+    work = ops.counts if ops.counts is not None else ops.scratch.take("work", (4,), torch.int64).zero_()
+    h = ops.scratch.take("h", (block.neurons,))
+    _open(ops, x, block, ids, count, limit, h, work, skip=skip)
+    if block.records:
+        _add_records(ops, block, ids, count, limit, h, out, work, skip=skip)
+    spread = None
+    if hidden is not None or not block.records:
+        spread = h[None] if ids is None else _spread(ops, block, ids, count, limit, h)
+    if spread is not None and not block.records:
+        ops.matvec(spread, block.down, out, add=True)
+    if hidden is not None and spread is not None:
+        hidden.copy_(spread)
+    if ops.counts is not None:
+        return NOTHING
+    gate, up, down, fired = work.tolist()
+    if not block.records:
+        down, fired = limit, int(torch.count_nonzero(h[:limit]))
+    return FfnWork(gate, up, down, fired)
+
+
+def _listed(ops: CudaOps, block: NeuronBlock, active: ActiveSet) -> tuple[Tensor | None, Tensor | None, int]:
+    """Ids, their count where only the device knows it, and the most there can be."""
+    if active.indices is None:
+        return None, None, block.neurons
+    ids: Any = active.indices
+    if isinstance(active, DeviceSet):
+        return ids, active.count, block.neurons
+    ids = ids if isinstance(ids, torch.Tensor) else torch.from_numpy(ids).to(ops.device)
+    return ids, None, len(ids)
+
+
+def _open(
+    ops: CudaOps, x: Tensor, block: NeuronBlock, ids: Tensor | None, count: Tensor | None, limit: int,
+    h: Tensor, work: Tensor, *, skip: bool,
+) -> None:  # fmt: skip
+    up: DeviceMatrix = block.up
+    gate: DeviceMatrix = block.gate if block.gate is not None else up
+    rows, kind = ops.tuning.rows, block.kind
+    ops.launcher(
+        "gate_up", (-(-limit // rows),),
+        x=x, **gate.arguments("gate"), **up.arguments("up"), up_bias=block.up_bias, places=block.rows,
+        ids=ids, count=count, neurons=limit,
+        columns=up.columns, threshold=float(kind.threshold), h=h, work=work,
+        GATED=block.gate is not None, BOTH=kind.both, ACTIVATION=ACTIVATIONS[kind.activation], SKIP=skip,
+        ROWS=rows, BLOCK=min(ops.tuning.block_of(gate), ops.tuning.block_of(up)), num_warps=4,
+    )  # fmt: skip
+
+
+def _add_records(
+    ops: CudaOps, block: NeuronBlock, ids: Tensor | None, count: Tensor | None, limit: int,
+    h: Tensor, out: Tensor, work: Tensor, *, skip: bool,
+) -> None:  # fmt: skip
+    tuning, down = ops.tuning, block.down
+    groups = tuning.groups(block.neurons)
+    room = -(-block.neurons // groups)
+    lists = ops.scratch.take("lists", (groups, room), torch.int32)
+    sizes = ops.scratch.take("sizes", (groups,), torch.int32)
+    partial = ops.scratch.take("partial", (groups, down.columns))
+    if not limit:
+        return
+    ops.launcher(
+        "list_groups", (groups,),
+        h=h, count=count, neurons=limit, room=room, lists=lists, sizes=sizes, work=work,
+        SKIP=skip, GROUPS=groups, BLOCK=min(1024, power_of_two(room)), num_warps=4,
+    )  # fmt: skip
+    width = tuning.record_block_of(down)
+    ops.launcher(
+        "add_rows", (groups, -(-down.columns // width)),
+        h=h, places=block.rows, ids=ids,
+        **down.arguments("down"), columns=down.columns, room=room, lists=lists, sizes=sizes,
+        partial=partial, AHEAD=tuning.ahead, BLOCK=width, num_warps=2 if width <= 512 else 4,
+    )  # fmt: skip
+    ops.launcher(
+        "add_groups", (-(-down.columns // 128),),
+        partial=partial, out=out, columns=down.columns, GROUPS=groups, BLOCK=128, num_warps=1,
+    )  # fmt: skip
+
+
+def _spread(ops: CudaOps, block: NeuronBlock, ids: Tensor, count: Tensor | None, limit: int, h: Tensor) -> Tensor:
+    """Activations (1, neurons) by id, of h by position."""
+    if count is not None:
+        limit = int(count.item())
+    full = ops.scratch.take("hidden", (1, block.neurons)).zero_()
+    full[0, ids[:limit].long()] = h[:limit]
+    return full
+
+
+def _many(
+    ops: CudaOps, x: Tensor, block: NeuronBlock, active: ActiveSet, out: Tensor,
+    *, skip: bool, hidden: Tensor | None,
+) -> FfnWork:  # fmt: skip
+    tokens, n = len(x), block.neurons
+    computed = torch.ones(n, dtype=torch.bool, device=x.device)
+    ids, count, rows = _listed(ops, block, active)
+    if ids is not None:
+        rows = int(count.item()) if count is not None else rows
+        computed.zero_()[ids[:rows].long()] = True
+    if not rows:
+        if hidden is not None:
+            hidden.zero_()
+        return NOTHING
+    places = block.rows
+    if places is not None and ids is not None:  # rows of neurons that are not computed are nowhere: take another's
+        places = torch.where(computed, places, places[ids[0].long()])
+    up = ops.scratch.take("up", (tokens, n))
+    ops.matmul(x, block.up, up, block.up_bias, rows=places)
+    if block.gate is None:
+        first = h = _activated(up, block.kind)
+    else:
+        gate = ops.scratch.take("gate", (tokens, n))
+        ops.matmul(x, block.gate, gate, rows=places)
+        first = _activated(gate, block.kind)
+        h = torch.where(first == 0, 0.0, first * (_activated(up, block.kind) if block.kind.both else up))
+    h = torch.where(computed, h, 0.0)
+    if block.records:
+        for start, part in ops.decoded(block.down, places):
+            with ops.precision():
+                out.add_(h[:, start : start + len(part)] @ part)
+    else:
+        ops.matmul(h, block.down, out, add=True)
+    if hidden is not None:
+        hidden.copy_(h)
+    return _work(ops, computed, first, h, block, rows, skip=skip)
+
+
+def _activated(x: Tensor, kind: FfnKind) -> Tensor:
+    if kind.activation is Activation.SILU:
+        return torch.nn.functional.silu(x)
+    if kind.activation is Activation.GELU:
+        wide = x.double()
+        bell: Tensor = wide * 0.5 * torch.special.erfc(wide * -(0.5**0.5))
+        return bell.float()
+    kept = torch.where(x > kind.threshold, x, 0.0)
+    return kept * kept if kind.activation is Activation.RELU2 else kept
+
+
+def _work(
+    ops: CudaOps, computed: Tensor, first: Tensor, h: Tensor, block: NeuronBlock, rows: int, *, skip: bool
+) -> FfnWork:
+    """Rows that a token-by-token computation of the batch would share out, as the contract counts them."""
+    gated = block.gate is not None
+    opened = (computed & (first != 0).any(dim=0)).sum() if skip and gated else torch.tensor(rows, device=h.device)
+    touched = (h != 0).any(dim=0).sum() if skip else torch.tensor(rows, device=h.device)
+    gates = torch.tensor(rows if gated else 0, device=h.device)
+    work = torch.stack([gates, opened, touched, torch.count_nonzero(h)])
+    if ops.counts is not None:
+        ops.counts.add_(work)
+        return NOTHING
+    return FfnWork(*work.tolist())

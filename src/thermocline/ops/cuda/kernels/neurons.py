@@ -1,0 +1,195 @@
+"""The FFN of one token, neuron by neuron: gate and up, the firing ones listed, their down rows summed.
+
+Activations lie by position in the active list. Positions belong to fixed interleaved groups with a partial sum
+each; within a group rows are added one after another, ascending, and the groups are added in order. So the sum
+depends neither on scheduling nor on whether zeros were skipped, bit for bit.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from thermocline.ops.cuda.kernels.registry import kernel
+from thermocline.ops.cuda.kernels.rows import decode, dot_rows
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,attr-defined"
+
+
+@triton.jit
+def _gelu(value):
+    """x Φ(x). The complementary error function is t exp(-z² + p(t)) with t = 1 / (1 + z / 2); p is our own fit, good
+    to 7e-8 of the value up to z = 14.
+    """
+    x = value.to(tl.float64)
+    z = tl.abs(x) * 0.7071067811865476
+    t = 1.0 / (1.0 + 0.5 * z)
+    p = t * 0.167378166 - 0.8013133937
+    p = p * t + 1.435525502
+    p = p * t - 1.060082571
+    p = p * t + 0.2137760513
+    p = p * t - 0.1507727775
+    p = p * t + 0.08468294926
+    p = p * t + 0.3765498644
+    p = p * t + 0.9997568581
+    p = p * t - 1.265500581
+    tail = 0.5 * t * tl.exp(p - z * z)
+    part = tl.where(x < 0, tail, 1.0 - tail)
+    return tl.where(x > 14, value, (x * part).to(tl.float32))
+
+
+@triton.jit
+def _activate(value, threshold, ACTIVATION: tl.constexpr):
+    """ACTIVATION 0 is SiLU, 1 ReLU, 2 ReLU², 3 GELU; the two in the middle give 0 up to the threshold."""
+    if ACTIVATION == 0:
+        result = value / (1.0 + tl.exp(-value))
+    elif ACTIVATION == 3:
+        result = _gelu(value)
+    else:
+        result = tl.where(value > threshold, value, 0.0)
+        if ACTIVATION == 2:
+            result = result * result
+    return result
+
+
+@kernel
+def gate_up(
+    x, gate, gate_stride, gate_scales, gate_scale_stride, up, up_stride, up_scales, up_scale_stride, up_bias,
+    places, ids, count, neurons, columns, threshold, h, work,
+    GATED: tl.constexpr, BOTH: tl.constexpr, ACTIVATION: tl.constexpr, SKIP: tl.constexpr,
+    GATE_KIND: tl.constexpr, UP_KIND: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """h by position = the neurons' activations. With SKIP, up rows are read only where the gate opened.
+
+    `work` counts gate rows and up rows in its first two places.
+    """
+    place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    limit = neurons
+    if count is not None:
+        limit = tl.load(count)
+    ok = place < limit
+    neuron = place.to(tl.int64)
+    if ids is not None:
+        neuron = tl.load(ids + place, mask=ok, other=0).to(tl.int64)
+    row = neuron
+    if places is not None:
+        row = tl.load(places + neuron, mask=ok, other=0).to(tl.int64)
+    if tl.program_id(0) * ROWS < limit:
+        wanted = ok
+        g = tl.zeros((ROWS,), tl.float32)
+        if GATED:
+            g = dot_rows(
+                x, gate, gate_stride, gate_scales, gate_scale_stride, row, ok, columns, GATE_KIND, ROWS, BLOCK
+            )  # fmt: skip
+            g = _activate(g, threshold, ACTIVATION)
+            if SKIP:
+                wanted = ok & (g != 0)
+            tl.atomic_add(work, tl.sum(ok.to(tl.int64), axis=0))
+        rows = tl.sum(wanted.to(tl.int64), axis=0)
+        u = tl.zeros((ROWS,), tl.float32)
+        if rows > 0:
+            u = dot_rows(
+                x, up, up_stride, up_scales, up_scale_stride, row, wanted, columns, UP_KIND, ROWS, BLOCK
+            )  # fmt: skip
+            if up_bias is not None:
+                u += tl.load(up_bias + neuron, mask=wanted, other=0.0)
+            tl.atomic_add(work + 1, rows)
+        if GATED:
+            if BOTH:
+                u = _activate(u, threshold, ACTIVATION)
+            value = tl.where(g == 0, 0.0, g * u)
+        else:
+            value = _activate(u, threshold, ACTIVATION)
+        tl.store(h + place, value, mask=ok)
+
+
+@kernel
+def list_groups(
+    h, count, neurons, room, lists, sizes, work,
+    SKIP: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Group g lists the positions g, g + GROUPS, ... that fired (all of them without SKIP) at lists (GROUPS, room).
+
+    `work` counts down rows and fired neurons in its third and fourth place.
+    """
+    group = tl.program_id(0)
+    limit = neurons
+    if count is not None:
+        limit = tl.load(count)
+    size = 0
+    fired = 0
+    for start in range(0, room, BLOCK):
+        place = (start + tl.arange(0, BLOCK)) * GROUPS + group
+        ok = place < limit
+        value = tl.load(h + place, mask=ok, other=0.0)
+        fires = (value != 0).to(tl.int32)
+        wanted = fires if SKIP else ok.to(tl.int32)
+        tl.store(lists + group * room + size + tl.cumsum(wanted, axis=0) - wanted, place, mask=wanted > 0)
+        size += tl.sum(wanted, axis=0)
+        fired += tl.sum(fires, axis=0)
+    tl.store(sizes + group, size)
+    tl.atomic_add(work + 2, size.to(tl.int64))
+    tl.atomic_add(work + 3, fired.to(tl.int64))
+
+
+@kernel
+def add_rows(
+    h, places, ids, down, down_stride, down_scales, down_scale_stride, columns, room, lists, sizes, partial,
+    DOWN_KIND: tl.constexpr, AHEAD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """partial (groups, columns) = each group's sum of h times down row, BLOCK columns a program."""
+    group = tl.program_id(0)
+    size = tl.load(sizes + group)
+    members = lists + group * room
+    SPLIT: tl.constexpr = DOWN_KIND == 1 or DOWN_KIND == 2
+    WIDTH: tl.constexpr = BLOCK // 32 if SPLIT else 1
+    LANES: tl.constexpr = 16 if DOWN_KIND == 2 else (32 if SPLIT else BLOCK)
+    block = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    lane = tl.arange(0, LANES)
+    col = (block[:, None] * 32 if SPLIT else tl.program_id(1) * BLOCK) + lane[None]
+    inside = col < columns
+    acc = tl.zeros((WIDTH, LANES), tl.float32)
+    high = tl.zeros((WIDTH, LANES), tl.float32)
+    for start in range(0, size, AHEAD):
+        # Unrolled, so that AHEAD rows are on their way at once while they are added one after another.
+        for step in tl.static_range(AHEAD):
+            there = start + step < size
+            place = tl.load(members + start + step, mask=there, other=0)
+            value = tl.load(h + place, mask=there, other=0.0)
+            row = place.to(tl.int64)
+            if ids is not None:
+                row = tl.load(ids + place, mask=there, other=0).to(tl.int64)
+            if places is not None:
+                row = tl.load(places + row, mask=there, other=0).to(tl.int64)
+            if SPLIT:
+                known = there & (block < columns // 32)
+                scale = tl.load(down_scales + row * down_scale_stride + block, mask=known, other=0.0)
+                factor = (value * scale.to(tl.float32))[:, None]
+                if DOWN_KIND == 1:
+                    q = tl.load(down + row * down_stride + col, mask=inside & there, other=0)
+                    acc += factor * q.to(tl.float32)
+                else:
+                    byte = block[:, None] * 16 + lane[None]
+                    q = tl.load(down + row * down_stride + byte, mask=inside & there, other=0).to(tl.int32)
+                    acc += factor * ((q & 15) - 8).to(tl.float32)
+                    high += factor * ((q >> 4) - 8).to(tl.float32)
+            else:
+                w = decode(
+                    down, down_stride, down_scales, down_scale_stride, row, col, inside & there, DOWN_KIND
+                )  # fmt: skip
+                acc += value * w
+    at = partial + group.to(tl.int64) * columns + col
+    tl.store(at, acc, mask=inside)
+    if DOWN_KIND == 2:
+        tl.store(at + 16, high, mask=inside)
+
+
+@kernel
+def add_groups(partial, out, columns, GROUPS: tl.constexpr, BLOCK: tl.constexpr):
+    """out (columns) += the groups' sums, in the order of the groups."""
+    col = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = col < columns
+    total = tl.load(partial + col, mask=inside, other=0.0)
+    for group in range(1, GROUPS):
+        total += tl.load(partial + group * columns + col, mask=inside, other=0.0)
+    tl.store(out + col, tl.load(out + col, mask=inside, other=0.0) + total, mask=inside)

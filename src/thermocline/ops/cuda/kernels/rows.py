@@ -1,0 +1,174 @@
+"""Rows of a placed matrix: decoded, or multiplied with a vector.
+
+KIND says how elements lie (`layout.Kind`): 0 floats; 1 Q8_0, the signed bytes of a row and after them the scales;
+2 Q4_0, half bytes, of which sixteen bytes hold elements 0 to 15 of a block in their low halves and 16 to 31 in
+their high ones, and after them the scales; 3 to 5 blocks of Q4_K, Q5_K and Q6_K as in files (`files.kquants` says how);
+6 the bits of BF16.
+
+Strides are those of rows, in elements. Callers pass rows as int64, so that offsets into matrices are 64 bits wide.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from thermocline.ops.cuda.kernels.registry import kernel
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,attr-defined"
+
+
+@triton.jit
+def _half_at(data, at, ok):
+    """The float16 in two bytes at any address, as float32."""
+    low = tl.load(data + at, mask=ok, other=0).to(tl.uint16)
+    high = tl.load(data + at + 1, mask=ok, other=0).to(tl.uint16)
+    return (low | (high << 8)).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _with_minimum(data, block, part, number, ok):
+    """An element of Q4_K or Q5_K: its number scaled, less the minimum of its part."""
+    at = part % 4
+    first = tl.load(data + block + 4 + at, mask=ok, other=0).to(tl.int32)
+    second = tl.load(data + block + 8 + at, mask=ok, other=0).to(tl.int32)
+    third = tl.load(data + block + 12 + at, mask=ok, other=0).to(tl.int32)
+    scale = tl.where(part < 4, first & 63, (third & 15) | ((first >> 6) << 4))
+    least = tl.where(part < 4, second & 63, (third >> 4) | ((second >> 6) << 4))
+    d, dmin = _half_at(data, block, ok), _half_at(data, block + 2, ok)
+    return d * scale.to(tl.float32) * number.to(tl.float32) - dmin * least.to(tl.float32)
+
+
+@triton.jit
+def _q4_k(data, start, col, ok):
+    place = col % 256
+    part, lane = place // 32, place % 32
+    block = start + col // 256 * 144
+    byte = tl.load(data + block + 16 + part // 2 * 32 + lane, mask=ok, other=0).to(tl.int32)
+    return _with_minimum(data, block, part, (byte >> (part % 2 * 4)) & 15, ok)
+
+
+@triton.jit
+def _q5_k(data, start, col, ok):
+    place = col % 256
+    part, lane = place // 32, place % 32
+    block = start + col // 256 * 176
+    byte = tl.load(data + block + 48 + part // 2 * 32 + lane, mask=ok, other=0).to(tl.int32)
+    fifth = tl.load(data + block + 16 + lane, mask=ok, other=0).to(tl.int32)
+    number = ((byte >> (part % 2 * 4)) & 15) | (((fifth >> part) & 1) << 4)
+    return _with_minimum(data, block, part, number, ok)
+
+
+@triton.jit
+def _q6_k(data, start, col, ok):
+    place = col % 256
+    half, quarter, lane = place // 128, place // 32 % 4, place % 32
+    block = start + col // 256 * 210
+    byte = tl.load(data + block + half * 64 + quarter % 2 * 32 + lane, mask=ok, other=0).to(tl.int32)
+    pair = tl.load(data + block + 128 + half * 32 + lane, mask=ok, other=0).to(tl.int32)
+    number = ((byte >> (quarter // 2 * 4)) & 15) | (((pair >> (quarter * 2)) & 3) << 4)
+    scale = tl.load(data + block + 192 + place // 16, mask=ok, other=0).to(tl.int8, bitcast=True).to(tl.float32)
+    return _half_at(data, block + 208, ok) * scale * (number - 32).to(tl.float32)
+
+
+@triton.jit
+def decode(data, stride, scales, scale_stride, row, col, ok, KIND: tl.constexpr):
+    """Elements (`row`, `col`) as float32, 0 where not `ok`."""
+    start = row * stride
+    if KIND == 0:
+        value = tl.load(data + start + col, mask=ok, other=0.0).to(tl.float32)
+    elif KIND == 1:
+        number = tl.load(data + start + col, mask=ok, other=0).to(tl.float32)
+        value = number * tl.load(scales + row * scale_stride + col // 32, mask=ok, other=0.0).to(tl.float32)
+    elif KIND == 2:
+        byte = tl.load(data + start + col // 32 * 16 + col % 16, mask=ok, other=0).to(tl.int32)
+        number = (((byte >> (col % 32 // 16 * 4)) & 15) - 8).to(tl.float32)
+        value = number * tl.load(scales + row * scale_stride + col // 32, mask=ok, other=0.0).to(tl.float32)
+    elif KIND == 3:
+        value = _q4_k(data, start, col, ok)
+    elif KIND == 4:
+        value = _q5_k(data, start, col, ok)
+    elif KIND == 5:
+        value = _q6_k(data, start, col, ok)
+    else:
+        value = (tl.load(data + start + col, mask=ok, other=0).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    return value
+
+
+@triton.jit
+def dot_rows(
+    x, data, stride, scales, scale_stride, row, ok, columns,
+    KIND: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Dot products (ROWS) of the matrix's rows `row` with the vector `x`; rows not `ok` read nothing and give 0."""
+    SPLIT: tl.constexpr = KIND == 1 or KIND == 2
+    WIDTH: tl.constexpr = BLOCK // 32 if SPLIT else BLOCK
+    sums = tl.zeros((ROWS, WIDTH), tl.float32)
+    for start in range(0, columns, BLOCK):
+        if SPLIT:
+            block = start // 32 + tl.arange(0, WIDTH)
+            inside = ok[:, None] & (block < columns // 32)[None]
+            scale = tl.load(scales + row[:, None] * scale_stride + block[None], mask=inside, other=0.0)
+            if KIND == 1:
+                col = block[:, None] * 32 + tl.arange(0, 32)[None]
+                v = tl.load(x + col, mask=col < columns, other=0.0)
+                q = tl.load(data + row[:, None, None] * stride + col[None], mask=inside[:, :, None], other=0)
+                dots = tl.sum(q.to(tl.float32) * v[None], axis=2)
+            else:
+                low = block[:, None] * 32 + tl.arange(0, 16)[None]
+                v0 = tl.load(x + low, mask=low < columns, other=0.0)
+                v1 = tl.load(x + low + 16, mask=low < columns, other=0.0)
+                byte = block[:, None] * 16 + tl.arange(0, 16)[None]
+                q = tl.load(data + row[:, None, None] * stride + byte[None], mask=inside[:, :, None], other=0)
+                q0, q1 = ((q & 15).to(tl.int32) - 8).to(tl.float32), ((q >> 4).to(tl.int32) - 8).to(tl.float32)
+                dots = tl.sum(q0 * v0[None] + q1 * v1[None], axis=2)
+            sums += dots * scale.to(tl.float32)
+        else:
+            col = start + tl.arange(0, BLOCK)
+            inside = col < columns
+            v = tl.load(x + col, mask=inside, other=0.0)
+            w = decode(data, stride, scales, scale_stride, row[:, None], col[None], ok[:, None] & inside[None], KIND)
+            sums += w * v[None]
+    return tl.sum(sums, axis=1)
+
+
+@kernel
+def matvec(
+    x, matrix, matrix_stride, matrix_scales, matrix_scale_stride, bias, out, rows, columns,
+    MATRIX_KIND: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, RELU: tl.constexpr,
+):  # fmt: skip
+    """out (T, rows) = x (T, columns) times the matrix transposed, plus bias, plus what was there if ADD."""
+    token = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    ok = row < rows
+    y = dot_rows(
+        x + token * columns, matrix, matrix_stride, matrix_scales, matrix_scale_stride, row, ok, columns,
+        MATRIX_KIND, ROWS, BLOCK,
+    )  # fmt: skip
+    if bias is not None:
+        y += tl.load(bias + row, mask=ok, other=0.0)
+    at = out + token * rows + row
+    if ADD:
+        y += tl.load(at, mask=ok, other=0.0)
+    if RELU:
+        y = tl.where(y > 0, y, 0.0)
+    tl.store(at, y, mask=ok)
+
+
+@kernel
+def gather_rows(
+    matrix, matrix_stride, matrix_scales, matrix_scale_stride, ids, first, count, columns, out,
+    MATRIX_KIND: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out (count, columns) float32 = rows `ids` of the matrix, or those from `first` on where `ids` is None."""
+    place = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    wanted = place < count
+    row = first + place
+    if ids is not None:
+        row = tl.load(ids + place, mask=wanted, other=0).to(tl.int64)
+    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    ok = wanted[:, None] & (col < columns)[None]
+    value = decode(
+        matrix, matrix_stride, matrix_scales, matrix_scale_stride, row[:, None], col[None], ok, MATRIX_KIND
+    )  # fmt: skip
+    tl.store(out + place[:, None] * columns + col[None], value, mask=ok)

@@ -1,0 +1,99 @@
+"""Matrices as the kernels want them, on the very bytes that a file's blocks take.
+
+A block of Q8_0 or Q4_0 holds its scale beside its numbers: 34 or 18 bytes, which no vector load fits. So in every row
+the numbers of all blocks come first and their scales after them. Rows keep their length, floats and K-quants stay as
+they are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, Final
+
+import torch
+
+from thermocline.files.formats import BF16, F16, F32, Q4_0, Q4_K, Q5_K, Q6_K, Q8_0, BlockFormat
+
+Tensor = torch.Tensor
+
+CHUNK: Final = 16 << 20
+"""Bytes of a matrix that are rearranged at a time."""
+
+
+class Kind(IntEnum):
+    """How elements lie in a row (see `kernels.rows`)."""
+
+    FLOAT = 0
+    Q8_0 = 1
+    Q4_0 = 2
+    Q4_K = 3
+    Q5_K = 4
+    Q6_K = 5
+    BF16 = 6
+
+
+KINDS: Final[dict[BlockFormat, tuple[Kind, torch.dtype]]] = {
+    F32: (Kind.FLOAT, torch.float32),
+    F16: (Kind.FLOAT, torch.float16),
+    BF16: (Kind.BF16, torch.int16),
+    Q8_0: (Kind.Q8_0, torch.int8),
+    Q4_0: (Kind.Q4_0, torch.uint8),
+    Q4_K: (Kind.Q4_K, torch.uint8),
+    Q5_K: (Kind.Q5_K, torch.uint8),
+    Q6_K: (Kind.Q6_K, torch.uint8),
+}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DeviceMatrix:
+    """A placed matrix: `numbers` (rows, elements of a row's bytes), and the scales of the same rows, if apart."""
+
+    format: BlockFormat
+    rows: int
+    columns: int
+    numbers: Tensor
+    scales: Tensor | None
+
+    @property
+    def kind(self) -> Kind:
+        """How its elements lie."""
+        return KINDS[self.format][0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the device, which are the file's."""
+        return self.rows * self.format.row_bytes(self.columns)
+
+    def arguments(self, name: str) -> dict[str, Any]:
+        """The matrix as arguments of a kernel that calls it `name`."""
+        return {
+            name: self.numbers,
+            f"{name}_stride": self.numbers.stride(0) if self.rows else 0,
+            f"{name}_scales": self.scales,
+            f"{name}_scale_stride": self.scales.stride(0) if self.scales is not None and self.rows else 0,
+            f"{name.upper()}_KIND": int(self.kind),
+        }
+
+
+def arranged(raw: Tensor, fmt: BlockFormat, columns: int) -> DeviceMatrix:
+    """The matrix in `raw` (rows, row_bytes), uint8 as in a file, whose rows are rearranged where they lie."""
+    kind, dtype = KINDS[fmt]
+    rows, width = raw.shape
+    split = kind in (Kind.Q8_0, Kind.Q4_0)
+    if split and raw.device.type != "meta":
+        step = max(1, CHUNK // max(width, 1))
+        for start in range(0, rows, step):
+            part = raw[start : start + step]
+            blocks = part.view(len(part), width // fmt.block_bytes, fmt.block_bytes).clone()
+            part.copy_(torch.cat([blocks[..., 2:].reshape(len(part), -1), blocks[..., :2].reshape(len(part), -1)], 1))
+    scales = None
+    if split:
+        scales = _viewed(raw, torch.float16)[:, columns // fmt.block * (fmt.block_bytes - 2) // 2 :]
+    return DeviceMatrix(fmt, rows, columns, _viewed(raw, dtype), scales)
+
+
+def _viewed(raw: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bytes (rows, row_bytes) as elements (rows, elements of a row)."""
+    rows, width = raw.shape
+    return raw.view(-1).view(dtype).view(rows, width // dtype.itemsize)

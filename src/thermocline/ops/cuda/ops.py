@@ -1,0 +1,369 @@
+"""The ops contract on torch tensors: Triton kernels for one token, matrix products of torch for many."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from thermocline.files.weight import Weight
+from thermocline.ops.contract import ActiveSet, Array, FfnWork, KVLayer, Matrix, NeuronBlock
+from thermocline.ops.cuda import feedforward
+from thermocline.ops.cuda.device import open_device
+from thermocline.ops.cuda.feedforward import DeviceSet
+from thermocline.ops.cuda.launch import Launcher, launch
+from thermocline.ops.cuda.layout import DeviceMatrix, arranged
+from thermocline.ops.cuda.scratch import Scratch
+from thermocline.ops.cuda.tuning import Tuning, power_of_two
+
+Tensor = torch.Tensor
+
+FEW = 4
+"""Tokens up to which matrices are multiplied token by token: reading one twice costs less than decoding it first."""
+STAGING = 8 << 20
+"""Bytes of pinned memory that uploads pass through."""
+DECODED = 32 << 20
+"""Bytes of a matrix decoded to float32 at a time: they stay in the second cache of large devices."""
+
+
+class CudaOps:
+    """The contract on one GPU, or in Triton's interpreter on CPU tensors.
+
+    Array arguments are tensors of the device; tokens and positions may be numpy arrays, which are copied there, or
+    tensors that are there already. Launches are asynchronous on the current stream; `to_host` waits.
+
+    Single tokens take the kernels, whose sums do not depend on skipping, bit for bit. Longer batches are decoded to
+    float32 by parts and multiplied by torch, in TF32 where `tf32` (11 significant bits of every factor, sums in
+    float32), so they agree with single tokens only to that.
+    """
+
+    def __init__(
+        self,
+        device: str = "auto",
+        *,
+        tf32: bool = True,
+        tuning: Tuning | None = None,
+        launcher: Launcher = launch,
+    ) -> None:
+        """Compute on `device`: `cuda`, `cuda:1`, `cpu` (interpreter), `meta` (nothing), or the best there is.
+
+        Raises:
+            HardwareError: torch, Triton, a driver or the device is missing; the message names the remedy.
+        """
+        self.device, self.name = open_device(device)
+        self.tuning = tuning or Tuning()
+        self.launcher = launcher
+        self.tf32 = tf32
+        self.scratch = Scratch(self.device)
+        self._pinned: Tensor | None = None
+        self.counts: Tensor | None = None
+        """While not None, work is added up here, int64 (4), and calls return zeros: nothing waits for the device."""
+
+    def place(self, weight: Weight) -> DeviceMatrix:
+        """The weight on its own bytes if they are an array of this device, else on a copy.
+
+        Bytes of the device are rearranged where they lie (see `layout`) and are the matrix's from then on.
+        """
+        raw: Any = weight.data
+        if not isinstance(raw, Tensor):
+            raw = self.array(weight.data.shape, "uint8")
+            self.upload(weight.data, raw)
+        return arranged(raw, weight.format, weight.columns)
+
+    def array(self, shape: tuple[int, ...], dtype: str = "float32") -> Array:
+        """A zeroed tensor.
+
+        Raises:
+            MemoryError: the device has no room for it.
+        """
+        try:
+            return torch.zeros(shape, dtype=getattr(torch, dtype), device=self.device)
+        except torch.OutOfMemoryError as error:
+            raise MemoryError(str(error)) from error
+
+    def upload(self, values: npt.NDArray[Any], out: Array) -> None:
+        """See the contract; large arrays pass through pinned memory."""
+        if self.device.type == "meta":
+            return
+        if self.device.type == "cpu":
+            np.copyto(out.numpy(), values)
+            return
+        flat, source = out.view(-1), np.ascontiguousarray(values).reshape(-1)
+        step = STAGING // max(source.itemsize, 1)
+        for start in range(0, len(source), step):
+            piece = source[start : start + step]
+            room = self._staging()[: piece.nbytes].view(out.dtype)
+            np.copyto(room.numpy(), piece)
+            flat[start : start + step].copy_(room)
+
+    def to_host(self, array: Array) -> npt.NDArray[Any]:
+        """The array as numpy, once the device has come so far."""
+        host: npt.NDArray[Any] = array.cpu().numpy()
+        return host
+
+    def _staging(self) -> Tensor:
+        if self._pinned is None:
+            self._pinned = torch.empty(STAGING, dtype=torch.uint8, pin_memory=True)
+        return self._pinned
+
+    @contextmanager
+    def counting(self, counts: Tensor) -> Iterator[None]:
+        """Within, work is added up in `counts` (4) int64 on the device, and no call waits for it."""
+        before, self.counts = self.counts, counts
+        try:
+            yield
+        finally:
+            self.counts = before
+
+    def embed(self, table: Matrix, tokens: npt.NDArray[np.int32] | Tensor, out: Array) -> None:
+        """See the contract."""
+        self.decode_rows(table, self._there(tokens), 0, len(tokens), out)
+
+    def decode_rows(self, matrix: DeviceMatrix, ids: Tensor | None, first: int, count: int, out: Tensor) -> None:
+        """Write rows into `out` (count, columns) float32: `ids`, or from `first` on."""
+        block = min(power_of_two(matrix.columns), 1024)
+        rows = 1 if count == 1 else 8
+        self.launcher(
+            "gather_rows", (-(-count // rows), -(-matrix.columns // block)),
+            **matrix.arguments("matrix"), ids=ids, first=first, count=count, columns=matrix.columns, out=out,
+            ROWS=rows, BLOCK=block, num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
+
+    def rms_norm(self, x: Array, weight: Array, eps: float, out: Array) -> None:
+        """See the contract."""
+        columns = x.shape[-1]
+        self.launcher(
+            "rms_norm", (x.numel() // columns if columns else 0,),
+            x=x, weight=weight, out=out, columns=columns, eps=float(eps),
+            BLOCK=min(power_of_two(columns), 4096), num_warps=8 if columns > 1024 else 4,
+        )  # fmt: skip
+
+    def layer_norm(self, x: Array, weight: Array, bias: Array, eps: float, out: Array) -> None:
+        """See the contract."""
+        columns = x.shape[-1]
+        self.launcher(
+            "layer_norm", (x.numel() // columns if columns else 0,),
+            x=x, weight=weight, bias=bias, out=out, columns=columns, eps=float(eps),
+            BLOCK=min(power_of_two(columns), 4096), num_warps=8 if columns > 1024 else 4,
+        )  # fmt: skip
+
+    def add(self, x: Array, y: Array) -> None:
+        """See the contract."""
+        x.add_(y)
+
+    def linear(
+        self,
+        x: Array,
+        matrices: tuple[Matrix, ...],
+        outs: tuple[Array, ...],
+        biases: tuple[Array | None, ...] | None = None,
+        *,
+        add: bool = False,
+    ) -> None:
+        """See the contract."""
+        for i, (matrix, out) in enumerate(zip(matrices, outs, strict=True)):
+            bias = biases[i] if biases is not None else None
+            if len(x) <= FEW:
+                self.matvec(x, matrix, out, bias, add=add)
+            else:
+                self.matmul(x, matrix, out, bias, add=add)
+
+    def matvec(
+        self, x: Tensor, matrix: DeviceMatrix, out: Tensor, bias: Tensor | None = None,
+        *, add: bool = False, relu: bool = False,
+    ) -> None:  # fmt: skip
+        """`linear` for a few tokens and one matrix, straight from its blocks."""
+        rows = self.tuning.rows
+        self.launcher(
+            "matvec", (-(-matrix.rows // rows), len(x)),
+            x=x, **matrix.arguments("matrix"), bias=bias, out=out, rows=matrix.rows, columns=matrix.columns,
+            ROWS=rows, BLOCK=self.tuning.block_of(matrix), ADD=add, RELU=relu, num_warps=4,
+        )  # fmt: skip
+
+    def matmul(
+        self,
+        x: Tensor,
+        matrix: DeviceMatrix,
+        out: Tensor,
+        bias: Tensor | None = None,
+        *,
+        add: bool = False,
+        rows: Tensor | None = None,
+    ) -> None:
+        """`linear` for many tokens and one matrix, or some `rows` of it: a part at a time is decoded and multiplied."""
+        if not add:
+            out.zero_()
+        if bias is not None:
+            out.add_(bias)
+        for start, part in self.decoded(matrix, rows):
+            with self.precision():
+                out[:, start : start + len(part)].add_(x @ part.T)
+
+    def decoded(self, matrix: DeviceMatrix, rows: Tensor | None = None) -> Iterator[tuple[int, Tensor]]:
+        """The matrix, or some rows, in float32 by parts: a part's first row, and the part, which the next replaces."""
+        total = matrix.rows if rows is None else len(rows)
+        step = max(1, min(total, DECODED // max(4 * matrix.columns, 1)))
+        for start in range(0, total, step):
+            count = min(step, total - start)
+            part = self.scratch.take("decoded", (count, matrix.columns))
+            self.decode_rows(matrix, None if rows is None else rows[start:], start, count, part)
+            yield start, part
+
+    @contextmanager
+    def precision(self) -> Iterator[None]:
+        """Matrix products in TF32 or float32, whatever the rest of the process uses."""
+        backend = torch.backends.cuda.matmul
+        before, backend.allow_tf32 = backend.allow_tf32, self.tf32
+        try:
+            yield
+        finally:
+            backend.allow_tf32 = before
+
+    def rope(self, x: Array, table: Array, positions: npt.NDArray[np.int32] | Tensor, *, interleaved: bool) -> None:
+        """See the contract."""
+        tokens, heads, dim = x.shape
+        half = table.shape[-1]
+        if not half:
+            return
+        self.launcher(
+            "rope", (tokens, -(-heads // 4)),
+            x=x, table=table, positions=self._there(positions), heads=heads, head_dim=dim, half=half,
+            INTERLEAVED=interleaved, HEADS=4, HALF=power_of_two(half), num_warps=4,
+        )  # fmt: skip
+
+    def attention(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        cache: KVLayer,
+        start: int | Tensor,
+        scale: float,
+        window: int,
+        out: Array,
+    ) -> None:
+        """See the contract. For one token, `start` may be an int32 tensor (1) of the device, which a replay reads anew.
+
+        Keys and values of a head are rows that lie anywhere; their elements are neighbours.
+        """
+        tokens, _, dim = q.shape
+        if not tokens:
+            return
+        position = start if isinstance(start, torch.Tensor) else self._scalar(start)
+        heads = k.shape[1]
+        self.launcher(
+            "store_kv", (tokens, -(-heads // 4)),
+            k=k, v=v, position=position, tokens=tokens, kv_heads=heads, head_dim=dim, **_strides(cache),
+            HEADS=4, DIM=power_of_two(dim), num_warps=4,
+        )  # fmt: skip
+        if tokens == 1:
+            stop = cache.keys.shape[1] if isinstance(start, torch.Tensor) else start + 1
+            self._attend_one(q, cache, position, stop, float(scale), window, out)
+        else:
+            assert not isinstance(start, torch.Tensor)
+            _attend_many(q, cache, start, scale, window, out)
+
+    def _attend_one(
+        self, q: Tensor, cache: KVLayer, position: Tensor, stop: int, scale: float, window: int, out: Tensor
+    ) -> None:
+        """One token at `position`, below `stop`."""
+        _, heads, dim = q.shape
+        kv_heads = cache.keys.shape[0]
+        group, wide, part = power_of_two(heads // kv_heads), power_of_two(dim), self.tuning.part
+        parts = -(-stop // part)
+        state = {
+            "partial": self.scratch.take("attention", (heads, parts, dim)),
+            "peaks": self.scratch.take("attention peaks", (heads, parts)),
+            "sums": self.scratch.take("attention sums", (heads, parts)),
+        }
+        self.launcher(
+            "attend", (kv_heads, parts),
+            q=q, position=position, scale=scale, window=window, parts=parts, group=heads // kv_heads, head_dim=dim,
+            **_strides(cache), **state, GROUP=group, DIM=wide, PART=part,
+            BLOCK=max(1, min(64, part, self.tuning.attention_tile // (group * wide))), num_warps=4,
+        )  # fmt: skip
+        self.launcher(
+            "combine", (heads,), **state, out=out, position=position, parts=parts, head_dim=dim,
+            PART=part, DIM=wide, num_warps=4,
+        )  # fmt: skip
+
+    def ffn(
+        self,
+        x: Array,
+        block: NeuronBlock,
+        active: ActiveSet,
+        out: Array,
+        *,
+        skip_zeros: bool,
+        hidden: Array | None = None,
+    ) -> FfnWork:
+        """See the contract. A batch of several tokens is computed whole, and masked to its active neurons."""
+        return feedforward.ffn(self, x, block, active, out, skip_zeros=skip_zeros, hidden=hidden)
+
+    def predict(self, x: Array, fc1: Matrix, fc2: Matrix, scores: Array) -> None:
+        """See the contract."""
+        rank = self.scratch.take("rank", (len(x), fc1.rows))
+        if len(x) <= FEW:
+            self.matvec(x, fc1, rank, relu=True)
+            self.matvec(rank, fc2, scores)
+        else:
+            self.matmul(x, fc1, rank)
+            self.matmul(rank.clamp_(min=0), fc2, scores)
+
+    def select(self, scores: Array, threshold: float, out: Array) -> ActiveSet:
+        """See the contract. While `counting`, the set keeps its length on the device."""
+        count = self.scratch.take("selected", (1,), torch.int32)
+        self.select_into(scores, threshold, out, count)
+        return DeviceSet(out, count) if self.counts is not None else ActiveSet(out[: int(count.item())])
+
+    def select_into(self, scores: Tensor, threshold: float, out: Tensor, count: Tensor) -> None:
+        """`select` with the length of the set in `count`, int32 (1). One token's scores may be part of a row."""
+        if np.isnan(threshold):
+            raise ValueError("threshold is not a number")
+        with np.errstate(over="ignore"):  # beyond float32 it is infinite
+            limit = float(np.float32(threshold))
+        tokens, n = scores.shape
+        if not n:
+            count.zero_()
+        block = min(self.tuning.select_block, max(power_of_two(n), 16))
+        self.launcher(
+            "select", (-(-n // block),),
+            scores=scores, threshold=limit, tokens=tokens, n=n, out=out, count=count, BLOCK=block, num_warps=4,
+        )  # fmt: skip
+
+    def _there(self, values: npt.NDArray[Any] | Tensor) -> Tensor:
+        if isinstance(values, torch.Tensor):
+            return values
+        return torch.from_numpy(np.ascontiguousarray(values)).to(self.device)
+
+    def _scalar(self, value: int) -> Tensor:
+        return torch.full((1,), value, dtype=torch.int32, device=self.device)
+
+
+def _strides(cache: KVLayer) -> dict[str, Any]:
+    return {
+        "keys": cache.keys, "key_head": cache.keys.stride(0), "key_row": cache.keys.stride(1),
+        "values": cache.values, "value_head": cache.values.stride(0), "value_row": cache.values.stride(1),
+    }  # fmt: skip
+
+
+def _attend_many(q: Tensor, cache: KVLayer, start: int, scale: float, window: int, out: Tensor) -> None:
+    """A batch from `start` on, by torch's attention in float32."""
+    tokens, heads, _ = q.shape
+    stop = start + tokens
+    first = max(0, start - window + 1) if window > 0 else 0
+    group = heads // cache.keys.shape[0]
+    keys, values = (part[:, first:stop].float().repeat_interleave(group, dim=0) for part in (cache.keys, cache.values))
+    query = torch.arange(start, stop, device=q.device)[:, None]
+    key = torch.arange(first, stop, device=q.device)[None]
+    seen = key <= query
+    if window > 0:
+        seen &= key > query - window
+    mixed = torch.nn.functional.scaled_dot_product_attention(
+        q.transpose(0, 1)[None], keys[None], values[None], attn_mask=seen, scale=scale
+    )
+    out.copy_(mixed[0].transpose(0, 1))

@@ -1,0 +1,55 @@
+"""How the kernels cut their work. All are powers of two; results depend on none of it beyond the last bits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from thermocline.ops.cuda.layout import DeviceMatrix, Kind
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """Tile sizes. The defaults keep 16 to 32 KiB a multiprocessor on their way, which hides the latency of device
+    memory at 3 TB/s (Little's law), with several programs for each of 100 to 150 multiprocessors at n_embd 4096.
+    """
+
+    rows: int = 4
+    """Matrix rows of a program in matrix-vector products."""
+    block: int = 1024
+    """Elements of each of these rows that a program loads at a time."""
+    record_block: int = 512
+    """Columns of a program that adds down rows."""
+    ahead: int = 8
+    """Down rows on their way at once."""
+    most_groups: int = 64
+    """Groups that the positions of an FFN are dealt to, at most; one for each `group_size` neurons at least."""
+    group_size: int = 64
+    part: int = 256
+    """Positions of a program of attention."""
+    attention_tile: int = 16384
+    """Products of a query, a key and a head that a program of attention holds at once."""
+    select_block: int = 1024
+    """Scores that a program lists."""
+
+    def block_of(self, matrix: DeviceMatrix) -> int:
+        """Elements of a row that a program loads at a time: no more than the row has, and whole blocks."""
+        return _fitting(self.block, matrix)
+
+    def record_block_of(self, matrix: DeviceMatrix) -> int:
+        """Columns of a program that adds down rows."""
+        return _fitting(self.record_block, matrix)
+
+    def groups(self, neurons: int) -> int:
+        """Into how many groups a block's positions are dealt; it depends on nothing else."""
+        return min(self.most_groups, power_of_two(max(neurons // self.group_size, 1)))
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least `n`."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def _fitting(elements: int, matrix: DeviceMatrix) -> int:
+    """`elements` of two bytes, or as many more as a row's bytes hold."""
+    widest = elements * (2 if matrix.kind in (Kind.Q8_0, Kind.Q4_0) else 1)
+    return min(widest, max(power_of_two(matrix.columns), 32))

@@ -1,0 +1,155 @@
+"""The GPU's kernels without a GPU: compiled ahead of time, and asked for elements beyond 2^31."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from thermocline.errors import HardwareError, UsageError
+from thermocline.files.formats import F16, Q8_0
+from thermocline.files.quantize import quantize
+from thermocline.files.weight import Weight
+from thermocline.ops.contract import Activation, ActiveSet, FfnKind, KVLayer, NeuronBlock
+from thermocline.ops.cuda import ahead
+from thermocline.ops.cuda.kernels import KERNELS
+from thermocline.ops.cuda.ops import CudaOps
+
+BEYOND = (1 << 31) + 4096
+
+
+@pytest.fixture
+def ops() -> CudaOps:
+    return CudaOps(tf32=False)
+
+
+def compile_for(*arguments: str) -> list[dict]:
+    """In a process of its own, as this one may have made its kernels for the interpreter."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "thermocline.ops.cuda.ahead", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_every_kernel_compiles_for_two_gpus() -> None:
+    rows = compile_for("--few", "sm_80", "sm_90")
+    for target in ("sm_80", "sm_90"):
+        assert {row["kernel"] for row in rows if row["target"] == target} == set(KERNELS)
+    assert all(row["binary"] > 0 for row in rows)
+    indexed = {row["kernel"] for row in rows if row["wide"]}
+    assert indexed >= {"matvec", "gather_rows", "gate_up", "add_rows", "attend", "store_kv"}
+
+
+@pytest.mark.slow
+def test_every_variant_of_every_kernel_compiles() -> None:
+    rows = compile_for("sm_80", "sm_90")
+    assert len(rows) == 2 * len(ahead.variants())
+
+
+def test_a_target_that_is_none_is_refused() -> None:
+    with pytest.raises(UsageError, match="allowed: sm_"):
+        list(ahead.compile_all(["ninety"], []))
+
+
+def sparse_file(tmp_path: Path, size: int) -> np.ndarray:
+    """Zeros that take no room on disk nor in memory until they are written."""
+    path = tmp_path / "large"
+    with path.open("wb") as file:
+        file.truncate(size)
+    return np.memmap(path, np.uint8, "r+")
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="maps memory of the host")
+class TestBeyond32Bits:
+    def test_rows_far_down(self, ops: CudaOps, tmp_path: Path) -> None:
+        """Gate, up, down and embedding rows whose first element is beyond 2^31."""
+        columns = 1 << 16
+        rows = BEYOND // columns + 1
+        room = sparse_file(tmp_path, 2 * rows * columns).reshape(rows, 2 * columns)
+        last = np.linspace(-1, 1, columns, dtype=np.float32)
+        room[-1] = quantize(last[None], F16)[0]
+        matrix = ops.place(Weight("w", F16, (rows, columns), torch.from_numpy(room)))  # type: ignore[arg-type]
+        exact = quantize(last[None], F16).view(np.float16).astype(np.float32)
+        out = ops.array((1, columns))
+        ops.embed(matrix, np.array([rows - 1], np.int32), out)
+        assert np.array_equal(out.numpy(), exact)
+        block = NeuronBlock(matrix, matrix, matrix, True, FfnKind(Activation.RELU, gated=True), rows)
+        x, total = torch.from_numpy(exact / np.square(exact).sum()), ops.array((1, columns))
+        work = ops.ffn(x, block, ActiveSet(np.array([rows - 1], np.int32)), total, skip_zeros=True)
+        assert work == (1, 1, 1, 1)
+        np.testing.assert_allclose(total.numpy(), exact, rtol=1e-4)
+
+    def test_a_cache_with_heads_far_apart(self, ops: CudaOps, tmp_path: Path) -> None:
+        dim = 16
+        room = torch.from_numpy(sparse_file(tmp_path, 2 * (BEYOND + 4 * dim)).view(np.float16))
+        cache = KVLayer(*(room.as_strided((2, 4, dim), (BEYOND, dim, 1)) for _ in range(2)))
+        q, k = torch.ones((1, 2, dim)), torch.arange(2 * dim, dtype=torch.float32).reshape(1, 2, dim)
+        out = ops.array((1, 2, dim))
+        ops.attention(q, k, k, cache, 0, 1.0, 0, out)
+        assert torch.equal(out, k)
+        assert torch.equal(cache.keys[1, 0].float(), k[0, 1])
+
+
+def test_rows_are_rearranged_where_they_lie(ops: CudaOps) -> None:
+    """Placing an array of the device copies nothing: the allocator has accounted for its bytes."""
+    values = np.random.default_rng(1).standard_normal((5, 64)).astype(np.float32)
+    packed = quantize(values, Q8_0)
+    raw = ops.array(packed.shape, "uint8")
+    ops.upload(packed, raw)
+    matrix = ops.place(Weight("w", Q8_0, (5, 64), raw))
+    assert matrix.numbers.data_ptr() == raw.data_ptr()
+    assert matrix.nbytes == packed.nbytes
+    assert raw[:, :64].reshape(5, 2, 32).cpu().numpy().tobytes() == packed.reshape(5, 2, 34)[:, :, 2:].tobytes()
+    assert raw[:, 64:].reshape(5, 2, 2).cpu().numpy().tobytes() == packed.reshape(5, 2, 34)[:, :, :2].tobytes()
+
+
+def test_what_is_skipped_changes_no_bit(ops: CudaOps) -> None:
+    rng = np.random.default_rng(2)
+    for fmt in (F16, Q8_0):
+        gate, up, down = (
+            ops.place(Weight("w", fmt, (150, 64), quantize(rng.standard_normal((150, 64)).astype(np.float32), fmt)))
+            for _ in range(3)
+        )
+        block = NeuronBlock(gate, up, down, True, FfnKind(Activation.RELU, gated=True), 150)
+        x = torch.from_numpy(rng.standard_normal((1, 64)).astype(np.float32)).to(ops.device)
+        outs = [ops.array((1, 64)) for _ in range(3)]
+        for out, skip in zip(outs, (False, True, True), strict=True):
+            ops.ffn(x, block, ActiveSet(), out, skip_zeros=skip)
+        assert torch.equal(outs[0], outs[1])
+        assert torch.equal(outs[1], outs[2])
+
+
+def test_counting_waits_for_nothing_and_says_the_same(ops: CudaOps) -> None:
+    rng = np.random.default_rng(3)
+    matrix = ops.place(Weight("w", F16, (40, 32), quantize(rng.standard_normal((40, 32)).astype(np.float32), F16)))
+    block = NeuronBlock(matrix, matrix, matrix, True, FfnKind(Activation.RELU, gated=True), 40)
+    x = torch.from_numpy(rng.standard_normal((1, 32)).astype(np.float32)).to(ops.device)
+    scores = torch.from_numpy(rng.standard_normal((1, 40)).astype(np.float32)).to(ops.device)
+    ids, outs = ops.array((40,), "int32"), [ops.array((1, 32)) for _ in range(2)]
+    told = ops.ffn(x, block, ops.select(scores, 0.0, ids), outs[0], skip_zeros=True)
+    counts = ops.array((4,), "int64")
+    with ops.counting(counts):
+        ops.ffn(x, block, ops.select(scores, 0.0, ids), outs[1], skip_zeros=True)
+    assert tuple(counts.tolist()) == told
+    assert torch.equal(outs[0], outs[1])
+
+
+def test_devices_that_are_not_there_are_refused_with_a_remedy() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(HardwareError, match="unset it to use the GPU"):
+        CudaOps("cuda")
+    code = "from thermocline.ops.cuda.ops import CudaOps; CudaOps('{}')"
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    for device, words in {"cuda": "pip install", "cpu": "TRITON_INTERPRET=1"}.items():
+        done = subprocess.run(
+            [sys.executable, "-c", code.format(device)], capture_output=True, text=True, env=environment, check=False
+        )
+        assert words in done.stderr
