@@ -44,7 +44,8 @@ struct HandOverHandle {
 
 uint32_t add_layer(HandOverHandle& self, const MatrixHandle* gate, const MatrixHandle& up,
                    const MatrixHandle& down, bool records, int activation, bool both, float threshold,
-                   const std::optional<Input>& up_bias, const std::optional<Input>& rows, bool skip, bool listed) {
+                   const std::optional<Input>& up_bias, const std::optional<Input>& rows, bool skip,
+                   bool listed) {
   const FfnBlock block = block_of(gate, up, down, records, activation, both, threshold, up_bias, rows);
   require(block.up->cols == self.box.columns, "up", "has other columns than the mailbox");
   require(!listed || block.neurons <= self.box.room, "up", "has more neurons than the mailbox lists");
@@ -61,8 +62,8 @@ void bind_handover(nb::module_& m) {
            nb::arg("patience"), nb::keep_alive<1, 2>())
       .def("add_layer", &add_layer, nb::arg("gate").none(), nb::arg("up"), nb::arg("down"),
            nb::arg("records"), nb::arg("activation"), nb::arg("both"), nb::arg("threshold"),
-           nb::arg("up_bias").none(), nb::arg("rows").none(), nb::arg("skip"), nb::arg("listed"), nb::keep_alive<1, 2>(),
-           nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>(), nb::keep_alive<1, 9>(),
+           nb::arg("up_bias").none(), nb::arg("rows").none(), nb::arg("skip"), nb::arg("listed"),
+           nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>(), nb::keep_alive<1, 9>(),
            nb::keep_alive<1, 10>())
       .def(
           "begin", [](HandOverHandle& self) { return self.hand->begin(); },

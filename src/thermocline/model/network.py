@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -40,10 +40,13 @@ class SequenceCache(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """`count` neighbouring tokens of a step that continue one sequence from position `start`."""
+    """`count` neighbouring tokens of a step that continue one sequence from position `start`.
+
+    `start` is an int, or where a step is recorded an array (1) of the device.
+    """
 
     cache: SequenceCache
-    start: int
+    start: Any
     count: int
 
 
@@ -259,6 +262,22 @@ class Transformer:
         if tally.timed:
             tally.lap("head", clock)
         return StepResult(logits, *_summed(tally))
+
+    def record(self, token: Array | None, position: Array, cache: SequenceCache, workspace: Workspace) -> Array:
+        """Logits (1, n_vocab) of one token, all of it on the device of the exit, without a look at any value.
+
+        `token` and `position` are int32 arrays (1) of the device, so that the calls can be captured once and replayed
+        for other tokens. With `token` None its embedding is in the workspace's `x` already. Nothing is checked, and the
+        length of the cache is left alone.
+        """
+        segments = (Segment(cache, position, 1),)
+        views, tally = workspace.views(1), Tally()
+        if token is not None:
+            self._embed(token, position, views)
+        for index, layer in enumerate(self.layers):
+            self._attend(index, layer, views, position, segments)
+            self._feed_forward(index, layer, views, workspace, None, tally)
+        return self._logits(views, segments, workspace, Outputs.LAST)
 
     def _embed(self, tokens: npt.NDArray[np.int32], positions: npt.NDArray[np.int32], views: Views) -> None:
         ops = self.entry.ops

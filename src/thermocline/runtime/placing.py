@@ -8,12 +8,12 @@ from pathlib import Path
 
 from thermocline.activity.order import Order
 from thermocline.config import DeviceKind, LoadSettings
-from thermocline.errors import HardwareError, UsageError
+from thermocline.errors import UsageError
 from thermocline.files.source import ModelSource
 from thermocline.hardware.machine import Tier
 from thermocline.memory.arena import Make, Memory, make_array
 from thermocline.ops.device import Device, EmulatedDevice, Host
-from thermocline.ops.factory import make_ops
+from thermocline.ops.factory import interpreted, make_gpu, make_ops
 from thermocline.placement.ledger import Demand, Purpose
 from thermocline.placement.plan import Plan, Status, check_plan, make_plan
 from thermocline.placement.plan_file import load_plan
@@ -95,8 +95,6 @@ def place(
 
 
 def _device(settings: LoadSettings) -> DeviceKind:
-    if settings.device is DeviceKind.CUDA:
-        raise HardwareError("this version does not compute on CUDA yet; use --device cpu or emulated")
     return DeviceKind.CPU if settings.device is DeviceKind.AUTO else settings.device
 
 
@@ -110,9 +108,11 @@ def _powerinfer(settings: LoadSettings) -> list[str]:
 
 
 def _devices(kind: DeviceKind, settings: LoadSettings, threads: int) -> dict[Tier, Device]:
-    """The host, and an emulated device that has half of its threads."""
+    """The host, and the GPU, or an emulated device that has half of the threads."""
     if kind is DeviceKind.CPU:
         return {Tier.RAM: Host(make_ops(settings.ops, threads, settings.isa))}
+    if kind is DeviceKind.CUDA:
+        return {Tier.VRAM: make_gpu(), Tier.RAM: Host(make_ops(settings.ops, threads, settings.isa))}
     half = max(1, threads // 2)
     return {
         Tier.VRAM: EmulatedDevice(make_ops(settings.ops, half, settings.isa)),
@@ -129,7 +129,7 @@ def _problem(
 ) -> tuple[Problem, Order | None, tuple[str, ...]]:
     """What is to be placed, under the budgets that were stated, else those of the plan, else what there is."""
     plan_settings = PlanSettings(
-        emulated=kind is DeviceKind.EMULATED,
+        emulated=kind is DeviceKind.EMULATED or (kind is DeviceKind.CUDA and interpreted()),
         vram_budget=settings.vram_budget or AUTO,
         ram_budget=settings.ram_budget or AUTO,
     )

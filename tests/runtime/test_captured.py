@@ -1,0 +1,157 @@
+"""A recorded decode step computes what the plain step computes, and its CPU side may fail without a hang."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from thermocline.config import CacheType, Mode
+from thermocline.errors import HardwareError, UsageError
+from thermocline.files.open import open_model
+from thermocline.hardware.machine import Tier
+from thermocline.memory.arena import Memory
+from thermocline.memory.kv_cache import KVCache
+from thermocline.memory.loader import load_transformer
+from thermocline.model.network import Outputs, Segment, Transformer
+from thermocline.ops.cpu import CpuOps
+from thermocline.ops.cuda.beside import CudaDevice
+from thermocline.ops.cuda.crossing import Way, choose
+from thermocline.ops.cuda.ops import CudaOps
+from thermocline.ops.device import Host
+from thermocline.ops.handover import Fault
+from thermocline.placement.seats import LayerSeat, Seating
+from thermocline.runtime.captured import CapturedStep
+
+VRAM, RAM = Tier.VRAM, Tier.RAM
+PROMPT, STEPS = [5, 9, 2, 7], [4, 1, 8]
+
+
+def load(path: Any, hot: tuple[int, ...], entry: Tier = RAM, mode: Mode = Mode.AUTO) -> tuple[Transformer, KVCache]:
+    source = open_model(path)
+    memory = Memory({VRAM: CudaDevice(CudaOps(tf32=False)), RAM: Host(CpuOps(1))}, {VRAM: 1 << 30})
+    seats = Seating(entry, VRAM, tuple(LayerSeat(VRAM, depth, 96) for depth in hot))
+    transformer, _ = load_transformer(source, memory, seats=seats, n_ctx=32, mode=mode)
+    cache = KVCache(transformer.spec, [layer.device.ops for layer in transformer.layers], 32, CacheType.F16)
+    prompt = np.array(PROMPT, np.int32)
+    transformer.step(prompt, (Segment(cache, 0, len(prompt)),), transformer.workspace(len(prompt)), Outputs.NONE)
+    return transformer, cache
+
+
+def plainly(transformer: Transformer, cache: KVCache) -> list[np.ndarray]:
+    workspace, rows = transformer.workspace(1), []
+    for token in STEPS:
+        segment = Segment(cache, cache.length, 1)
+        result = transformer.step(np.array([token], np.int32), (segment,), workspace)
+        rows.append(transformer.ops.to_host(result.logits)[0].copy())
+    cache.truncate(len(PROMPT))
+    return rows
+
+
+@pytest.mark.parametrize(("hot", "entry"), [((96, 96), VRAM), ((32, 64), RAM), ((0, 96), VRAM)])
+def test_a_recorded_step_is_the_plain_step(tiny_model: Any, hot: tuple[int, ...], entry: Tier) -> None:
+    transformer, cache = load(tiny_model, hot, entry)
+    expected = plainly(transformer, cache)
+    step = CapturedStep(transformer, cache)
+    assert step.way is (None if hot == (96, 96) else Way.PLAIN)
+    for token, wanted in zip(STEPS, expected, strict=True):
+        logits, there, here = step.run(token, cache.length)
+        np.testing.assert_allclose(logits, wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max())
+        assert there.up_rows == sum(hot)
+        assert here.up_rows == sum(96 - depth for depth in hot)
+    assert cache.length == len(PROMPT) + len(STEPS)
+
+
+@pytest.mark.parametrize("fault", [Fault.DIE, Fault.FAIL, Fault.STALL])
+def test_a_fault_of_the_cpu_ends_one_request(tiny_model: Any, fault: Fault) -> None:
+    transformer, cache = load(tiny_model, (32, 32))
+    step = CapturedStep(transformer, cache, patience=0.5)
+    first = step.run(4, len(PROMPT))[0].copy()
+    assert step._worker is not None
+    step._worker.inject(fault, 1, 1.0)
+    with pytest.raises(HardwareError):
+        step.run(4, len(PROMPT))
+    for _ in range(200):
+        try:
+            again = step.run(4, len(PROMPT))[0]
+            break
+        except HardwareError:
+            continue
+    assert again.tobytes() == first.tobytes()
+
+
+def test_what_cannot_be_captured_is_refused(tiny_model: Any) -> None:
+    transformer, cache = load_on_cpu(tiny_model)
+    with pytest.raises(UsageError, match="on the GPU"):
+        CapturedStep(transformer, cache)
+    gpu, cache = load(tiny_model, (32, 32))
+    with pytest.raises(UsageError, match="needs a CUDA device"):
+        CapturedStep(gpu, cache, way=Way.MEMORY)
+
+
+def load_on_cpu(path: Any) -> tuple[Transformer, KVCache]:
+    transformer, _ = load_transformer(open_model(path), CpuOps(1), n_ctx=32)
+    return transformer, KVCache(transformer.spec, transformer.ops, 32)
+
+
+class Driver:
+    """A driver whose stream does everything at once."""
+
+    def __init__(self, refuse: tuple[str, ...] = ()) -> None:
+        self.refuse = refuse
+        self.calls: list[tuple[str, int]] = []
+
+    def _word(self, address: int) -> np.ndarray:
+        import ctypes
+
+        return np.ctypeslib.as_array(ctypes.cast(address, ctypes.POINTER(ctypes.c_int32)), (1,))
+
+    def _told(self, name: str, value: int) -> tuple[int]:
+        self.calls.append((name, value))
+        return (801 if name in self.refuse else 0,)
+
+    def cuMemHostGetDevicePointer(self, address: int, flags: int) -> tuple[int, int]:  # noqa: N802
+        return 0, address
+
+    def cuStreamWriteValue32(self, stream: int, address: int, value: int, flags: int) -> tuple[int]:  # noqa: N802
+        told = self._told("write", value)
+        if told == (0,):
+            self._word(address)[0] = value
+        return told
+
+    def cuStreamWaitValue32(self, stream: int, address: int, value: int, flags: int) -> tuple[int]:  # noqa: N802
+        assert flags == 1
+        while self._word(address)[0] != value:
+            pass
+        return self._told("wait", value)
+
+    def cuLaunchHostFunc(self, stream: int, function: int, argument: int) -> tuple[int]:  # noqa: N802
+        import ctypes
+
+        told = self._told("call", 0)
+        if told == (0,):
+            ctypes.CFUNCTYPE(None, ctypes.c_void_p)(function)(argument)
+        return told
+
+
+def test_ways_to_cross_are_probed_in_order(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    transformer, cache = load(tiny_model, (32, 64))
+    expected = CapturedStep(transformer, cache).run(4, len(PROMPT))[0].copy()
+    for refuse, way in (((), Way.MEMORY), (("write",), Way.CALLS), (("write", "call"), Way.PLAIN)):
+        driver = Driver(refuse)
+        monkeypatch.setattr("thermocline.ops.cuda.crossing._stream", lambda device: 0)
+        monkeypatch.setattr(
+            "thermocline.runtime.captured.choose", lambda w, worker, device, d=driver: choose(w, worker, device, d)
+        )
+        step = CapturedStep(transformer, cache)
+        assert step.way is way
+        assert (step.notice is None) is (way is Way.MEMORY)
+        driver.calls.clear()
+        assert step.run(4, len(PROMPT))[0].tobytes() == expected.tobytes()
+        numbers = [value for name, value in driver.calls if name != "call"]
+        assert numbers == ([1, 1, 0, 2, 2, 0] if way is Way.MEMORY else [])
+        assert len(driver.calls) == {Way.MEMORY: 6, Way.CALLS: 4, Way.PLAIN: 0}[way]
+        if way is not Way.MEMORY:
+            with pytest.raises(UsageError, match="does not work here"):
+                CapturedStep(transformer, cache, way=Way.MEMORY)
