@@ -139,7 +139,9 @@ class Attention {
 
     Format format;
     const Rows keys = rows(job_.keys, head, from, to, queries, wide, &format);
-    const Tokens tokens{q, dim_, nullptr, nullptr, nullptr, 0};
+    Tokens tokens{};
+    tokens.x = q;
+    tokens.x_stride = dim_;
     const DotJob dots{keys, dim_, tokens, scores + (from - base), kChunk, nullptr, false};
     context_.kernels.dot[format](dots, 0, to - from, 0, queries);
     for (int64_t i = 0; i < queries; ++i) {

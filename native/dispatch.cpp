@@ -10,6 +10,16 @@ struct Level {
   bool available;
 };
 
+#ifdef THERMOCLINE_X86
+Kernels with_bf16() {
+  Kernels kernels = kAvx512Kernels;
+  kernels.name = "avx512bf16";
+  kernels.panel[kBF16] = kAvx512Bf16Kernels.panel;
+  kernels.round_tokens = kAvx512Bf16Kernels.round_tokens;
+  return kernels;
+}
+#endif
+
 std::vector<Level> levels() {
 #ifdef THERMOCLINE_X86
   __builtin_cpu_init();
@@ -18,7 +28,11 @@ std::vector<Level> levels() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vnni");
-  return {{&kBaselineKernels, true}, {&kAvx2Kernels, avx2}, {&kAvx512Kernels, avx512}};
+  static const Kernels bf16 = with_bf16();
+  return {{&kBaselineKernels, true},
+          {&kAvx2Kernels, avx2},
+          {&kAvx512Kernels, avx512},
+          {&bf16, avx512 && __builtin_cpu_supports("avx512bf16")}};
 #else
   return {{&kBaselineKernels, true}};
 #endif

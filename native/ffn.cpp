@@ -28,7 +28,7 @@ class Slice {
         tokens_(tokens),
         compact_(skip && block.gate),
         skip_(skip),
-        x_(context, x, tokens, block.up->cols, reads_integers(block)),
+        x_(context, x, tokens, block.up->cols, forms_of(context.kernels, block, tokens)),
         kept_(n_active) {
     Arena& arena = context.arena;
     first_ = arena.take<float>(tokens * count_);
@@ -45,14 +45,17 @@ class Slice {
       active_rows_ = rows;
       if (compact_) kept_rows_ = arena.take<int32_t>(count_);
     }
-    scratch_size_ = std::max(dot_scratch(block.up->format, block.up->cols, tokens),
-                             block.gate ? dot_scratch(block.gate->format, block.gate->cols, tokens) : 0);
+    scratch_size_ =
+        std::max(dot_scratch(context.kernels, block.up->format, block.up->cols, tokens),
+                 block.gate ? dot_scratch(context.kernels, block.gate->format, block.gate->cols, tokens) : 0);
     if (block.records) {
       records_.emplace(context, team, *block.down, tokens, count_);
     } else {
-      scratch_size_ = std::max(scratch_size_, dot_scratch(block.down->format, block.down->cols, tokens));
+      scratch_size_ =
+          std::max(scratch_size_, dot_scratch(context.kernels, block.down->format, block.down->cols, tokens));
       full_ = active ? arena.take<float>(tokens * block.neurons) : h_;
-      full_batch_.emplace(context, full_, tokens, block.neurons, is_integer(block.down->format));
+      full_batch_.emplace(context, full_, tokens, block.neurons,
+                          form_of(context.kernels, block.down->format, tokens));
       down_items_.reset(block.down->rows,
                         row_grain(block.down->rows, block.down->row_bytes, tokens, team.size()));
     }
@@ -65,7 +68,7 @@ class Slice {
   void run(float* out, float* hidden) {
     team_.run([&](int worker) {
       float* scratch = scratch_ + worker * scratch_size_;
-      x_.quantise(context_, team_);
+      x_.prepare(context_, team_);
       first_items_.drain([&](int64_t p0, int64_t p1) { open(p0, p1, scratch); });
       if (compact_) {
         team_.barrier([&] { keep_open(); });
@@ -91,8 +94,9 @@ class Slice {
   int64_t fired() const { return fired_.load(); }
 
  private:
-  static bool reads_integers(const FfnBlock& block) {
-    return is_integer(block.up->format) || (block.gate && is_integer(block.gate->format));
+  static unsigned forms_of(const Kernels& kernels, const FfnBlock& block, int64_t tokens) {
+    const unsigned up = form_of(kernels, block.up->format, tokens);
+    return block.gate ? up | form_of(kernels, block.gate->format, tokens) : up;
   }
 
   const int32_t* ids() const { return compact_ ? kept_ids_ : active_; }
@@ -208,7 +212,7 @@ class Slice {
       if (hidden) spread(t, hidden);
     });
     if (full_ != h_) team_.barrier();
-    full_batch_->quantise(context_, team_);
+    full_batch_->prepare(context_, team_);
     const Matrix& down = *block_.down;
     const DotJob job{down.all(), down.cols, full_batch_->tokens(), out, down.rows, nullptr, true};
     down_items_.drain([&](int64_t r0, int64_t r1) {

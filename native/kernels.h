@@ -27,7 +27,19 @@ struct Tokens {
   const float* d;
   const int16_t* sums;
   int64_t q_stride;
+  // For panels only, each where a panel asks for it: q + 128 and, for each block, d times the sum of q; tiles
+  // of kTileTokens tokens column by column; numbers rounded to BF16, with an even number of columns.
+  const uint8_t* offset;
+  const float* lifts;
+  const float* tiles;
+  const uint16_t* rounded;
 };
+
+// The form of tokens that a kernel reads.
+enum TokenForm : unsigned { kPlain = 0, kBytes = 1, kOffsetBytes = 2, kTiled = 4, kRounded = 8 };
+
+constexpr int64_t kPanelRows = 32;
+constexpr int kTileTokens = 12;
 
 // out[t * out_stride + r] = row(r) . token(t) (+ bias[r]) (+ the old value if `add`)
 struct DotJob {
@@ -38,6 +50,15 @@ struct DotJob {
   int64_t out_stride;
   const float* bias;
   bool add;
+};
+
+// Products of a batch of tokens with weights that are unpacked first, kPanelRows rows at a time.
+struct PanelKernels {
+  TokenForm form;
+  int64_t (*bytes)(int64_t columns);
+  void (*pack)(const Rows& rows, int64_t r0, int64_t r1, int64_t columns, uint8_t* panel);
+  // Rows r0 .. r1 of the job, which are those of the panel, with all tokens.
+  void (*dot)(const DotJob& job, const uint8_t* panel, int64_t r0, int64_t r1, int64_t tokens);
 };
 
 // acc[t * acc_stride + c - c0] += sum over k of h[t * h_stride + (positions ? positions[k] : k)] * row(k)[c],
@@ -58,6 +79,10 @@ struct Kernels {
   // Activations to 8 bits; n is a multiple of 32. A block that is not finite gets a NaN scale.
   void (*quantize)(const float* x, int64_t n, int8_t* q, float* d, int16_t* sums);
   void (*dot[kFormats])(const DotJob& job, int64_t r0, int64_t r1, int64_t t0, int64_t t1);
+  // All null where the level has none.
+  PanelKernels panel[kFormats];
+  void (*tile_tokens)(const float* x, int64_t x_stride, int64_t count, int64_t columns, float* out);
+  void (*round_tokens)(const float* x, int64_t n, uint16_t* out);
   // c0 and c1 are multiples of the block.
   void (*axpy[kFormats])(const AxpyJob& job, int64_t k0, int64_t k1, int64_t t0, int64_t t1, int64_t c0,
                          int64_t c1);
@@ -92,6 +117,12 @@ extern const Kernels kBaselineKernels;
 #ifdef THERMOCLINE_X86
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
+// What a CPU with AVX512-BF16 does otherwise.
+struct Bf16Kernels {
+  PanelKernels panel;
+  void (*round_tokens)(const float* x, int64_t n, uint16_t* out);
+};
+extern const Bf16Kernels kAvx512Bf16Kernels;
 #endif
 
 }  // namespace thermocline

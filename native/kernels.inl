@@ -16,6 +16,11 @@ namespace thermocline::THERMOCLINE_ISA {
 #include THERMOCLINE_INT_DOT
 #include "dot.inl"
 #include "axpy.inl"
+#ifdef THERMOCLINE_PANELS
+#include "panel.inl"
+#include "panel_int.inl"
+#include "panel_float.inl"
+#endif
 #include "elementwise.inl"
 #include "layer_norm.inl"
 #include "scan.inl"
@@ -25,11 +30,33 @@ namespace thermocline::THERMOCLINE_ISA {
   {kernel<kF32>,  kernel<kF16>,  kernel<kBF16>, kernel<kQ8_0>, \
    kernel<kQ4_0>, kernel<kQ4_K>, kernel<kQ5_K>, kernel<kQ6_K>}
 
+#ifdef THERMOCLINE_PANELS
+template <Format F>
+constexpr PanelKernels panel = {kTiled, float_panel_bytes, pack_floats<F>, float_panel_dot};
+#define THERMOCLINE_INT_PANEL(F) \
+  template <>                    \
+  constexpr PanelKernels panel<F> = {kOffsetBytes, int_panel_bytes<F>, pack_ints<F>, int_panel_dot<F>};
+THERMOCLINE_INT_PANEL(kQ8_0)
+THERMOCLINE_INT_PANEL(kQ4_0)
+THERMOCLINE_INT_PANEL(kQ4_K)
+THERMOCLINE_INT_PANEL(kQ5_K)
+THERMOCLINE_INT_PANEL(kQ6_K)
+#undef THERMOCLINE_INT_PANEL
+#else
+template <Format F>
+constexpr PanelKernels panel = {};
+constexpr auto tile_tokens = nullptr;
+#endif
+
 static constexpr Kernels make_kernels(const char* name) {
   return {
       name,
       quantize,
       THERMOCLINE_FORMATS(dot),
+      {panel<kF32>, panel<kF16>, panel<kBF16>, panel<kQ8_0>, panel<kQ4_0>, panel<kQ4_K>, panel<kQ5_K>,
+       panel<kQ6_K>},
+      tile_tokens,
+      nullptr,
       THERMOCLINE_FORMATS(axpy),
       THERMOCLINE_FORMATS(dequantize),
       THERMOCLINE_FORMATS(first_nonfinite),

@@ -1,5 +1,6 @@
 #define THERMOCLINE_ISA avx512_level
 #define THERMOCLINE_INT_DOT "dot_quads.inl"
+#define THERMOCLINE_PANELS
 #include "simd_avx512.h"
 //
 #include "kernels.inl"

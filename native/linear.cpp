@@ -8,6 +8,8 @@ namespace {
 
 constexpr int64_t kPiece = 2048;  // columns of a token quantised at a time
 
+// Tokens from which unpacking weights into a panel pays.
+constexpr int64_t kPanelTokens = 8;
 // Tokens from which widening a row once pays for writing and reading it back.
 constexpr int64_t kWidenTokens = 8;
 constexpr int64_t kWidenRows = 32;
@@ -21,6 +23,10 @@ bool widens(Format format, int64_t tokens) {
   return tokens >= kWidenTokens && (format == kF16 || format == kBF16);
 }
 
+bool has_panel(const Kernels& kernels, Format format, int64_t tokens) {
+  return tokens >= kPanelTokens && kernels.panel[format].dot;
+}
+
 void dot_blocks(const Kernels& kernels, Format format, const DotJob& job, int64_t r0, int64_t r1,
                 int64_t tokens) {
   const int64_t block = is_integer(format) ? kIntBlock : kFloatBlock;
@@ -31,26 +37,46 @@ void dot_blocks(const Kernels& kernels, Format format, const DotJob& job, int64_
 
 }  // namespace
 
-Batch::Batch(Context& context, const float* x, int64_t count, int64_t columns, bool quantised)
+Batch::Batch(Context& context, const float* x, int64_t count, int64_t columns, unsigned forms)
     : count_(count), columns_(columns) {
+  Arena& arena = context.arena;
   tokens_.x = x;
   tokens_.x_stride = columns;
-  if (!quantised) return;
-  const int64_t stride = round_up(columns, 4 * kBlock);
-  q_ = context.arena.take<int8_t>(count * stride);
-  d_ = context.arena.take<float>(count * stride / kBlock);
-  sums_ = context.arena.take<int16_t>(count * stride / 16);
-  tokens_.q = q_;
-  tokens_.d = d_;
-  tokens_.sums = sums_;
-  tokens_.q_stride = stride;
-  pieces_ = (columns + kPiece - 1) / kPiece;
-  items_.reset(count * pieces_, 1);
+  if (forms & (kBytes | kOffsetBytes)) {
+    const int64_t stride = round_up(columns, 4 * kBlock);
+    tokens_.q = q_ = arena.take<int8_t>(count * stride);
+    tokens_.d = d_ = arena.take<float>(count * stride / kBlock);
+    tokens_.sums = sums_ = arena.take<int16_t>(count * stride / 16);
+    tokens_.q_stride = stride;
+    if (forms & kOffsetBytes) {
+      tokens_.offset = offset_ = arena.take<uint8_t>(count * stride);
+      tokens_.lifts = lifts_ = arena.take<float>(count * stride / kBlock);
+    }
+    pieces_ = (columns + kPiece - 1) / kPiece;
+    byte_items_.reset(count * pieces_, 1);
+  }
+  if (forms & kTiled) {
+    tokens_.tiles = tiles_ = arena.take<float>(round_up(count, kTileTokens) * columns);
+    tile_items_.reset((count + kTileTokens - 1) / kTileTokens, 1);
+  }
+  if (forms & kRounded) {
+    tokens_.rounded = rounded_ = arena.take<uint16_t>(count * round_up(columns, 2));
+    round_items_.reset(count, 1);
+  }
 }
 
-void Batch::quantise(Context& context, Pool& team) {
-  if (!q_) return;
-  items_.drain([&](int64_t item, int64_t) { quantise_piece(context.kernels, item); });
+void Batch::prepare(Context& context, Pool& team) {
+  if (!q_ && !tiles_ && !rounded_) return;
+  const Kernels& kernels = context.kernels;
+  byte_items_.drain([&](int64_t item, int64_t) { quantise_piece(kernels, item); });
+  tile_items_.drain([&](int64_t item, int64_t) {
+    const int64_t t = item * kTileTokens;
+    kernels.tile_tokens(tokens_.x + t * columns_, columns_, std::min<int64_t>(count_ - t, kTileTokens),
+                        columns_, tiles_ + t * columns_);
+  });
+  round_items_.drain([&](int64_t t, int64_t) {
+    kernels.round_tokens(tokens_.x + t * columns_, columns_, rounded_ + t * round_up(columns_, 2));
+  });
   team.barrier();
 }
 
@@ -68,6 +94,12 @@ void Batch::quantise_piece(const Kernels& kernels, int64_t piece) {
     std::fill(sums + columns_ / 16, sums + stride / 16, int16_t{0});
     std::fill(d + columns_ / kBlock, d + stride / kBlock, 0.0f);
   }
+  if (!offset_) return;
+  uint8_t* offset = offset_ + token * stride;
+  for (int64_t c = begin; c < end; ++c) offset[c] = static_cast<uint8_t>(q[c] ^ 0x80);
+  float* lifts = lifts_ + token * stride / kBlock;
+  for (int64_t b = begin / kBlock; b < end / kBlock; ++b)
+    lifts[b] = d[b] * static_cast<float>(sums[2 * b] + sums[2 * b + 1]);
 }
 
 int64_t row_grain(int64_t rows, int64_t row_bytes, int64_t tokens, int workers) {
@@ -78,12 +110,27 @@ int64_t row_grain(int64_t rows, int64_t row_bytes, int64_t tokens, int workers) 
   return round_up(std::min(wanted, fair), 4);
 }
 
-int64_t dot_scratch(Format format, int64_t columns, int64_t tokens) {
+unsigned form_of(const Kernels& kernels, Format format, int64_t tokens) {
+  if (has_panel(kernels, format, tokens)) return kernels.panel[format].form;
+  return is_integer(format) ? kBytes : kPlain;
+}
+
+int64_t dot_scratch(const Kernels& kernels, Format format, int64_t columns, int64_t tokens) {
+  if (has_panel(kernels, format, tokens)) return round_up(kernels.panel[format].bytes(columns), 64) / 4;
   return widens(format, tokens) ? kWidenRows * columns : 0;
 }
 
 void dot_chunk(const Kernels& kernels, Format format, const DotJob& job, int64_t r0, int64_t r1,
                int64_t tokens, float* scratch) {
+  if (has_panel(kernels, format, tokens)) {
+    auto* panel = reinterpret_cast<uint8_t*>(scratch);
+    for (int64_t r = r0; r < r1; r += kPanelRows) {
+      const int64_t end = std::min(r + kPanelRows, r1);
+      kernels.panel[format].pack(job.rows, r, end, job.columns, panel);
+      kernels.panel[format].dot(job, panel, r, end, tokens);
+    }
+    return;
+  }
   if (!widens(format, tokens)) return dot_blocks(kernels, format, job, r0, r1, tokens);
   for (int64_t r = r0; r < r1; r += kWidenRows) {
     const int64_t end = std::min(r + kWidenRows, r1);
@@ -98,15 +145,16 @@ void dot_chunk(const Kernels& kernels, Format format, const DotJob& job, int64_t
 
 void linear(Context& context, const float* x, int64_t tokens, int64_t columns, const LinearPart* parts,
             int64_t count, bool add) {
-  bool quantised = false;
+  const Kernels& kernels = context.kernels;
+  unsigned forms = kPlain;
   int64_t bytes = 0, scratch = 0, pieces = 0;
   int64_t* first = context.arena.take<int64_t>(count + 1);
   int64_t* grain = context.arena.take<int64_t>(count);
   for (int64_t p = 0; p < count; ++p) {
     const Matrix& m = parts[p].matrix;
-    quantised |= is_integer(m.format);
+    forms |= form_of(kernels, m.format, tokens);
     bytes += m.rows * m.row_bytes * tokens;
-    scratch = std::max(scratch, dot_scratch(m.format, columns, tokens));
+    scratch = std::max(scratch, dot_scratch(kernels, m.format, columns, tokens));
     grain[p] = row_grain(m.rows, m.row_bytes, tokens, context.pool.size());
     first[p] = pieces;
     pieces += (m.rows + grain[p] - 1) / grain[p];
@@ -115,19 +163,19 @@ void linear(Context& context, const float* x, int64_t tokens, int64_t columns, c
   if (tokens == 0) return;
 
   Pool& team = context.team(bytes);
-  Batch batch(context, x, tokens, columns, quantised);
+  Batch batch(context, x, tokens, columns, forms);
   float* wide = context.arena.take<float>(scratch * team.size());
   Items items;
   items.reset(pieces, 1);
   team.run([&](int worker) {
-    batch.quantise(context, team);
+    batch.prepare(context, team);
     items.drain([&](int64_t item, int64_t) {
       const int64_t p = std::upper_bound(first, first + count + 1, item) - first - 1;
       const LinearPart& part = parts[p];
       const int64_t r0 = (item - first[p]) * grain[p], r1 = std::min(r0 + grain[p], part.matrix.rows);
       const DotJob job{part.matrix.all(), columns, batch.tokens(), part.out, part.matrix.rows,
                        part.bias,         add};
-      dot_chunk(context.kernels, part.matrix.format, job, r0, r1, tokens, wide + worker * scratch);
+      dot_chunk(kernels, part.matrix.format, job, r0, r1, tokens, wide + worker * scratch);
     });
   });
 }

@@ -11,17 +11,17 @@ void predict(Context& context, const float* x, int64_t tokens, const Matrix& fc1
   const int64_t rank = fc1.rows, neurons = fc2.rows;
   Pool& team = context.team((rank * fc1.row_bytes + neurons * fc2.row_bytes) * tokens);
   float* hidden = context.arena.take<float>(tokens * rank);
-  Batch in(context, x, tokens, fc1.cols, is_integer(fc1.format));
-  Batch middle(context, hidden, tokens, rank, is_integer(fc2.format));
-  const int64_t room = std::max(dot_scratch(fc1.format, fc1.cols, tokens),  //
-                                dot_scratch(fc2.format, rank, tokens));
+  Batch in(context, x, tokens, fc1.cols, form_of(context.kernels, fc1.format, tokens));
+  Batch middle(context, hidden, tokens, rank, form_of(context.kernels, fc2.format, tokens));
+  const int64_t room = std::max(dot_scratch(context.kernels, fc1.format, fc1.cols, tokens),  //
+                                dot_scratch(context.kernels, fc2.format, rank, tokens));
   float* scratch = context.arena.take<float>(room * team.size());
   Items first, second;
   first.reset(rank, row_grain(rank, fc1.row_bytes, tokens, team.size()));
   second.reset(neurons, row_grain(neurons, fc2.row_bytes, tokens, team.size()));
   team.run([&](int worker) {
     float* own = scratch + worker * room;
-    in.quantise(context, team);
+    in.prepare(context, team);
     const DotJob down{fc1.all(), fc1.cols, in.tokens(), hidden, rank, nullptr, false};
     first.drain([&](int64_t r0, int64_t r1) {
       dot_chunk(context.kernels, fc1.format, down, r0, r1, tokens, own);
@@ -30,7 +30,7 @@ void predict(Context& context, const float* x, int64_t tokens, const Matrix& fc1
       }
     });
     team.barrier();
-    middle.quantise(context, team);
+    middle.prepare(context, team);
     const DotJob up{fc2.all(), rank, middle.tokens(), scores, neurons, nullptr, false};
     second.drain(
         [&](int64_t r0, int64_t r1) { dot_chunk(context.kernels, fc2.format, up, r0, r1, tokens, own); });

@@ -8,6 +8,7 @@
 
 #include "format.h"
 #include "half.h"
+#include "numbers_256.h"
 
 namespace thermocline::THERMOCLINE_ISA {
 
@@ -73,9 +74,6 @@ static inline Vec power_of_two(Vec n) {
   const __m512i biased = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
   return _mm512_castsi512_ps(_mm512_slli_epi32(biased, 23));
 }
-
-static inline __m128i load_128(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
-static inline __m256i load_256(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 
 static inline Vec load_f16(const uint8_t* p) { return _mm512_cvtph_ps(load_256(p)); }
 static inline Vec load_bf16(const uint8_t* p) {

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from thermocline import _native
-from thermocline.files.formats import BlockFormat
+from thermocline.files.formats import BF16, BlockFormat
 from thermocline.files.quantize import quantize
 from thermocline.files.weight import Weight
 from thermocline.ops.contract import ActiveSet, KVLayer, NeuronBlock
@@ -173,13 +173,23 @@ EPS = 2.0**-24
 """Largest relative error of rounding once to float32."""
 
 
-def _linear_bound(x: Any, w: Any, fmt: BlockFormat) -> Any:
+BATCH = 8
+"""From so many tokens on, a level with BF16 arithmetic rounds tokens to BF16 before they meet BF16 weights."""
+
+
+def _rounds_tokens(ops: CpuOps, fmt: BlockFormat) -> bool:
+    return ops.name == "cpu/avx512bf16" and fmt is BF16
+
+
+def _linear_bound(x: Any, w: Any, fmt: BlockFormat, *, rounded: bool) -> Any:
     """How far a product may be off (T, rows), beside an exact one.
 
     n products and sums in float32 are off by at most (n + 3) eps times the sum of their magnitudes. Integer formats
     round x to steps of a 127th of its block's largest magnitude: half a step an element at most. K-quants
     subtract the sum of minima from that of what lies above them: magnitudes up to the largest of the part, and twice
     that. What underflows is below the smallest normal float an element, and blocks below 1e-35 are taken as zero.
+    `rounded`: x is rounded to the 8 significant bits of BF16, off by at most 2^-8 of an element, and what is below
+    the smallest normal number counts as zero on both sides.
     """
     x, w = np.abs(x.astype(np.float64)), np.abs(w.astype(np.float64))
     if fmt.block == 256:
@@ -188,6 +198,8 @@ def _linear_bound(x: Any, w: Any, fmt: BlockFormat) -> Any:
     else:
         summed = w
     bound = (x.shape[1] + 3) * EPS * (x @ summed.T) + x.shape[1] * 2.0**-126
+    if rounded:
+        bound += 1.01 * 2.0**-8 * (x @ w.T) + x.shape[1] * 2.0**-126 * (x.max(initial=0) + w.max(initial=0))
     if fmt.block > 1:
         blocks = x.reshape(x.shape[0], x.shape[1] // 32, 32)
         step = (blocks.max(axis=2) / 127)[:, :, None] * np.ones(32)
@@ -196,5 +208,11 @@ def _linear_bound(x: Any, w: Any, fmt: BlockFormat) -> Any:
 
 
 @pytest.fixture
-def linear_bound() -> Callable[[Any, Any, BlockFormat], Any]:
-    return _linear_bound
+def linear_bound(ops: CpuOps) -> Callable[[Any, Any, BlockFormat], Any]:
+    return lambda x, w, fmt: _linear_bound(x, w, fmt, rounded=_rounds_tokens(ops, fmt) and len(x) >= BATCH)
+
+
+@pytest.fixture
+def company() -> Callable[[CpuOps, BlockFormat], int]:
+    """Tokens that a batch must have for its bits to be those of any larger one: mostly one is enough."""
+    return lambda ops, fmt: BATCH if _rounds_tokens(ops, fmt) else 1

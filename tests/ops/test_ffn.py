@@ -198,7 +198,7 @@ def test_counts_are_exact_where_the_arithmetic_is(ops, reference, rng, weight, f
 
 @pytest.mark.parametrize("fmt", BY_NAME.values(), ids=lambda f: f.name)
 @pytest.mark.parametrize("name", ["reglu", "drelu", "relu2", "fatrelu", "relu"])
-def test_the_sum_is_the_same_whatever_is_skipped_and_shared(team, skewed, weight, fmt, name):
+def test_the_sum_is_the_same_whatever_is_skipped_and_shared(team, skewed, weight, company, fmt, name):
     neurons, width, tokens = 700, 288 if fmt.block < 256 else 512, 35
     block = make_block(weight, skewed, fmt, neurons, width, KINDS[name], biased=name in {"relu", "reglu"})
     x = skewed((tokens, width))
@@ -210,10 +210,11 @@ def test_the_sum_is_the_same_whatever_is_skipped_and_shared(team, skewed, weight
                 out, hidden = np.zeros((tokens, width), np.float32), np.empty((tokens, neurons), np.float32)
                 ops.ffn(x, at, active, out, skip_zeros=skip, hidden=hidden)
                 results.add(out.tobytes() + hidden.tobytes())
-                for t in (0, 20):
-                    single = np.zeros((1, width), np.float32)
-                    ops.ffn(x[t : t + 1], at, active, single, skip_zeros=skip)
-                    assert single.tobytes() == out[t].tobytes()
+                few = company(ops, fmt)
+                for end in (few, 20):
+                    part = np.zeros((few, width), np.float32)
+                    ops.ffn(x[end - few : end], at, active, part, skip_zeros=skip)
+                    assert part.tobytes() == out[end - few : end].tobytes()
         assert len(results) == 1
 
 

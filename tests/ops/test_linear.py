@@ -11,7 +11,7 @@ from thermocline.files.weight import Weight
 ROWS = (0, 1, 3, 4, 5, 33)
 WIDTHS = {1: (0, 1, 15, 16, 17, 33, 100), 32: (0, 32, 64, 96, 160), 256: (0, 256, 512, 768)}
 """Round a vector's lanes of any level; block formats come in whole blocks, odd numbers of them too."""
-TOKENS = (1, 2, 3, 6, 7, 9)
+TOKENS = (1, 2, 3, 6, 7, 8, 9, 14, 25)
 
 
 @pytest.mark.parametrize("fmt", BY_NAME.values(), ids=lambda f: f.name)
@@ -48,18 +48,19 @@ def test_linear_shares_x_among_formats_with_biases_and_sums(
 
 
 @pytest.mark.parametrize("fmt", BY_NAME.values(), ids=lambda f: f.name)
-def test_linear_is_the_same_whatever_the_threads_and_the_batch(team, skewed, weight, fmt):
+def test_linear_is_the_same_whatever_the_threads_and_the_batch(team, skewed, weight, company, fmt):
     width = 352 if fmt.block < 256 else 512
     w = weight(skewed((230, width)), fmt, offset=0)
     x = skewed((70, width))
     results = []
     for ops in team:
         matrix = ops.place(w)
-        out, single = np.empty((70, 230), np.float32), np.empty((1, 230), np.float32)
+        few = company(ops, fmt)
+        out, part = np.empty((70, 230), np.float32), np.empty((few, 230), np.float32)
         ops.linear(x, (matrix,), (out,))
-        for token in (0, 41, 69):
-            ops.linear(x[token : token + 1], (matrix,), (single,))
-            assert single.tobytes() == out[token].tobytes()
+        for end in (few, 41, 70):
+            ops.linear(x[end - few : end], (matrix,), (part,))
+            assert part.tobytes() == out[end - few : end].tobytes()
         results.append(out.tobytes())
     assert results[0] == results[1] == results[2]
 
@@ -76,7 +77,7 @@ def test_nothing_is_read_past_the_last_row(ops, rng, fewer, fmt):
     data = np.frombuffer(room, np.uint8, count=packed.size, offset=page - packed.size).reshape(packed.shape)
     data[...] = packed
     w = Weight("w", fmt, (3, width), data)
-    for tokens in fewer((1, 2, 9), (1, 9)):
+    for tokens in fewer((1, 2, 9, 13), (1, 9)):
         x, out = rng.standard_normal((tokens, width)).astype(np.float32), np.empty((tokens, 3), np.float32)
         ops.linear(x, (ops.place(w),), (out,))
         assert np.isfinite(out).all()
@@ -84,7 +85,7 @@ def test_nothing_is_read_past_the_last_row(ops, rng, fewer, fmt):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("fmt", [F32, Q8_0, Q4_0], ids=lambda f: f.name)
+@pytest.mark.parametrize("fmt", [F32, BF16, Q8_0, Q4_0], ids=lambda f: f.name)
 def test_what_is_not_finite_does_not_vanish(ops, weight, fmt, bad):
     x = np.ones((2, 64), np.float32)
     x[1, 40] = bad
@@ -92,6 +93,10 @@ def test_what_is_not_finite_does_not_vanish(ops, weight, fmt, bad):
     ops.linear(x, (ops.place(weight(np.ones((5, 64), np.float32), fmt)),), (out,))
     assert np.isfinite(out[0]).all()
     assert not np.isfinite(out[1]).any()
+    x, out = np.vstack([x] * 7), np.zeros((14, 5), np.float32)
+    ops.linear(x, (ops.place(weight(np.ones((5, 64), np.float32), fmt)),), (out,))
+    assert np.isfinite(out[::2]).all()
+    assert not np.isfinite(out[1::2]).any()
 
 
 def test_extreme_steps_do_not_saturate(ops):
@@ -99,6 +104,7 @@ def test_extreme_steps_do_not_saturate(ops):
     data[0, :2] = np.array([1], np.float16).view(np.uint8)
     data[0, 2:] = 0x80  # -128, which ggml's quantiser never writes but a file may hold
     for sign in (1, -1):
-        x, out = np.full((1, 32), 127 * sign, np.float32), np.empty((1, 1), np.float32)
-        ops.linear(x, (ops.place(Weight("w", Q8_0, (1, 32), data)),), (out,))
-        assert out[0, 0] == -128 * 127 * 32 * sign
+        for tokens in (1, 13):
+            x, out = np.full((tokens, 32), 127 * sign, np.float32), np.empty((tokens, 1), np.float32)
+            ops.linear(x, (ops.place(Weight("w", Q8_0, (1, 32), data)),), (out,))
+            assert (out == -128 * 127 * 32 * sign).all()

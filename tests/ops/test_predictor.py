@@ -57,18 +57,19 @@ def test_the_relu_between_is_there(ops, weight):
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.name)
-def test_scores_depend_on_neither_threads_nor_company(team, skewed, weight, fmt):
+def test_scores_depend_on_neither_threads_nor_company(team, skewed, weight, company, fmt):
     neurons, rank, width, tokens = 700, 160, 288, 35
     a, b = matrices(weight, skewed, (fmt, fmt), neurons, rank, width)
     x, seen = skewed((tokens, width)), set()
     for ops in team:
         fc1, fc2 = ops.place(a), ops.place(b)
-        scores, single = np.empty((tokens, neurons), np.float32), np.empty((1, neurons), np.float32)
+        few = company(ops, fmt)
+        scores, part = np.empty((tokens, neurons), np.float32), np.empty((few, neurons), np.float32)
         ops.predict(x, fc1, fc2, scores)
         seen.add(scores.tobytes())
-        for t in (0, 17, tokens - 1):
-            ops.predict(x[t : t + 1], fc1, fc2, single)
-            assert single.tobytes() == scores[t].tobytes()
+        for end in (few, 17, tokens):
+            ops.predict(x[end - few : end], fc1, fc2, part)
+            assert part.tobytes() == scores[end - few : end].tobytes()
     assert len(seen) == 1
 
 

@@ -13,7 +13,7 @@ from thermocline.files.formats import BlockFormat
 from thermocline.files.weight import Bytes, Weight
 from thermocline.ops.contract import Activation, ActiveSet, Array, FfnWork, KVLayer, Matrix, NeuronBlock
 
-LEVELS = ("baseline", "avx2", "avx512")
+LEVELS = ("baseline", "avx2", "avx512", "avx512bf16")
 """Every level that kernels exist for, weakest first."""
 
 ACTIVATIONS = {Activation.SILU: 0, Activation.RELU: 1, Activation.RELU2: 2, Activation.GELU: 3}
@@ -23,7 +23,8 @@ ACTIVATIONS = {Activation.SILU: 0, Activation.RELU: 1, Activation.RELU2: 2, Acti
 class CpuOps:
     """The contract over `thermocline._native`, with its own threads.
 
-    Results do not depend on the number of threads, on skipping, nor on which tokens share a batch, bit for bit.
+    Results do not depend on the number of threads, on skipping, nor on which tokens share a batch, bit for bit; with
+    one exception: `avx512bf16` rounds the activations of 8 tokens or more to BF16 before they meet weights in BF16.
     They do depend on the instruction set. Where a weight is in a block format, activations are rounded to 8 bits
     in blocks of 32 before they meet it (except in the down projection of neuron records).
 
