@@ -6,19 +6,25 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 __all__ = [
-    "LLM", "LoadSettings", "SamplingSettings", "ThermoclineError", "__version__", "compare_plans", "describe",
-    "examine", "explain", "export_gpu_index", "known_machines", "merge_activities", "order", "perplexity", "plan",
-    "probe_machine", "profile", "read_activity", "report", "save_order", "save_plan", "shipped_model",
+    "LLM", "LoadSettings", "SamplingSettings", "ThermoclineError", "__version__", "compare_plans", "convert",
+    "describe", "examine", "explain", "export_activity", "export_gpu_index", "export_predictor", "import_activity",
+    "import_predictor", "known_machines", "merge_activities", "order", "perplexity", "plan", "probe_machine",
+    "profile", "quantize", "read_activity", "report", "save_order", "save_plan", "shipped_model",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
     from thermocline.api import (
         LLM,
         compare_plans,
+        convert,
         describe,
         examine,
         explain,
+        export_activity,
         export_gpu_index,
+        export_predictor,
+        import_activity,
+        import_predictor,
         known_machines,
         merge_activities,
         order,
@@ -26,6 +32,7 @@ if TYPE_CHECKING:
         plan,
         probe_machine,
         profile,
+        quantize,
         read_activity,
         report,
         save_order,
@@ -38,10 +45,15 @@ if TYPE_CHECKING:
 _HOMES = {
     "LLM": "thermocline.api",
     "compare_plans": "thermocline.api",
+    "convert": "thermocline.api",
     "describe": "thermocline.api",
     "examine": "thermocline.api",
     "explain": "thermocline.api",
+    "export_activity": "thermocline.api",
     "export_gpu_index": "thermocline.api",
+    "export_predictor": "thermocline.api",
+    "import_activity": "thermocline.api",
+    "import_predictor": "thermocline.api",
     "known_machines": "thermocline.api",
     "merge_activities": "thermocline.api",
     "order": "thermocline.api",
@@ -49,6 +61,7 @@ _HOMES = {
     "plan": "thermocline.api",
     "probe_machine": "thermocline.api",
     "profile": "thermocline.api",
+    "quantize": "thermocline.api",
     "read_activity": "thermocline.api",
     "report": "thermocline.api",
     "save_order": "thermocline.api",

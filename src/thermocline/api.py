@@ -37,23 +37,34 @@ from thermocline.placement.picture import placement_picture
 from thermocline.placement.plan import Plan
 from thermocline.placement.plan_file import load_plan, save_plan
 from thermocline.runtime.bench import BenchRow, run_bench
+from thermocline.runtime.conversion import Converted, Wanted
+from thermocline.runtime.conversion import convert_model as convert
+from thermocline.runtime.conversion import quantize_model as quantize
 from thermocline.runtime.describe import ModelInfo, PredictorInfo
 from thermocline.runtime.describe import describe as describe_source
 from thermocline.runtime.generation import FinishReason, Generation, Item, Stream
 from thermocline.runtime.loading import LoadedModel, load_model
 from thermocline.runtime.perplexity import Perplexity, Scored, measure_perplexity
 from thermocline.runtime.planning import Planned, PlanSettings, export_gpu_index, import_gpu_index, plan_model
+from thermocline.runtime.powerinfer import (
+    Exchanged,
+    export_activity,
+    export_predictor,
+    import_activity,
+    import_predictor,
+)
 from thermocline.runtime.profiling import profile_model
 from thermocline.runtime.report import RunReport
 from thermocline.text.chat import ChatTemplate
 
 __all__ = [
-    "LLM", "Activity", "BenchRow", "By", "Existing", "FinishReason", "Generation", "Item", "LoadSettings",
-    "ModelInfo", "Order", "Perplexity", "Plan", "PlanSettings", "PlanTable", "Planned", "PredictorInfo", "Probe",
-    "Profiled", "Progress", "RunReport", "SamplingSettings", "Scored", "Stream", "Survey", "ThermoclineError",
-    "compare_plans", "describe", "examine", "explain", "export_gpu_index", "known_machines", "merge_activities",
-    "order", "perplexity", "plan", "probe_machine", "profile", "read_activity", "report", "save_order", "save_plan",
-    "shipped_model",
+    "LLM", "Activity", "BenchRow", "By", "Converted", "Exchanged", "Existing", "FinishReason", "Generation", "Item",
+    "LoadSettings", "ModelInfo", "Order", "Perplexity", "Plan", "PlanSettings", "PlanTable", "Planned",
+    "PredictorInfo", "Probe", "Profiled", "Progress", "RunReport", "SamplingSettings", "Scored", "Stream", "Survey",
+    "ThermoclineError", "Wanted", "compare_plans", "convert", "describe", "examine", "explain", "export_activity",
+    "export_gpu_index", "export_predictor", "import_activity", "import_predictor", "known_machines",
+    "merge_activities", "order", "perplexity", "plan", "probe_machine", "profile", "quantize", "read_activity",
+    "report", "save_order", "save_plan", "shipped_model",
 ]  # fmt: skip
 
 Settings = TypeVar("Settings", LoadSettings, SamplingSettings, PlanSettings)

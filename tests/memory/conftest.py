@@ -31,9 +31,9 @@ class DictSource:
 
 
 def random_source(
-    fmt: BlockFormat = F32, ffn: FfnKind = RELU, *, records: bool = False, n_embd: int = 64
+    fmt: BlockFormat = F32, ffn: FfnKind = RELU, *, records: bool = False, n_embd: int = 64, n_ff: int = 96
 ) -> DictSource:
-    """Two layers of `n_embd` by 96 neurons with matrices in `fmt`, the same numbers every time."""
+    """Two layers of `n_embd` by `n_ff` neurons with matrices in `fmt`, the same numbers every time."""
     spec = ModelSpec(
         family="llama" if ffn.gated else "arcee",
         name="tiny",
@@ -42,7 +42,7 @@ def random_source(
         n_head=2,
         n_head_kv=1,
         head_dim=n_embd // 2,
-        n_ff=96,
+        n_ff=n_ff,
         n_vocab=50,
         n_ctx_train=32,
         norm_eps=1e-5,

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from thermocline.activity.order import By, Order
+from thermocline.activity.predictor import Predictor
 from thermocline.config import CacheType, Mode
 from thermocline.errors import (
     ModelFormatError,
@@ -23,7 +25,7 @@ from thermocline.errors import (
 )
 from thermocline.files.formats import F16, F32, Q4_0, Q8_0, BlockFormat
 from thermocline.files.gguf import GgufFile
-from thermocline.files.gguf_writer import write_gguf
+from thermocline.files.gguf_writer import NewTensor, write_gguf
 from thermocline.files.open import open_model
 from thermocline.files.powerinfer import PowerinferPredictor, PredictorLayer, read_predictor
 from thermocline.files.quantize import from_float, quantize, to_float
@@ -31,7 +33,7 @@ from thermocline.memory.convert import convert
 from thermocline.memory.kv_cache import KVCache
 from thermocline.memory.loader import load_transformer
 from thermocline.memory.powerinfer import write_powerinfer
-from thermocline.model.families import family_of
+from thermocline.model.families import BY_ARCHITECTURE, family_of
 from thermocline.model.header import gguf_header, rope_factors
 from thermocline.model.network import Outputs, Segment, Transformer
 from thermocline.model.rope import LinearScaling, YarnScaling
@@ -119,7 +121,7 @@ def source_file(
     """A GGUF model in F32 with a tokenizer; `changes` replaces fields of its spec."""
     base = make_source(F32) if ffn is None else make_source(F32, ffn)
     spec = replace(family_of(base).spec(base), family=family, **changes)
-    weights = dict(base.weights)
+    weights = dict(base.weights) if family not in UNGATED else {}
     rng = np.random.default_rng(2)
     for name, shape in expected_tensors(spec, records=False).items():
         if name not in weights or weights[name].shape != shape:
@@ -136,7 +138,8 @@ def source_file(
     factors = rope_factors(spec.rope)
     if factors is not None:
         weights["rope_freqs.weight"] = from_float("rope_freqs.weight", factors[None], F32)
-    write_gguf(path, keys, weights.values())
+    tensors = [NewTensor(name, w.format, w.shape, lambda w=w: w.data) for name, w in weights.items()]
+    write_gguf(path, keys, BY_ARCHITECTURE[family].file_tensors(spec, tensors))
     return GgufFile.open(path)
 
 
@@ -243,6 +246,100 @@ def test_an_output_head_of_its_own_is_kept(make_source: Callable[..., Any], tmp_
     assert tensors["output.weight"][2] == head != tensors["token_embd.weight"][2]
 
 
+NEITHER = FfnKind(Activation.RELU, gated=False)
+COMMON = {"ffn": NEITHER, "layer_norm": True}
+UNGATED: dict[str, dict[str, Any]] = {
+    "opt": COMMON
+    | {"n_head_kv": 2, "rope": None, "qkv_bias": True, "out_bias": True, "ffn_bias": True, "position_offset": 2},
+    "falcon": COMMON | {"parallel": True},
+}
+"""How OPT and ReluFalcon differ from the networks of the tests above."""
+TENSORS: dict[str, dict[str, tuple[tuple[int, ...], int]]] = {
+    "opt": {
+        "position_embd.weight": ((N_EMBD, 34), 1),
+        **{f"{name}.bias": ((N_EMBD,), 0) for name in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_down_t")},
+        **{f"{name}.{part}": ((N_EMBD,), 0) for name in ("attn_norm", "ffn_norm") for part in ("weight", "bias")},
+        **{f"{name}.weight": ((N_EMBD, N_EMBD), 1) for name in ("attn_q", "attn_k", "attn_v", "attn_output")},
+        "ffn_up.bias": ((N_FF,), 0),
+    },
+    "falcon": {
+        **{f"{name}.{part}": ((N_EMBD,), 0) for name in ("attn_norm", "attn_norm_2") for part in ("weight", "bias")},
+        "attn_qkv.weight": ((N_EMBD, N_EMBD + 2 * 32), 1),
+        "attn_output.weight": ((N_EMBD, N_EMBD), 1),
+    },
+}
+"""Their tensors: of the file, or of each layer."""
+
+
+@pytest.mark.parametrize("family", UNGATED)
+def test_names_shapes_types_and_keys_without_a_gate(
+    family: str, make_source: Callable[..., Any], tmp_path: Path
+) -> None:
+    source = source_file(make_source, tmp_path / "s.gguf", family=family, **UNGATED[family])
+    write_powerinfer(source, predictor_of(), tmp_path / "m.gguf")
+    stored = by_hand(tmp_path / "m.gguf")
+    assert (stored.magic, stored.version) == (b"PWRI", 3)
+    wanted: dict[str, tuple[tuple[int, ...], int]] = {
+        "token_embd.weight": ((N_EMBD, N_VOCAB), 1),
+        "output.weight": ((N_EMBD, N_VOCAB), 1),
+        "output_norm.weight": ((N_EMBD,), 0),
+        "output_norm.bias": ((N_EMBD,), 0),
+    }
+    for name, tensor in TENSORS[family].items():
+        wanted |= {name: tensor} if "position" in name else {f"blk.{i}.{name}": tensor for i in range(2)}
+    for i, rank in enumerate(RANKS):
+        wanted |= {f"blk.{i}.{name}.weight": ((N_EMBD, N_FF), 1) for name in ("ffn_up", "ffn_down_t")}
+        wanted |= {f"blk.{i}.fc1.weight": ((N_EMBD, rank), 1), f"blk.{i}.fc2.weight": ((rank, N_FF), 1)}
+    assert {name: (ne, k) for name, (ne, k, _) in stored.tensors.items()} == wanted
+    u32, f32, string = 4, 6, 8
+    own = {name: kind for name, kind in stored.types.items() if name.startswith(f"{family}.")}
+    sizes = ("context_length", "embedding_length", "block_count", "feed_forward_length")
+    heads = ("attention.head_count", "attention.head_count_kv")
+    rotary = {"rope.dimension_count": u32, "rope.freq_base": f32, "tensor_data_layout": string}
+    assert own == {
+        **{f"{family}.{name}": u32 for name in (*sizes, *heads)},
+        f"{family}.attention.layer_norm_epsilon": f32,
+        **({f"{family}.{name}": kind for name, kind in rotary.items()} if family == "falcon" else {}),
+    }
+    assert stored.keys["general.architecture"] == family
+    assert stored.keys[f"{family}.context_length"] == (34 if family == "opt" else 32)
+    if family == "falcon":
+        assert stored.keys["falcon.tensor_data_layout"] == "jploski"
+
+
+@pytest.mark.parametrize("family", UNGATED)
+def test_it_runs_as_it_is_without_a_gate(family: str, make_source: Callable[..., Any], tmp_path: Path) -> None:
+    source = source_file(make_source, tmp_path / "s.gguf", family=family, **UNGATED[family])
+    write_powerinfer(source, predictor_of(), tmp_path / "m.gguf")
+    model = open_model(tmp_path / "m.gguf", strict=True)
+    transformer, report = load_transformer(model, OPS, check=True)
+    assert transformer.spec.ffn == NEITHER
+    assert transformer.mode is Mode.EXACT
+    assert report.reblocked == ()
+    convert(source, tmp_path / "plain.gguf", "f16")
+    plain, _ = load_transformer(GgufFile.open(tmp_path / "plain.gguf"), OPS)
+    np.testing.assert_array_equal(logits_of(transformer), logits_of(plain))
+    predicted = load_transformer(model, OPS, mode=Mode.PREDICTED, predictor=Predictor.of_powerinfer(predictor_of()))[0]
+    assert predicted.mode is Mode.PREDICTED
+
+
+def test_neurons_in_order_and_the_predictor_with_them(make_source: Callable[..., Any], tmp_path: Path) -> None:
+    source = source_file(make_source, tmp_path / "s.gguf", family="opt", **UNGATED["opt"])
+    rows = np.stack([np.random.default_rng(i).permutation(N_FF) for i in range(2)]).astype(np.int32)
+    order = Order("m" * 64, "tiny", By.FREQUENCY, 1, rows, np.zeros((2, N_FF)))
+    write_powerinfer(source, predictor_of(), tmp_path / "plain.gguf")
+    write_powerinfer(source, predictor_of(), tmp_path / "sorted.gguf", order=order)
+    plain, stored = by_hand(tmp_path / "plain.gguf"), by_hand(tmp_path / "sorted.gguf")
+    for name, (ne, kind, data) in plain.tensors.items():
+        part = ".".join(name.split(".")[-2:])
+        if part in {"ffn_up.weight", "ffn_up.bias", "ffn_down_t.weight", "fc2.weight"}:
+            cells = np.frombuffer(data, np.uint8).reshape(N_FF, -1)
+            data = cells[rows[int(name.split(".")[1])]].tobytes()
+        assert stored.tensors[name] == (ne, kind, data)
+    assert stored.keys["thermocline.neuron_order"] == rows.ravel().tolist()
+    assert {k: v for k, v in stored.keys.items() if "thermocline" not in k} == plain.keys
+
+
 # What is read back
 
 
@@ -323,10 +420,18 @@ NOT_RUNNABLE: dict[str, tuple[dict[str, Any], str]] = {
     "relu-squared": ({"ffn": FfnKind(Activation.RELU2, gated=True)}, "this FFN; in llama it is ReGLU"),
     "drelu-in-llama": ({"ffn": DRELU}, "this FFN; in llama it is ReGLU"),
     "biases": ({"qkv_bias": True}, "biases of attention"),
-    "norms": ({"family": "qwen3", "qk_norm": True}, "family qwen3; known are llama, bamboo"),
+    "norms": ({"family": "qwen3", "qk_norm": True}, "family qwen3; known are llama, bamboo, opt, falcon"),
     "heads": ({"head_dim": 16, "rope": {"rotary_dim": 16}}, "heads that are not n_embd together"),
     "part-of-a-head": ({"rope": {"rotary_dim": 16}}, "rotary dimensions that are not the whole head"),
     "yarn": ({"rope": {"scaling": YarnScaling(4.0, 8, 1.0)}}, "factors of rotary frequencies, nor any scaling but lin"),
+    "gelu": (
+        UNGATED["falcon"] | {"family": "falcon", "ffn": FfnKind(Activation.GELU, gated=False)},
+        "in falcon it is ReLU without a gate",
+    ),
+    "biased falcon": (
+        UNGATED["falcon"] | {"family": "falcon", "qkv_bias": True, "out_bias": True, "ffn_bias": True},
+        "biases of attention and FFN",
+    ),
     "factors": ({"rope": {"factors": (2.0,) * 16}}, "factors of rotary frequencies"),
 }
 """Changes of the source, and what the refusal says."""

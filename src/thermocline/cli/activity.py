@@ -8,7 +8,9 @@ from cyclopts import App
 from rich.table import Table
 
 import thermocline
-from thermocline.cli.flags import JsonFlag, flag
+from thermocline.cli.convert import ForceFlag
+from thermocline.cli.exchange import show_exchange
+from thermocline.cli.flags import JsonFlag, ModelFlag, VerboseFlag, count, flag
 from thermocline.cli.output import write_json
 from thermocline.cli.tables import facts, print_tables
 from thermocline.errors import UsageError
@@ -16,7 +18,7 @@ from thermocline.errors import UsageError
 if TYPE_CHECKING:
     from thermocline.api import Activity
 
-HELP = """Show which neurons fire, add up the statistics of several runs, or sort the neurons.
+HELP = """Show which neurons fire, add up the statistics of several runs, sort the neurons, or exchange with PowerInfer.
 
 For example:
 
@@ -24,7 +26,9 @@ For example:
 
   thermocline activity merge wiki.safetensors code.safetensors -o model.activity.safetensors
 
-  thermocline activity order model.activity.safetensors -o model.order.safetensors"""
+  thermocline activity order model.activity.safetensors -o model.order.safetensors
+
+  thermocline activity import activation/ -m model.powerinfer.gguf -o model.activity.safetensors"""
 
 activity = App(name="activity", help=HELP, help_format="plaintext", result_action="return_value")
 
@@ -97,6 +101,53 @@ def order(
         hot = ", ".join(f"hottest {share}%: {mean:.1%}" for share, mean in shares.items())
         rows = [("written", output), ("neurons", f"{n_layer} layers of {n_ff}, by {made.by}"), ("mean firing", hot)]
         print_tables(facts(rows))
+    return 0
+
+
+@activity.command(name="import")
+def bring(
+    folder: str,
+    /,
+    *,
+    model: ModelFlag = None,
+    output: Annotated[str, flag("--output", "-o", help="File to write, such as X.activity.safetensors.")],
+    tokens: Annotated[
+        int, count("--tokens", "-n", help="How many tokens were counted; 0 takes the largest count.")
+    ] = 0,
+    force: ForceFlag = False,
+    as_json: JsonFlag = False,
+    verbose: VerboseFlag = False,
+) -> int:
+    """Read PowerInfer's activation_0.pt, activation_1.pt and so on as the activity of a model.
+
+    Files are taken by their numbers, and nothing in them is executed.
+
+    For example:
+
+      thermocline activity import activation/ -m model.powerinfer.gguf -o model.activity.safetensors
+    """
+    source = thermocline.shipped_model() if model is None else model
+    done = thermocline.import_activity(source, folder, output, tokens=tokens, force=force)
+    show_exchange(done, as_json=as_json, verbose=verbose)
+    return 0
+
+
+@activity.command
+def export(
+    file: str,
+    /,
+    *,
+    output: Annotated[str, flag("--output", "-o", help="New folder, which PowerInfer expects as activation/.")],
+    as_json: JsonFlag = False,
+    verbose: VerboseFlag = False,
+) -> int:
+    """Write how often each neuron fired as PowerInfer's activation_0.pt, activation_1.pt and so on.
+
+    For example:
+
+      thermocline activity export model.activity.safetensors -o activation/
+    """
+    show_exchange(thermocline.export_activity(file, output), as_json=as_json, verbose=verbose)
     return 0
 
 

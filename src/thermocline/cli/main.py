@@ -27,6 +27,9 @@ VERBS = {
     "report": "Draw which neurons fire, as a page of pictures.",
     "perplexity": "Measure how well a model predicts a text.",
     "plan": "Decide what of a model lives in which memory, and predict its speed.",
+    "convert": "Write a model as a GGUF file: ordered, quantised, with its predictor, for PowerInfer.",
+    "quantize": "Write a model with its matrices in another format.",
+    "predictor": "Bring in PowerInfer's predictors, or write some for it.",
     "doctor": "Say what this machine has and which kernels will run.",
 }
 

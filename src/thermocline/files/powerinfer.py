@@ -6,17 +6,15 @@ Source of names and shapes: the converters and the loader of PowerInfer (Song et
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Final
 
 from thermocline.errors import ModelFormatError, NumericalError, UnsupportedModelError, printable
-from thermocline.files.formats import F16, Q5_0, BlockFormat
+from thermocline.files.formats import Q5_0
 from thermocline.files.gguf import GgufFile
-from thermocline.files.gguf_writer import NewTensor
-from thermocline.files.quantize import all_finite, converted, widened
+from thermocline.files.quantize import all_finite, widened
 from thermocline.files.tensors import Tensor
 from thermocline.files.weight import Weight
 
@@ -72,14 +70,6 @@ class PowerinferPredictor:
             if found != (n_embd, n_ff):
                 problem = f"goes from {found[0]} inputs to {found[1]} neurons; the model has {n_embd} and {n_ff}"
                 raise ModelFormatError(path, f"predictor of layer {index}", problem)
-
-    def tensors(self, fmt: BlockFormat) -> Iterator[NewTensor]:
-        """The tensors of a file in `fmt`; F16 where rows are no whole number of blocks."""
-        for index, layer in enumerate(self.layers):
-            for name, weight in (("fc1", layer.fc1), ("fc2", layer.fc2)):
-                target = fmt if weight.columns % fmt.block == 0 else F16
-                produce = partial(converted, weight, target)
-                yield NewTensor(f"blk.{index}.{name}.weight", target, weight.shape, produce)
 
 
 def read_predictor(file: GgufFile) -> PowerinferPredictor | None:

@@ -3,40 +3,51 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 
-from thermocline.errors import UsageError
-from thermocline.files.formats import BF16, F16, F32, Q4_0, Q8_0, BlockFormat
+from thermocline.activity.applied import AppliedOrder, applied_order
+from thermocline.activity.inside import predictor_inside, predictor_metadata, without_predictor
+from thermocline.activity.order import Order
+from thermocline.activity.predictor import Predictor
+from thermocline.errors import UsageError, printable
+from thermocline.files.formats import BF16, F16, F32, Q4_0, Q4_K, Q5_K, Q6_K, Q8_0, BlockFormat
 from thermocline.files.gguf import GgufFile
 from thermocline.files.gguf_writer import NewTensor, write_gguf
-from thermocline.files.weight import Bytes
-from thermocline.memory.layout import Layout, lay_out
+from thermocline.files.quantize import converted
+from thermocline.files.weight import Bytes, PickedWeight, Weight
+from thermocline.memory.layout import Layout, lay_out, stored_format
 from thermocline.memory.reblock import Reblocked
 from thermocline.memory.tokenizer_metadata import gguf_tokenizer
 from thermocline.model.header import gguf_header
 from thermocline.model.source import NetworkSource
 from thermocline.model.spec import ModelSpec
 
-OUTTYPES: dict[str, BlockFormat] = {"f32": F32, "f16": F16, "bf16": BF16, "q8_0": Q8_0, "q4_0": Q4_0}
+OUTTYPES: Final[dict[str, BlockFormat]] = {"f32": F32, "f16": F16, "bf16": BF16, "q8_0": Q8_0, "q4_0": Q4_0}
 """Formats to convert to, by the names llama.cpp's converter gives them."""
 
-FILE_TYPES: dict[str, int] = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32}
+TYPES: Final[dict[str, BlockFormat]] = OUTTYPES | {"q4_k": Q4_K, "q5_k": Q5_K, "q6_k": Q6_K}
+"""Formats to quantise to."""
+
+FILE_TYPES: Final[dict[str, int]] = {
+    "F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "Q4_K": 14, "Q5_K": 16, "Q6_K": 18, "BF16": 32,
+}  # fmt: skip
 """`general.file_type`: the format of most tensors (source: ggml's `llama_ftype`)."""
 
 PREDICTOR = re.compile(r"blk\.\d+\.fc[12]\.weight")
 
 Progress = Callable[[int, int, str], None]
-"""Told before each tensor: how many are written, how many there will be, and the tensor's name."""
+"""Told before each tensor: the bytes of those before it, the bytes of all, and the tensor's name."""
 
 
 @dataclass(frozen=True, slots=True)
 class WriteReport:
-    """What was written. `notes` tells what could not be kept."""
+    """What was written. `reblocked` tells what was stored anew and how exactly, `notes` what could not be kept."""
 
     path: Path
     nbytes: int
@@ -50,26 +61,43 @@ def convert(
     outtype: str | None = None,
     *,
     records: bool = False,
+    order: Order | None = None,
+    predictor: Predictor | None = None,
+    threads: int = 1,
     progress: Progress | None = None,
 ) -> WriteReport:
     """Write `source` as a GGUF file, one tensor in memory at a time; `outtype` None keeps each tensor's format.
 
+    With an `order`, each layer's neurons are stored in it (records only), and the file tells so. A `predictor` goes
+    inside, in place of one that is there. One inside stays, its neurons in the same order as the network's.
+
     Raises:
-        UsageError: the outtype is unknown.
+        UsageError: the outtype is unknown, or the order is for records and these are none.
         ModelFormatError, UnsupportedModelError: the source cannot be read, or GGUF cannot say what it is.
+        NumericalError: a number is NaN or infinite, or does not fit the format.
         OutputError: the file could not be written; an old one is untouched.
     """
-    if outtype is not None and outtype not in OUTTYPES:
-        raise UsageError(f"outtype is {outtype}; allowed: {', '.join(OUTTYPES)}")
-    fmt = None if outtype is None else OUTTYPES[outtype]
-    layout = lay_out(source, fmt, records=records)
+    if outtype is not None and outtype not in TYPES:
+        raise UsageError(f"outtype is {printable(outtype)}; allowed: {', '.join(TYPES)}")
+    if order is not None and not records:
+        raise UsageError("an order needs neuron records; in the standard layout neurons stay where they are")
+    fmt = None if outtype is None else TYPES[outtype]
+    places = None if order is None else order.order
+    layout = lay_out(source, fmt, records=records, order=places, threads=threads)
     metadata, notes = source_metadata(source, layout.spec)
     metadata["general.file_type"] = np.uint32(_file_type(layout.tensors))
     metadata["general.quantization_version"] = np.uint32(2)
-    tensors = (*layout.tensors, *_predictors(source))
-    if progress is not None:
-        tensors = _announced(tensors, progress)
-    size = write_gguf(path, metadata, tensors)
+    metadata |= order_metadata(source, layout.spec, order)
+    tensors: tuple[NewTensor, ...] = layout.tensors
+    if predictor is None and isinstance(source, GgufFile) and (fmt is not None or order is not None):
+        predictor = predictor_inside(source)
+    if predictor is not None:
+        predictor.require_fits(source.path, layout.spec)
+        metadata = without_predictor(metadata) | predictor_metadata(predictor, measured=fmt is None)
+        tensors = (*tensors, *predictor_tensors(predictor, fmt, order))
+    else:
+        tensors = (*tensors, *_carried(source))
+    size = write_gguf(path, metadata, announced(tensors, progress))
     return WriteReport(path, size, tuple(layout.reblocked), (*notes, *_widened(layout, fmt)))
 
 
@@ -92,7 +120,50 @@ def source_metadata(source: NetworkSource, spec: ModelSpec) -> tuple[dict[str, o
     return header | tokenizer, notes
 
 
-def _predictors(source: NetworkSource) -> list[NewTensor]:
+def order_metadata(source: NetworkSource, spec: ModelSpec, order: Order | None) -> dict[str, object]:
+    """Keys that tell in which order the neurons are, after `order` and after one that the source was written in."""
+    before = applied_order(source.metadata, spec)
+    if order is None:
+        return {} if before is None else before.metadata
+    after = AppliedOrder(order.model_fingerprint, order.order) if before is None else before.then(order.order)
+    return after.metadata
+
+
+def predictor_tensors(predictor: Predictor, fmt: BlockFormat | None, order: Order | None) -> list[NewTensor]:
+    """A predictor's matrices in `fmt` (None keeps each one's own), its neurons in the same order as the network's.
+
+    K-quants become Q8_0: no predictor is quantised more than twice.
+    """
+    tensors = []
+    for index, layer in enumerate(predictor.layers):
+        fc2: Weight = layer.fc2 if order is None else PickedWeight("fc2", layer.fc2, order.order[index])
+        for name, weight in ((f"blk.{index}.fc1.weight", layer.fc1), (f"blk.{index}.fc2.weight", fc2)):
+            wanted = weight.format if fmt is None else Q8_0 if fmt.block > Q8_0.block else fmt
+            target = stored_format(name, weight.shape, wanted) if weight.rows > 1 else wanted
+            tensors.append(NewTensor(name, target, weight.shape, partial(converted, weight, target)))
+    return tensors
+
+
+def announced(tensors: Sequence[NewTensor], progress: Progress | None) -> tuple[NewTensor, ...]:
+    """The same tensors, that tell `progress` when their turn comes."""
+    if progress is None:
+        return tuple(tensors)
+    total, done, told = sum(t.nbytes for t in tensors), 0, []
+    for tensor in tensors:
+        told.append(NewTensor(tensor.name, tensor.format, tensor.shape, _telling(tensor, progress, done, total)))
+        done += tensor.nbytes
+    return tuple(told)
+
+
+def _telling(tensor: NewTensor, progress: Progress, done: int, total: int) -> Callable[[], Bytes]:
+    def produce() -> Bytes:
+        progress(done, total, tensor.name)
+        return tensor.produce()
+
+    return produce
+
+
+def _carried(source: NetworkSource) -> list[NewTensor]:
     """PowerInfer's predictors, carried over as they are."""
     if not isinstance(source, GgufFile):
         return []
@@ -102,28 +173,20 @@ def _predictors(source: NetworkSource) -> list[NewTensor]:
 
 def _widened(layout: Layout, fmt: BlockFormat | None) -> tuple[str, ...]:
     """A note on matrices whose rows are no whole number of blocks."""
-    wide = [t for t in layout.tensors if t.format is F16 and t.shape[0] > 1]
-    if fmt is None or fmt is F16 or not wide:
+    if fmt is None:
         return ()
+    odd = [t for t in layout.tensors if t.shape[0] > 1 and t.shape[1] % fmt.block]
+    if not odd:
+        return ()
+    formats = " or ".join(sorted({t.format.name for t in odd}))
     return (
-        f"{len(wide)} matrices are F16: their rows, as {wide[0].name}'s {wide[0].shape[1]}, are no whole "
+        f"{len(odd)} matrices are {formats}: their rows, as {odd[0].name}'s {odd[0].shape[1]}, are no whole "
         f"number of {fmt.name} blocks of {fmt.block}",
     )
 
 
-def _file_type(tensors: tuple[NewTensor, ...]) -> int:
+def _file_type(tensors: Sequence[NewTensor]) -> int:
     sizes: dict[str, int] = {}
     for tensor in tensors:
         sizes[tensor.format.name] = sizes.get(tensor.format.name, 0) + tensor.nbytes
     return FILE_TYPES[max(sizes, key=lambda name: sizes[name])]
-
-
-def _announced(tensors: tuple[NewTensor, ...], progress: Progress) -> tuple[NewTensor, ...]:
-    def announce(index: int, tensor: NewTensor) -> NewTensor:
-        def produce() -> Bytes:
-            progress(index, len(tensors), tensor.name)
-            return tensor.produce()
-
-        return NewTensor(tensor.name, tensor.format, tensor.shape, produce)
-
-    return tuple(announce(i, tensor) for i, tensor in enumerate(tensors))

@@ -1,43 +1,55 @@
 """A model as the tensors of a GGUF file, each made only when it is written.
 
-Canonical names in the usual order; q and k with rotary pairs as neighbours where the family's files have
-them so; the down projection in rows of n_ff, or as neuron records in PowerInfer's layout (`ffn_down_t`).
+Canonical names in the usual order, or as the family's files have them; q and k with rotary pairs as neighbours where
+the family's files have them so; the down projection in rows of n_ff, or as neuron records in PowerInfer's layout
+(`ffn_down_t`), the neurons in any order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
-from thermocline.files.formats import F16, F32, Q4_0, Q8_0, BlockFormat
+from thermocline.files.formats import F16, F32, Q4_0, Q4_K, Q5_K, Q6_K, Q8_0, BlockFormat
 from thermocline.files.gguf_writer import NewTensor
-from thermocline.files.quantize import dequantize, from_float, quantize
-from thermocline.files.weight import Bytes, Weight
-from thermocline.memory.reblock import TILE, Reblocked, transpose
+from thermocline.files.quantize import from_float, quantize, to_float
+from thermocline.files.weight import Bytes, PickedWeight, Weight
+from thermocline.memory.reblock import Reblocked, store, transpose
 from thermocline.model.families import family_of
 from thermocline.model.header import rope_factors
 from thermocline.model.source import NetworkSource
 from thermocline.model.spec import ModelSpec
 from thermocline.model.tensors import check_tensors, expected_tensors
 
+Order = npt.NDArray[np.integer[Any]]
+
+VOCABULARY: Final = {"token_embd.weight", "output.weight"}
+FINER: Final[dict[BlockFormat, BlockFormat]] = {Q4_0: Q8_0, Q4_K: Q6_K, Q5_K: Q6_K}
+"""What embedding and head are stored in instead: few bytes, which decide much."""
+
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The tensors of a new file. `reblocked` fills with what transposing did, as the tensors are made."""
+    """The tensors of a new file. `reblocked` fills with what storing them anew did, as the tensors are made."""
 
     spec: ModelSpec
     tensors: tuple[NewTensor, ...]
     reblocked: list[Reblocked] = field(default_factory=list)
 
 
-def lay_out(source: NetworkSource, fmt: BlockFormat | None, *, records: bool) -> Layout:
+def lay_out(
+    source: NetworkSource, fmt: BlockFormat | None, *, records: bool, order: Order | None = None, threads: int = 1
+) -> Layout:
     """The tensors of a file that holds the source's network, in format `fmt` (None keeps each one's own).
 
-    Vectors are F32 always. With Q4_0, embedding and head are Q8_0: few bytes, which decide much. Rows that are
-    no whole number of blocks become F16.
+    Vectors are F32 always. Embedding and head get a finer format than Q4_0, Q4_K and Q5_K, and learned positions F16
+    instead of any block format. Rows that are no whole number of blocks become Q8_0 in place of a K-quant, else F16.
+    `order` (n_layer, n_ff), for records only, names each layer's neurons in the order in which they are stored.
 
     Raises:
         ModelFormatError: the source contradicts itself.
@@ -49,20 +61,14 @@ def lay_out(source: NetworkSource, fmt: BlockFormat | None, *, records: bool) ->
     check_tensors(source.path, spec, weights)
     permuted = source.kind == "hf" and family.interleaved
     heads = {"attn_q": spec.n_head, "attn_k": spec.n_head_kv} if permuted else {}
-    reblocked: list[Reblocked] = []
-    tensors: list[NewTensor] = []
-    for name, shape in expected_tensors(spec, records=records).items():
-        weight = weights.get(name)
-        if weight is None and shape[0] > 1:
-            tensors.append(_new_transpose(weights[_other_layout(name)], name, shape, fmt, reblocked))
-        else:
-            tensors.append(_new_tensor(weight or weights[_other_layout(name)], name, shape, fmt, heads))
-    tensors = [*family.file_tensors(spec, tensors)]
+    maker = _Maker(weights, fmt, heads, order, threads)
+    made = [maker.tensor(name, shape) for name, shape in expected_tensors(spec, records=records).items()]
+    tensors = [*family.file_tensors(spec, made)]
     factors = rope_factors(spec.rope)
     if factors is not None:
         table = from_float("rope_freqs.weight", factors[None], F32)
         tensors.append(NewTensor(table.name, F32, table.shape, lambda: table.data))
-    return Layout(spec, tuple(tensors), reblocked)
+    return Layout(spec, tuple(tensors), maker.reblocked)
 
 
 def neighbours(heads: int, rows: int) -> npt.NDArray[np.intp]:
@@ -70,48 +76,72 @@ def neighbours(heads: int, rows: int) -> npt.NDArray[np.intp]:
     return np.arange(rows).reshape(heads, 2, -1).swapaxes(1, 2).ravel()
 
 
-def _new_tensor(
-    weight: Weight, name: str, shape: tuple[int, int], fmt: BlockFormat | None, heads: Mapping[str, int]
-) -> NewTensor:
-    target = _target(name, shape, fmt or weight.format)
-    parts = heads.get(name.split(".")[-2], 0)
-    return NewTensor(name, target, shape, lambda: _converted(weight, target, parts))
-
-
-def _new_transpose(
-    weight: Weight, name: str, shape: tuple[int, int], fmt: BlockFormat | None, reblocked: list[Reblocked]
-) -> NewTensor:
-    target = _target(name, shape, fmt or weight.format)
-
-    def produce() -> Bytes:
-        out = np.empty((shape[0], target.row_bytes(shape[1])), dtype=np.uint8)
-        reblocked.append(transpose(weight, out, target))
-        return out
-
-    return NewTensor(name, target, shape, produce)
-
-
-def _converted(weight: Weight, target: BlockFormat, heads: int) -> Bytes:
-    """The weight in another format; with `heads`, its rows (of a vector, its elements) become neighbours."""
-    if weight.rows == 1:
-        values = dequantize(weight.data, weight.format, weight.columns)
-        return quantize(values[:, neighbours(heads, weight.columns)] if heads else values, target)
-    data = weight.data[neighbours(heads, weight.rows)] if heads else weight.data
-    if target is weight.format:
-        return data
-    out = np.empty((weight.rows, target.row_bytes(weight.columns)), dtype=np.uint8)
-    for start in range(0, weight.rows, TILE):
-        rows = slice(start, start + TILE)
-        out[rows] = quantize(dequantize(data[rows], weight.format, weight.columns), target)
-    return out
-
-
-def _target(name: str, shape: tuple[int, int], fmt: BlockFormat) -> BlockFormat:
+def stored_format(name: str, shape: tuple[int, int], fmt: BlockFormat) -> BlockFormat:
+    """The format that a tensor (rows, columns) gets where `fmt` is asked for; see `lay_out`."""
     if shape[0] == 1:
         return F32
-    if fmt is Q4_0 and name in {"token_embd.weight", "output.weight"}:
-        fmt = Q8_0
-    return fmt if shape[1] % fmt.block == 0 else F16
+    if name in VOCABULARY:
+        fmt = FINER.get(fmt, fmt)
+    if name == "position_embd.weight" and fmt.block > 1:
+        return F16
+    fits = (f for f in (fmt, Q8_0 if fmt.block > Q8_0.block else F16) if shape[1] % f.block == 0)
+    return next(fits, F16)
+
+
+@dataclass(slots=True)
+class _Maker:
+    """What all tensors of a new file have in common."""
+
+    weights: Mapping[str, Weight]
+    fmt: BlockFormat | None
+    heads: Mapping[str, int]
+    order: Order | None
+    threads: int
+    reblocked: list[Reblocked] = field(default_factory=list)
+
+    def tensor(self, name: str, shape: tuple[int, int]) -> NewTensor:
+        weight = self.weights.get(name)
+        down = weight is None and shape[0] > 1
+        if weight is None:
+            weight = self.weights[_other_layout(name)]
+        target = stored_format(name, shape, self.fmt or weight.format)
+        rows = self.rows(name, max(shape) if shape[0] == 1 else shape[0])
+        make = self.transposed if down else self.vector if shape[0] == 1 else self.matrix
+        return NewTensor(name, target, shape, partial(make, weight, target, rows))
+
+    def rows(self, name: str, count: int) -> Order | None:
+        """The order of a matrix's rows, or a vector's elements; None where they stay as they are."""
+        part = name.split(".")[-2]
+        if part in self.heads:
+            return neighbours(self.heads[part], count)
+        # The bias of down is one of outputs, not of neurons.
+        if self.order is None or part not in {"ffn_gate", "ffn_up", "ffn_down_t"} or name.endswith("down_t.bias"):
+            return None
+        rows: Order = self.order[int(name.split(".")[1])]
+        return rows
+
+    def vector(self, weight: Weight, target: BlockFormat, rows: Order | None) -> Bytes:
+        values = to_float(weight)
+        return quantize(values if rows is None else values[:, rows], target)
+
+    def matrix(self, weight: Weight, target: BlockFormat, rows: Order | None) -> Bytes:
+        if rows is not None:
+            weight = PickedWeight(weight.name, weight, rows)
+        if target is weight.format:
+            return weight.data
+        out = _room(weight.shape, target)
+        self.reblocked.append(store(weight, out, target, threads=self.threads))
+        return out
+
+    def transposed(self, weight: Weight, target: BlockFormat, rows: Order | None) -> Bytes:
+        out = _room(weight.shape[::-1], target)
+        places = None if rows is None else np.argsort(rows)
+        self.reblocked.append(transpose(weight, out, target, places, threads=self.threads))
+        return out
+
+
+def _room(shape: tuple[int, ...], fmt: BlockFormat) -> Bytes:
+    return np.empty((shape[0], fmt.row_bytes(shape[1])), dtype=np.uint8)
 
 
 def _other_layout(name: str) -> str:

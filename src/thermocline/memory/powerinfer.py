@@ -13,11 +13,21 @@ from typing import Final
 
 import numpy as np
 
+from thermocline.activity.order import Order
+from thermocline.activity.predictor import Predictor
 from thermocline.errors import UnsupportedModelError, UsageError, printable
 from thermocline.files.formats import F16, Q4_0, BlockFormat
 from thermocline.files.gguf_writer import NewTensor, write_gguf
 from thermocline.files.powerinfer import THRESHOLD_KEY, PowerinferPredictor
-from thermocline.memory.convert import FILE_TYPES, WriteReport, source_metadata
+from thermocline.memory.convert import (
+    FILE_TYPES,
+    Progress,
+    WriteReport,
+    announced,
+    order_metadata,
+    predictor_tensors,
+    source_metadata,
+)
 from thermocline.memory.layout import Layout, lay_out
 from thermocline.model.rope import LinearScaling
 from thermocline.model.source import NetworkSource
@@ -36,11 +46,19 @@ _KEYS: Final = (
 
 
 def write_powerinfer(
-    source: NetworkSource, predictor: PowerinferPredictor, path: Path, outtype: str = "f16"
+    source: NetworkSource,
+    predictor: PowerinferPredictor,
+    path: Path,
+    outtype: str = "f16",
+    *,
+    order: Order | None = None,
+    threads: int = 1,
+    progress: Progress | None = None,
 ) -> WriteReport:
     """Write `source` with `predictor` as a sparse model of PowerInfer, one tensor in memory at a time.
 
-    Down projections become neuron records; tied embeddings are stored twice, as the loader wants them.
+    Down projections become neuron records, in `order` if there is one; tied embeddings are stored twice, as the loader
+    wants them.
 
     Raises:
         UsageError: the outtype is none that PowerInfer's sparse kernels compute with.
@@ -52,7 +70,7 @@ def write_powerinfer(
     if outtype not in OUTTYPES:
         raise UsageError(f"outtype is {outtype}; PowerInfer computes sparsely with {', '.join(OUTTYPES)}")
     fmt = OUTTYPES[outtype]
-    layout = lay_out(source, fmt, records=True)
+    layout = lay_out(source, fmt, records=True, order=None if order is None else order.order, threads=threads)
     spec = layout.spec
     _require_runnable(source, spec)
     predictor.check(path, n_layer=spec.n_layer, n_embd=spec.n_embd, n_ff=spec.n_ff)
@@ -60,7 +78,9 @@ def write_powerinfer(
     metadata["general.file_type"] = np.uint32(FILE_TYPES[fmt.name])
     metadata["general.quantization_version"] = np.uint32(2)
     metadata[THRESHOLD_KEY] = np.float32(predictor.threshold)
-    tensors = [*_tensors(layout), *predictor.tensors(fmt)]
+    metadata |= order_metadata(source, spec, order)
+    scores = predictor_tensors(Predictor.of_powerinfer(predictor), fmt, order)
+    tensors = announced([*_tensors(layout), *scores], progress)
     size = write_gguf(path, metadata, tensors, powerinfer=True)
     return WriteReport(path, size, tuple(layout.reblocked), (*notes, *_notes(spec)))
 

@@ -1,21 +1,24 @@
-"""Down projections as neuron records: transposed, so that a neuron is one row.
+"""Weights stored anew: in another format, or a down projection as neuron records; and what that did to them.
 
 A standard file stores the down projection in rows of n_ff, in which one neuron is a column scattered over
-the whole matrix. Transposing is exact for F32, F16 and BF16; block formats are quantised anew along the other
-axis (K-quants as Q8_0), and the error is measured.
+the whole matrix. Transposed, a neuron is one row. That is exact for F32, F16 and BF16; block formats are quantised
+anew along the other axis (K-quants as Q8_0), and the error is measured.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
+import numpy.typing as npt
 
 from thermocline.errors import NumericalError, printable
 from thermocline.files.formats import BlockFormat
-from thermocline.files.quantize import dequantize, quantize
+from thermocline.files.quantize import Floats, dequantize, quantize
 from thermocline.files.weight import Bytes, Weight
 from thermocline.ops.contract import Matrix
 
@@ -25,12 +28,22 @@ TILE = 256
 
 @dataclass(frozen=True, slots=True)
 class Reblocked:
-    """What transposing one tensor did to it. Errors are absolute, in the weights' own units."""
+    """What storing one tensor anew did to it. Errors are absolute, in the weights' own units.
+
+    `source` is the format before, `format` the one after; `rms` the root mean square of the weights themselves.
+    """
 
     tensor: str
     format: str
     max_abs_error: float
     rms_error: float
+    source: str = ""
+    rms: float = 0.0
+
+    @property
+    def relative_error(self) -> float:
+        """Root mean square of the errors as a share of that of the weights; 0 where those are all zero."""
+        return self.rms_error / self.rms if self.rms else 0.0
 
 
 @runtime_checkable
@@ -41,25 +54,90 @@ class Transposer(Protocol):
         """Write the transpose of `matrix` in `fmt` into `out`; largest absolute and root mean square error."""
 
 
-def transpose(source: Weight, out: Bytes, fmt: BlockFormat) -> Reblocked:
+def transpose(
+    source: Weight,
+    out: Bytes,
+    fmt: BlockFormat,
+    places: npt.NDArray[np.integer] | None = None,
+    *,
+    threads: int = 1,
+) -> Reblocked:
     """Write the transpose of `source` (rows, columns) as rows of `fmt` into `out` (columns, row_bytes), by tiles.
+
+    Column i becomes row i, or row `places[i]`.
 
     Raises:
         NumericalError: the matrix holds NaN or infinity.
     """
-    worst, squares = 0.0, 0.0
-    for start in range(0, source.columns, TILE):
+
+    def piece(start: int) -> _Error:
         stop = min(start + TILE, source.columns)
         cut = slice(source.format.row_bytes(start), source.format.row_bytes(stop))
         rows = np.ascontiguousarray(dequantize(source.data[:, cut], source.format, stop - start).T)
         if not np.isfinite(rows).all():
             raise not_finite(source.name)
-        out[start:stop] = quantize(rows, fmt)
-        error = dequantize(out[start:stop], fmt, source.rows).astype(np.float64) - rows
-        worst, squares = max(worst, float(np.abs(error).max())), squares + float((error**2).sum())
-    return Reblocked(source.name, fmt.name, worst, math.sqrt(squares / (source.rows * source.columns)))
+        stored = quantize(rows, fmt)
+        out[slice(start, stop) if places is None else places[start:stop]] = stored
+        return _Error.of(rows, dequantize(stored, fmt, source.rows))
+
+    return _summed(source, fmt, _each(piece, range(0, source.columns, TILE), threads))
+
+
+def store(source: Weight, out: Bytes, fmt: BlockFormat, *, threads: int = 1) -> Reblocked:
+    """Write `source` in `fmt` into `out` (rows, row_bytes), by tiles.
+
+    Raises:
+        NumericalError: a number does not fit the format.
+    """
+
+    def piece(start: int) -> _Error:
+        rows = source.slice(start, min(start + TILE, source.rows))
+        exact = dequantize(rows.data, source.format, source.columns)
+        out[start : start + len(exact)] = quantize(exact, fmt)
+        return _Error.of(exact, dequantize(out[start : start + len(exact)], fmt, source.columns))
+
+    return _summed(source, fmt, _each(piece, range(0, source.rows, TILE), threads))
 
 
 def not_finite(tensor: str) -> NumericalError:
     """The error for a tensor that holds NaN or infinity."""
     return NumericalError(f"tensor {printable(tensor)} holds NaN or infinity; the file is damaged or badly converted")
+
+
+@dataclass(frozen=True, slots=True)
+class _Error:
+    """Of some weights: the largest error, the sum of the squares of errors, and that of the weights."""
+
+    worst: float
+    squares: float
+    weights: float
+
+    @classmethod
+    def of(cls, exact: Floats, stored: Floats) -> _Error:
+        error = np.subtract(stored, exact)
+        worst = max(float(error.max(initial=0)), -float(error.min(initial=0)))
+        return cls(worst, _squares(error), _squares(exact))
+
+
+def _squares(x: Floats) -> float:
+    """The sum of the squares of rows, each in float32, which is fast and good to a few parts in a million."""
+    return float(np.einsum("ij,ij->i", x, x).sum(dtype=np.float64))
+
+
+def _each(piece: Callable[[int], _Error], starts: Iterable[int], threads: int) -> list[_Error]:
+    if threads < 2:
+        return [piece(start) for start in starts]
+    with ThreadPoolExecutor(threads) as team:
+        return list(team.map(piece, starts))
+
+
+def _summed(source: Weight, fmt: BlockFormat, errors: list[_Error]) -> Reblocked:
+    count = max(source.rows * source.columns, 1)
+    return Reblocked(
+        source.name,
+        fmt.name,
+        max((e.worst for e in errors), default=0.0),
+        math.sqrt(sum(e.squares for e in errors) / count),
+        source.format.name,
+        math.sqrt(sum(e.weights for e in errors) / count),
+    )

@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
+from thermocline.activity.inside import predictor_inside
 from thermocline.activity.predictor import Audit, Predictor, load_predictor
 from thermocline.config import LoadSettings, Mode
 from thermocline.errors import ThermoclineError, UsageError, printable
 from thermocline.files.companion import companion
 from thermocline.files.gguf import GgufFile
-from thermocline.files.powerinfer import read_predictor
 from thermocline.files.sidecar import SidecarKind
 from thermocline.files.source import ModelSource
 from thermocline.model.spec import ModelSpec
@@ -101,10 +101,8 @@ def find_predictor(source: ModelSource, spec: ModelSpec, path: Path | str | None
         predictor = load_predictor(file, source.fingerprint, model_name=spec.name)
         predictor.require_fits(file, spec)
         return Found(predictor, file, f"predictor {printable(file.name, 80)}")
-    inside = read_predictor(source) if isinstance(source, GgufFile) else None
-    if inside is None:
-        return None
-    return Found(Predictor.of_powerinfer(inside), source.path, INSIDE)
+    inside = predictor_inside(source) if isinstance(source, GgufFile) else None
+    return None if inside is None else Found(inside, source.path, INSIDE)
 
 
 def threshold_of_environment(environment: Mapping[str, str]) -> float | None:

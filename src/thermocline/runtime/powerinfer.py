@@ -1,0 +1,135 @@
+"""PowerInfer's folders of PyTorch files, in and out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from thermocline.activity.inside import for_powerinfer, predictor_inside
+from thermocline.activity.predictor import Predictor, predictor_of, save_predictor
+from thermocline.activity.statistics import Activity
+from thermocline.activity.store import load_activity, save_activity
+from thermocline.errors import ModelFormatError, UsageError, printable
+from thermocline.files.gguf import GgufFile
+from thermocline.files.open import open_model
+from thermocline.files.powerinfer_folder import (
+    read_activation_folder,
+    read_predictor_folder,
+    write_activation_folder,
+    write_predictor_folder,
+)
+from thermocline.files.sidecar import SidecarKind, read_sidecar
+from thermocline.model.families import family_of
+
+SOLVED = 256
+"""PowerInfer's solver takes neurons in groups of so many."""
+
+
+@dataclass(frozen=True, slots=True)
+class Exchanged:
+    """What was written, and what there is to say about it, one line each."""
+
+    path: Path
+    n_layer: int
+    n_ff: int
+    notes: tuple[str, ...]
+
+
+def import_activity(
+    model: str | Path, folder: str | Path, output: str | Path, *, tokens: int = 0, force: bool = False
+) -> Exchanged:
+    """Read PowerInfer's `activation_0.pt` and so on, by their numbers, as the activity of `model`, and write it.
+
+    The files do not say how many `tokens` were read; 0 takes the largest count for it.
+
+    Raises:
+        UsageError: fewer tokens than a neuron fired, or `output` is there and not to be replaced.
+        ModelFormatError: the folder is not of this model's layers and neurons, or holds anything but whole numbers.
+        OutputError: the file could not be written.
+    """
+    path, folder = _new(output, force=force), Path(folder)
+    with open_model(model) as source:
+        spec, fingerprint = family_of(source).spec(source), source.fingerprint
+    found = read_activation_folder(folder, n_layer=spec.n_layer, n_ff=spec.n_ff)
+    counts = np.stack([np.asarray(layer) for layer in found.counts])
+    fired = counts.astype(np.int64)
+    if (fired != counts).any():
+        layer = int(np.argmax((fired != counts).any(axis=1)))
+        raise ModelFormatError(folder, f"activation_{layer}.pt", "holds counts that are no whole numbers")
+    most, notes = int(fired.max()), list(found.warnings)
+    if tokens and tokens < most:
+        raise UsageError(f"tokens is {tokens}, but a neuron fired {most} times")
+    if not tokens:
+        notes.append(f"the files do not say how many tokens were read: taken for {max(most, 1)}, the largest count")
+    activity = Activity.from_counts(fingerprint, spec.name, fired, tokens or max(most, 1))
+    save_activity(activity, path)
+    return Exchanged(path, spec.n_layer, spec.n_ff, tuple(notes))
+
+
+def export_activity(activity_file: str | Path, folder: str | Path) -> Exchanged:
+    """Write an activity's counts as PowerInfer's `activation_0.pt` and so on, in a new folder.
+
+    Raises:
+        ModelFormatError: the file holds no activity.
+        OutputError: the folder is there and not empty, or cannot be written.
+    """
+    activity, folder = load_activity(activity_file), Path(folder)
+    write_activation_folder(folder, list(activity.fired))
+    notes = []
+    if activity.n_ff % SOLVED:
+        notes.append(f"PowerInfer solves only for a multiple of {SOLVED} neurons; these are {activity.n_ff}")
+    return Exchanged(folder, activity.n_layer, activity.n_ff, tuple(notes))
+
+
+def import_predictor(model: str | Path, folder: str | Path, output: str | Path, *, force: bool = False) -> Exchanged:
+    """Read PowerInfer's `model_0.pt` and so on, and its `config.json`, as the predictor of `model`, and write it.
+
+    Raises:
+        UsageError: `output` is there and not to be replaced.
+        ModelFormatError: the folder is not of this model's layers and sizes, or holds anything but matrices.
+        NumericalError: a number is NaN or infinite.
+        OutputError: the file could not be written.
+    """
+    path = _new(output, force=force)
+    with open_model(model) as source:
+        spec, fingerprint = family_of(source).spec(source), source.fingerprint
+    found = read_predictor_folder(folder, n_layer=spec.n_layer)
+    predictor = Predictor.of_powerinfer(found.predictor)
+    predictor.require_fits(folder, spec)
+    save_predictor(predictor, path, fingerprint, model_name=spec.name)
+    return Exchanged(path, spec.n_layer, spec.n_ff, found.warnings)
+
+
+def export_predictor(predictor_file: str | Path, folder: str | Path, *, threshold: float | None = None) -> Exchanged:
+    """Write a predictor, a sidecar or what a model file has inside, as PowerInfer's `model_0.pt` and so on.
+
+    `threshold`, if given, is used in all layers.
+
+    Raises:
+        UsageError: the thresholds of its layers cannot be made one, or the model has no predictor inside.
+        ModelFormatError: the file holds no predictor.
+        OutputError: the folder is there and not empty, or cannot be written.
+    """
+    predictor = _predictor(Path(predictor_file))
+    if threshold is not None:
+        predictor = predictor.with_threshold(threshold)
+    write_predictor_folder(folder, for_powerinfer(predictor))
+    return Exchanged(Path(folder), len(predictor.layers), predictor.layers[0].fc2.rows, ())
+
+
+def _predictor(path: Path) -> Predictor:
+    if path.suffix == ".safetensors":
+        return predictor_of(read_sidecar(path, SidecarKind.PREDICTOR))
+    inside = predictor_inside(GgufFile.open(path))
+    if inside is None:
+        raise UsageError(f"{printable(str(path))} has no predictor inside")
+    return inside
+
+
+def _new(path: str | Path, *, force: bool) -> Path:
+    path = Path(path)
+    if path.exists() and not force:
+        raise UsageError(f"{printable(str(path))} is there already; --force replaces it")
+    return path

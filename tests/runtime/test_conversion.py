@@ -1,0 +1,291 @@
+"""Conversion from end to end: orders, predictors, activities beside the file; refusals, interrupts and full disks."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from thermocline import LLM, convert, profile, quantize, read_activity
+from thermocline import order as make_order
+from thermocline.activity.inside import predictor_inside
+from thermocline.activity.predictor import save_predictor
+from thermocline.config import LoadSettings
+from thermocline.errors import FingerprintError, OutputError, ThermoclineError, UsageError
+from thermocline.files.companion import companion
+from thermocline.files.gguf import GgufFile
+from thermocline.files.open import open_model
+from thermocline.files.powerinfer import PowerinferPredictor
+from thermocline.files.powerinfer_folder import write_predictor_folder
+from thermocline.files.sidecar import SidecarKind
+
+GREEDY = {"temperature": 0, "ignore_eos": True, "max_tokens": 16}
+TEXT = "def first(n):\n    return n + 1\n" * 20
+
+
+@pytest.fixture
+def model(tiny_model: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copy(tiny_model, tmp_path / "m.gguf"))
+
+
+@pytest.fixture
+def activity(model: Path, tmp_path: Path) -> Path:
+    (tmp_path / "code.py").write_text(TEXT)
+    path = tmp_path / "m.activity.safetensors"
+    profile(model, [tmp_path / "code.py"], path, LoadSettings(ctx_size=64, threads=1))
+    return path
+
+
+@pytest.fixture
+def predictor(model: Path, oracle: Any, tmp_path: Path) -> Path:
+    path = tmp_path / "p.safetensors"
+    with open_model(model) as source:
+        save_predictor(oracle(source, 1e-20, 0.5), path, source.fingerprint, model_name="tiny")
+    return path
+
+
+def says(path: Path, **settings: Any) -> str:
+    with LLM.load(path, threads=1, **settings) as llm:
+        return llm.generate("def ", **GREEDY).text
+
+
+def test_ordered_with_its_predictor_it_says_the_same(model: Path, activity: Path, predictor: Path) -> None:
+    out = model.with_name("out.gguf")
+    done = convert(model, out, activity=activity, predictor=predictor)
+    assert done.written == out.stat().st_size
+    assert done.read == sum(len(t.data) for t in GgufFile.open(model).tensors.values())
+    assert done.activity == model.with_name("out.activity.safetensors")
+    plain = says(model)
+    assert says(out) == plain
+    assert says(out, mode="predicted") == plain
+    assert says(out, mode="dense") == plain
+
+
+def test_the_activity_beside_it_is_for_the_new_numbers(model: Path, activity: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.gguf"
+    convert(model, out, activity=activity)
+    before, after = read_activity(activity), read_activity(companion(out, SidecarKind.ACTIVITY))
+    assert after.model_fingerprint == GgufFile.open(out).fingerprint != before.model_fingerprint
+    assert (np.diff(after.fired, axis=1) <= 0).all()
+    assert (np.sort(after.fired) == np.sort(before.fired)).all()
+    assert (after.order == np.arange(96)).all()
+    again = tmp_path / "again"
+    profile(out, [tmp_path / "code.py"], again, LoadSettings(ctx_size=64, threads=1))
+    # In another order sums are rounded otherwise, so that a neuron at the border fires or not, here and there.
+    counted = read_activity(again)
+    assert np.abs(counted.fired - after.fired).sum() <= 0.001 * after.fired.sum()
+    np.testing.assert_allclose(counted.contribution, after.contribution, rtol=0.01, atol=0.01)
+
+
+def test_counts_of_the_original_still_order_a_converted_model(model: Path, activity: Path, tmp_path: Path) -> None:
+    make_order(activity, tmp_path / "by", by="contribution")
+    convert(model, tmp_path / "a.gguf", order=tmp_path / "by", outtype="f16")
+    convert(tmp_path / "a.gguf", tmp_path / "b.gguf", activity=activity)
+    convert(model, tmp_path / "c.gguf", activity=activity, outtype="f16")
+    b, c = GgufFile.open(tmp_path / "b.gguf"), GgufFile.open(tmp_path / "c.gguf")
+    fired = [read_activity(tmp_path / f"{name}.activity.safetensors").fired for name in "bc"]
+    assert (fired[0] == fired[1]).all()
+    assert set(b.weights) == set(c.weights)
+    other = quantize(tmp_path / "b.gguf", tmp_path / "d.gguf", "Q8_0")
+    assert not other.powerinfer
+    convert(tmp_path / "d.gguf", tmp_path / "e.gguf", activity=activity)  # of the first model, by way of two others
+
+
+def test_other_models_are_refused_by_fingerprint(
+    model: Path, activity: Path, predictor: Path, tiny_plain: Path, tmp_path: Path
+) -> None:
+    make_order(activity, tmp_path / "by")
+    for wrong in ({"activity": activity}, {"predictor": predictor}, {"order": tmp_path / "by"}):
+        with pytest.raises(FingerprintError):
+            convert(tiny_plain, tmp_path / "out.gguf", **wrong)
+    assert not (tmp_path / "out.gguf").exists()
+
+
+def test_a_folder_of_powerinfers_predictors_goes_inside(model: Path, oracle: Any, tmp_path: Path) -> None:
+    with open_model(model) as source:
+        found = oracle(source)
+    write_predictor_folder(tmp_path / "folder", PowerinferPredictor(found.layers, 1e-20))
+    convert(model, tmp_path / "out.gguf", predictor=tmp_path / "folder")
+    inside = predictor_inside(GgufFile.open(tmp_path / "out.gguf"))
+    assert inside is not None
+    assert inside.thresholds == pytest.approx((1e-20, 1e-20))
+    assert says(tmp_path / "out.gguf", mode="predicted") == says(model)
+    convert(model, tmp_path / "low.gguf", predictor=tmp_path / "folder", threshold=-1.0)
+    assert predictor_inside(GgufFile.open(tmp_path / "low.gguf")).thresholds == (-1.0, -1.0)  # type: ignore[union-attr]
+
+
+def test_standard_and_dense_models_keep_the_layout_of_other_engines(
+    model: Path, tiny_silu: Path, tmp_path: Path
+) -> None:
+    convert(model, tmp_path / "standard.gguf", standard=True, outtype="f16")
+    convert(tiny_silu, tmp_path / "silu.gguf", outtype="f16")
+    convert(model, tmp_path / "records.gguf", outtype="f16")
+    parts = [
+        {name.split(".")[2] for name in GgufFile.open(tmp_path / f"{name}.gguf").tensors if "ffn_down" in name}
+        for name in ("standard", "silu", "records")
+    ]
+    assert parts == [{"ffn_down"}, {"ffn_down"}, {"ffn_down_t"}]
+    # What is stored as it was keeps its format by default, and quantising keeps the layout.
+    convert(model, tmp_path / "auto.gguf")
+    assert {t.format.name for t in GgufFile.open(tmp_path / "auto.gguf").tensors.values()} == {"F32", "Q8_0"}
+    quantize(tmp_path / "records.gguf", tmp_path / "q.gguf", "q4_0")
+    tensors = GgufFile.open(tmp_path / "q.gguf").tensors
+    assert tensors["blk.0.ffn_down_t.weight"].format.name == "Q4_0"
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "type": ({"outtype": "q5_1"}, "outtype is q5_1; allowed: auto, f32, f16, bf16, q8_0, q4_0"),
+    "both": ({"activity": "a", "order": "b"}, "give --activity or --order, not both"),
+    "standard order": ({"standard": True, "order": "b"}, "--standard writes what other engines read"),
+    "standard predictor": ({"standard": True, "predictor": "b"}, "--standard writes what other engines read"),
+    "powerinfer type": ({"powerinfer": True, "outtype": "q8_0"}, "PowerInfer computes with auto, f16, q4_0"),
+    "threshold of nobody": ({"threshold": 0.0}, "none is inside the model: name one with --predictor"),
+    "powerinfer without": ({"powerinfer": True}, "PowerInfer's loader needs a predictor"),
+    "unknown": ({"outttype": "f16"}, "outttype is no setting; known are outtype, predictor"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_before_any_work(model: Path, tmp_path: Path, name: str) -> None:
+    wanted, message = REFUSED[name]
+    with pytest.raises(UsageError, match=message):
+        convert(model, tmp_path / "out.gguf", **wanted)
+    assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
+
+
+def test_dense_models_have_nothing_to_predict(tiny_silu: Path, tmp_path: Path) -> None:
+    for wanted in ({"predictor": "p"}, {"powerinfer": True}):
+        with pytest.raises(UsageError, match="silu gives no zeros"):
+            convert(tiny_silu, tmp_path / "out.gguf", **wanted)
+
+
+@pytest.mark.parametrize("kind", ["Q4_K_M", "Q3_K", "", "f64"])
+def test_types_that_are_not_made(model: Path, tmp_path: Path, kind: str) -> None:
+    hint = "; mixtures of types are not made" if kind == "Q4_K_M" else ""
+    with pytest.raises(UsageError, match=f"Q4_K, Q5_K, Q6_K{hint}$"):
+        quantize(model, tmp_path / "out.gguf", kind)
+
+
+def test_files_that_are_there_are_kept_unless_forced(model: Path, activity: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.gguf"
+    out.write_text("mine")
+    for act in (lambda **f: convert(model, out, **f), lambda **f: quantize(model, out, "Q4_0", **f)):
+        with pytest.raises(UsageError, match=r"out\.gguf is there already; --force replaces it"):
+            act()
+        assert out.read_text() == "mine"
+    convert(model, out, force=True)
+    assert GgufFile.open(out).tensors
+    out.unlink()
+    companion(out, SidecarKind.ACTIVITY).write_text("mine")
+    with pytest.raises(UsageError, match=r"out\.activity\.safetensors is there already"):
+        convert(model, out, activity=activity)
+    assert not out.exists()
+
+
+def test_a_model_may_replace_itself(model: Path) -> None:
+    before = says(model)
+    convert(model, model, outtype="f32", force=True)
+    assert {t.format.name for t in GgufFile.open(model).tensors.values()} == {"F32"}
+    assert says(model) == before
+
+
+# Killed, cut short, out of space
+
+
+@pytest.mark.parametrize("after", [0, 1, 7, 20])
+def test_a_full_disk_leaves_the_old_file(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    out, writes, real = tmp_path / "out.gguf", [], os.write
+    out.write_text("old")
+
+    def full(descriptor: int, data: Any) -> int:
+        writes.append(1)
+        if len(writes) > after:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(descriptor, data)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("thermocline.files.atomic.os.write", full)
+        with pytest.raises(OutputError, match="No space left"):
+            convert(model, out, outtype="f16", force=True)
+    assert out.read_text() == "old"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.gguf", "out.gguf"]
+
+
+def test_too_little_space_is_told_before_anything_is_written(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = os.statvfs(tmp_path)
+    monkeypatch.setattr(os, "statvfs", lambda _: os.statvfs_result((*disk[:3], 0, 0, *disk[5:])))
+    tensors: list[str] = []
+    with pytest.raises(OutputError, match="0 are free on its disk"):
+        convert(model, tmp_path / "out.gguf", progress=lambda done, total, name: tensors.append(name))
+    assert tensors == []
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_an_interrupt_at_every_tensor_leaves_nothing(model: Path, tmp_path: Path, error: type[BaseException]) -> None:
+    count = len(GgufFile.open(model).tensors)
+
+    def stop_at(last: int) -> Callable[[int, int, str], None]:
+        seen: list[str] = []
+
+        def tell(done: int, total: int, name: str) -> None:
+            seen.append(name)
+            if len(seen) > last:
+                raise error
+
+        return tell
+
+    for last in range(count):
+        with pytest.raises(error):
+            convert(model, tmp_path / "out.gguf", outtype="f16", progress=stop_at(last))
+        assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
+
+
+KILLED = """
+import sys
+from thermocline import convert
+convert(sys.argv[1], sys.argv[2], outtype="f16", force=True, progress=lambda d, t, name: print(name, flush=True))
+print("done", flush=True)
+"""
+
+
+def test_kill_minus_nine_in_a_loop(model: Path, tmp_path: Path) -> None:
+    """Whenever it is killed, there is no file, or the old one; the next run clears what the last one left."""
+    out, kills = tmp_path / "out.gguf", 0
+    convert(model, tmp_path / "whole.gguf", outtype="f16")
+    whole = (tmp_path / "whole.gguf").read_bytes()
+    for lines in (1, 5, 12, 20, 1000, 1, 15):
+        child = subprocess.Popen([sys.executable, "-c", KILLED, str(model), str(out)], stdout=subprocess.PIPE)
+        assert child.stdout is not None
+        told = [line for _, line in zip(range(lines), iter(child.stdout.readline, b""), strict=False)]
+        child.kill()
+        child.communicate()
+        kills += child.returncode == -9 and b"done\n" not in told
+        assert not out.exists() or out.read_bytes() == whole
+    assert kills >= 4
+    assert out.read_bytes() == whole
+    convert(model, out, outtype="f16", force=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.gguf", "out.gguf", "whole.gguf"]
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"PK\3\4", b"{}"])
+def test_what_is_no_model_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "m.gguf").write_bytes(content)
+    for act in (
+        lambda: convert(tmp_path / "m.gguf", tmp_path / "o"),
+        lambda: quantize(tmp_path / "m.gguf", "o", "F16"),
+    ):
+        with pytest.raises(ThermoclineError):
+            act()
+    assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
