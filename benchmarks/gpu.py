@@ -66,7 +66,7 @@ ACTIVE, THRESHOLD, CLUSTER = 0.12, 1.2, 256
 SHAPES = {
     "7b": Shape(4096, 11008, 32, 32, 32),
     "13b": Shape(5120, 13824, 40, 40, 40),
-    "smoke": Shape(64, 512, 2, 2, 1, 64),
+    "smoke": Shape(64, 512, 2, 2, 1, 320),
 }
 BUDGETS = (0.10, 0.25, 0.50, 0.75, 1.00)
 Row = dict[str, Any]
@@ -346,7 +346,7 @@ def _decode(transformer: Transformer, cache: KVCache, token: int, steps: int) ->
 
 def crossings(bench: Bench) -> list[Row]:
     """Seconds that one empty crossing adds to a captured step: a model all of whose neurons but a cluster are hot."""
-    shape = Shape(64, 512, 4 if SMOKE else 32, 2, 1, 64)
+    shape = Shape(64, 512, 2 if SMOKE else 32, 2, 1, 320)
     source, _ = synthetic(shape, F16)
     ways = [Way.PLAIN] if bench.gpu.device.type != "cuda" else [Way.MEMORY, Way.CALLS, Way.PLAIN]
     seconds: dict[str, float] = {}

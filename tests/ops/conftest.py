@@ -19,6 +19,7 @@ from thermocline.files.weight import Weight
 from thermocline.ops.contract import ActiveSet, KVLayer, NeuronBlock
 from thermocline.ops.cpu import CpuOps
 from thermocline.ops.cuda.ops import CudaOps
+from thermocline.ops.cuda.tuning import Tuning
 from thermocline.ops.reference import ReferenceOps
 
 THREADS = (1, 2, 3)
@@ -72,7 +73,7 @@ class OnTensors:
 @cache
 def gpu_ops() -> OnTensors:
     """On the GPU where one is and the interpreter is off, else in the interpreter."""
-    return OnTensors(CudaOps(tf32=False))
+    return OnTensors(CudaOps(tf32=False, tuning=Tuning()))
 
 
 CPUS = [f"{isa}-{threads}" for isa in _native.isa_levels() for threads in THREADS]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from thermocline.activity.predictor import Predictor
+from thermocline.api import LLM
 from thermocline.config import CacheType, Mode
 from thermocline.errors import HardwareError, UsageError
 from thermocline.files.open import open_model
@@ -28,11 +31,14 @@ VRAM, RAM = Tier.VRAM, Tier.RAM
 PROMPT, STEPS = [5, 9, 2, 7], [4, 1, 8]
 
 
-def load(path: Any, hot: tuple[int, ...], entry: Tier = RAM, mode: Mode = Mode.AUTO) -> tuple[Transformer, KVCache]:
+def load(
+    path: Any, hot: tuple[int, ...], entry: Tier = RAM, predictor: Predictor | None = None
+) -> tuple[Transformer, KVCache]:
     source = open_model(path)
+    mode = Mode.AUTO if predictor is None else Mode.PREDICTED
     memory = Memory({VRAM: CudaDevice(CudaOps(tf32=False)), RAM: Host(CpuOps(1))}, {VRAM: 1 << 30})
     seats = Seating(entry, VRAM, tuple(LayerSeat(VRAM, depth, 96) for depth in hot))
-    transformer, _ = load_transformer(source, memory, seats=seats, n_ctx=32, mode=mode)
+    transformer, _ = load_transformer(source, memory, seats=seats, n_ctx=32, mode=mode, predictor=predictor)
     cache = KVCache(transformer.spec, [layer.device.ops for layer in transformer.layers], 32, CacheType.F16)
     prompt = np.array(PROMPT, np.int32)
     transformer.step(prompt, (Segment(cache, 0, len(prompt)),), transformer.workspace(len(prompt)), Outputs.NONE)
@@ -61,6 +67,20 @@ def test_a_recorded_step_is_the_plain_step(tiny_model: Any, hot: tuple[int, ...]
         assert there.up_rows == sum(hot)
         assert here.up_rows == sum(96 - depth for depth in hot)
     assert cache.length == len(PROMPT) + len(STEPS)
+
+
+@pytest.mark.parametrize("hot", [(32, 64), (96, 0)])
+def test_each_side_computes_what_is_predicted_of_its_own_neurons(tiny_model: Any, oracle: Any, hot: Any) -> None:
+    with open_model(tiny_model) as source:
+        predictor = oracle(source)
+    exact, cache = load(tiny_model, hot)
+    wanted, *counts = CapturedStep(exact, cache).run(4, len(PROMPT))
+    predicted, cache = load(tiny_model, hot, predictor=predictor)
+    ready = [replace(x, predictor=replace(x.predictor, tokens=1)) for x in predicted.layers if x.predictor is not None]
+    logits, there, here = CapturedStep(replace(predicted, layers=tuple(ready)), cache).run(4, len(PROMPT))
+    np.testing.assert_allclose(logits, wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max())
+    assert (there.fired, here.fired) == tuple(count.fired for count in counts)
+    assert there.up_rows + here.up_rows == there.fired + here.fired
 
 
 @pytest.mark.parametrize("fault", [Fault.DIE, Fault.FAIL, Fault.STALL])
@@ -155,3 +175,13 @@ def test_ways_to_cross_are_probed_in_order(tiny_model: Any, monkeypatch: pytest.
         if way is not Way.MEMORY:
             with pytest.raises(UsageError, match="does not work here"):
                 CapturedStep(transformer, cache, way=Way.MEMORY)
+
+
+def test_a_model_runs_with_device_cuda_as_it_does_on_the_cpu(tiny_model: Any) -> None:
+    """From the file to the tokens: a plan under a budget, loading into it, and a captured step for every token."""
+    how = {"temperature": 0.0, "max_tokens": 3, "ignore_eos": True}
+    with LLM.load(tiny_model, ctx_size=32, threads=1) as llm:
+        expected = llm.generate([5, 9, 2], **how)
+    with LLM.load(tiny_model, ctx_size=32, threads=1, device="cuda", vram_budget="10M") as llm:
+        assert not any("plain way" in notice for notice in llm.notices)
+        assert llm.generate([5, 9, 2], **how).text == expected.text

@@ -8,7 +8,7 @@ or the plain crossing), the same calls are made anew for each token.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,19 +16,21 @@ from typing import Any
 import numpy as np
 import torch
 
+from thermocline.config import Mode
 from thermocline.errors import UsageError
 from thermocline.hardware.machine import Tier
 from thermocline.memory.kv_cache import KVCache
 from thermocline.memory.neuron_store import ResidentNeurons
 from thermocline.model.feed_forward import Neurons, Tally
-from thermocline.model.network import Transformer
+from thermocline.model.network import Layer, Transformer
 from thermocline.model.workspace import Views, Workspace
-from thermocline.ops.contract import ALL, ActiveSet, FfnWork
+from thermocline.ops.contract import ALL, ActiveSet, Arrays, FfnWork
 from thermocline.ops.cpu import CpuOps
 from thermocline.ops.cuda.crossing import Crossing, Way, choose, finish
 from thermocline.ops.cuda.feedforward import DeviceSet
 from thermocline.ops.cuda.ops import CudaOps
 from thermocline.ops.handover import PATIENCE, ColdWorker, Mailbox
+from thermocline.runtime.sequence import Step, Tokens, TransformerSequence
 
 Floats = Any
 
@@ -97,9 +99,15 @@ class CapturedStep:
     """
 
     def __init__(
-        self, transformer: Transformer, cache: KVCache, *, way: Way = Way.AUTO, patience: float = PATIENCE
+        self,
+        transformer: Transformer,
+        cache: KVCache,
+        *,
+        way: Way = Way.AUTO,
+        patience: float = PATIENCE,
+        arrays: Mapping[Tier, Arrays] | None = None,
     ) -> None:
-        """Every layer's home and the head must be on the GPU.
+        """Every layer's home and the head must be on the GPU. `arrays` make the workspace, as for `Transformer`.
 
         Raises:
             UsageError: a part of the step is elsewhere, or the way of crossing does not exist here.
@@ -114,7 +122,7 @@ class CapturedStep:
         self._embedding = transformer.embedding
         self._worker, self._crossing, box = self._worker_of(transformer, way, patience)
         self._transformer = self._crossed(transformer, box)
-        self._workspace = transformer.workspace(1, 1)
+        self._workspace = transformer.workspace(1, 1, arrays=arrays)
         self._token, self._position = self._pair((1,), torch.int32), self._pair((1,), torch.int32)
         self._x = self._pair((1, transformer.spec.n_embd), torch.float32)
         self._counts = self._pair((4,), torch.int64)
@@ -198,9 +206,11 @@ class CapturedStep:
         mailbox = Mailbox.of(made, n_embd, max(part.stop - part.start for part in cold))
         worker = ColdWorker(host, mailbox, patience)
         skip = transformer.mode.value != "dense"
-        for part in cold:
-            assert isinstance(part, ResidentNeurons)
-            worker.add(part.block, skip_zeros=skip, listed=transformer.scored > 0)
+        for layer in transformer.layers:
+            for part in layer.ffn.parts:
+                if part.device.tier is not Tier.VRAM:
+                    assert isinstance(part, ResidentNeurons)
+                    worker.add(part.block, skip_zeros=skip, listed=_threshold(transformer, layer) is not None)
         crossing, self.notice = choose(way, worker, self.ops.device)
         _, x, partial, ids, count = tensors
         back = torch.zeros(n_embd, device=self.ops.device)
@@ -216,10 +226,8 @@ class CapturedStep:
                 raise UsageError("a captured step takes one slice of neurons a side; run it uncaptured")
             first = hot[0] if hot else None
             assert first is None or isinstance(first, ResidentNeurons)
-            threshold = layer.predictor.threshold if layer.predictor is not None and transformer.scored else None
-            ffn = Crossed(
-                self.ops, first, number if cold else 0, first.stop if first else 0, self._crossing, box, threshold
-            )
+            at, depth, threshold = number if cold else 0, first.stop if first else 0, _threshold(transformer, layer)
+            ffn = Crossed(self.ops, first, at, depth, self._crossing, box, threshold)
             layers.append(replace(layer, ffn=ffn))  # type: ignore[arg-type]
         return replace(transformer, layers=tuple(layers))
 
@@ -229,3 +237,43 @@ class CapturedStep:
     def _pair(self, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """An array of the host and one of the device."""
         return self._pinned(shape, dtype), torch.zeros(shape, dtype=dtype, device=self.ops.device)
+
+
+def _threshold(transformer: Transformer, layer: Layer) -> float | None:
+    """The threshold of a layer that is predicted for single tokens, None for one that is not."""
+    predictor = layer.predictor
+    if transformer.mode is not Mode.PREDICTED or predictor is None or predictor.tokens < 1:
+        return None
+    if predictor.device is not layer.device:
+        raise UsageError("a captured step needs its predictors on the GPU; run it uncaptured")
+    return predictor.threshold
+
+
+class CapturedSequence(TransformerSequence):
+    """A sequence whose single tokens are replayed; prompts take the plain way, over the same cache."""
+
+    def __init__(
+        self, transformer: Transformer, cache: KVCache, ubatch: int, arrays: Mapping[Tier, Arrays] | None = None
+    ) -> None:
+        """See `CapturedStep` for what must be on the GPU."""
+        super().__init__(transformer, cache, ubatch, arrays)
+        self.captured = CapturedStep(transformer, cache, arrays=arrays)
+
+    def step(self, tokens: Tokens, start: int, *, logits: bool) -> Step:
+        """See the protocol."""
+        if len(tokens) > 1 or not logits:
+            return super().step(tokens, start, logits=logits)
+        self.tally.clear()
+        row, hot, cold = self.captured.run(int(tokens[0]), start)
+        return Step(row, FfnWork(*(a + b for a, b in zip(hot, cold, strict=True))), hot)
+
+
+def sequence_of(
+    transformer: Transformer, cache: KVCache, ubatch: int, arrays: Mapping[Tier, Arrays]
+) -> tuple[TransformerSequence, list[str]]:
+    """The fastest sequence that this placement allows, and what there is to say about it."""
+    try:
+        sequence = CapturedSequence(transformer, cache, ubatch, arrays)
+    except UsageError as error:
+        return TransformerSequence(transformer, cache, ubatch, arrays), [f"decoding takes the plain way: {error}"]
+    return sequence, [] if sequence.captured.notice is None else [sequence.captured.notice]

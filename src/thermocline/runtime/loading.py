@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from thermocline.activity.predictor import MOST_TOKENS
-from thermocline.config import LoadSettings
+from thermocline.config import DeviceKind, LoadSettings
 from thermocline.errors import BudgetError, OutputError
 from thermocline.files.source import ModelSource
 from thermocline.hardware.cores import find_cores
@@ -119,7 +119,13 @@ def load_model(
         caches, scratch = memory.arrays(Purpose.KV), memory.arrays(Purpose.ACTIVATIONS)
         homes = [caches[layer.device.tier] for layer in transformer.layers]
         cache = KVCache(spec, homes, n_ctx, settings.cache_type_k, settings.cache_type_v)
-        sequence = TransformerSequence(transformer, cache, ubatch, scratch)
+        if settings.device is DeviceKind.CUDA:
+            from thermocline.runtime.captured import sequence_of  # torch is needed with a GPU only
+
+            sequence, more = sequence_of(transformer, cache, ubatch, scratch)
+            notices = [*notices, *more]
+        else:
+            sequence = TransformerSequence(transformer, cache, ubatch, scratch)
         placing.claim_scratch()
     except BaseException:
         memory.close()

@@ -98,6 +98,11 @@ def _device(settings: LoadSettings) -> DeviceKind:
     return DeviceKind.CPU if settings.device is DeviceKind.AUTO else settings.device
 
 
+def _stands_in(kind: DeviceKind) -> bool:
+    """Whether the device is part of this machine's RAM: the emulated one, and the interpreter's."""
+    return kind is DeviceKind.EMULATED or (kind is DeviceKind.CUDA and interpreted())
+
+
 def _powerinfer(settings: LoadSettings) -> list[str]:
     notices = []
     if settings.reset_gpu_index:
@@ -129,7 +134,7 @@ def _problem(
 ) -> tuple[Problem, Order | None, tuple[str, ...]]:
     """What is to be placed, under the budgets that were stated, else those of the plan, else what there is."""
     plan_settings = PlanSettings(
-        emulated=kind is DeviceKind.EMULATED or (kind is DeviceKind.CUDA and interpreted()),
+        emulated=_stands_in(kind),
         vram_budget=settings.vram_budget or AUTO,
         ram_budget=settings.ram_budget or AUTO,
     )
@@ -184,7 +189,7 @@ def _plan(
             plan = make_plan(replace(problem, machine=measured.machine(problem.machine)), fingerprint)
             return replace(plan, machine=machine), (*why, "planned with the last run's figures")
         why = (*why, "--replan: no run with this model was measured on this machine yet")
-    make = stand_in if kind is DeviceKind.EMULATED else make_plan
+    make = stand_in if _stands_in(kind) else make_plan
     return replace(make(problem, fingerprint), machine=machine), why
 
 

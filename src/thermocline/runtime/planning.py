@@ -21,6 +21,7 @@ from thermocline.files.sidecar import SidecarKind
 from thermocline.files.source import ModelSource
 from thermocline.hardware import catalogue
 from thermocline.hardware.disk import SMALLEST
+from thermocline.hardware.gpu import find_gpus
 from thermocline.hardware.machine import Machine, Tier
 from thermocline.hardware.probe import emulated, machine_of, probe_machine
 from thermocline.memory.kv_cache import kv_bytes_per_token
@@ -223,8 +224,9 @@ def machine_and_budgets(
         machine = machine_of(survey, probe, model)
         if settings.emulated:
             machine = emulated(machine, probe, survey.memory.usable)
-        cards = probe.gpus
-        free = {Tier.RAM: survey.memory.available, Tier.VRAM: cards[0].total if cards else survey.memory.available // 2}
+        # What is free now, other processes counted, only the driver knows; the probe keeps what lasts.
+        cards = () if settings.emulated else find_gpus()
+        free = {Tier.RAM: survey.memory.available, Tier.VRAM: cards[0].free if cards else survey.memory.available // 2}
     if machine.gpu is None and stated:
         raise UsageError(
             f"{machine.name} has no GPU, and --vram-budget says how much of one to use; leave it out, plan for "

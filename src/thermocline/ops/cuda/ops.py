@@ -18,7 +18,7 @@ from thermocline.ops.cuda.feedforward import DeviceSet
 from thermocline.ops.cuda.launch import Launcher, launch
 from thermocline.ops.cuda.layout import DeviceMatrix, arranged
 from thermocline.ops.cuda.scratch import Scratch
-from thermocline.ops.cuda.tuning import Tuning, power_of_two
+from thermocline.ops.cuda.tuning import FEWER_PROGRAMS, Tuning, power_of_two
 
 Tensor = torch.Tensor
 
@@ -55,7 +55,7 @@ class CudaOps:
             HardwareError: torch, Triton, a driver or the device is missing; the message names the remedy.
         """
         self.device, self.name = open_device(device)
-        self.tuning = tuning or Tuning()
+        self.tuning = tuning or (FEWER_PROGRAMS if self.device.type == "cpu" else Tuning())
         self.launcher = launcher
         self.tf32 = tf32
         self.scratch = Scratch(self.device)

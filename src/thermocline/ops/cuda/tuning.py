@@ -44,6 +44,10 @@ class Tuning:
         return min(self.most_groups, power_of_two(max(neurons // self.group_size, 1)))
 
 
+FEWER_PROGRAMS = Tuning(rows=64, ahead=4, most_groups=2)
+"""For the interpreter, where a program costs milliseconds whatever it computes."""
+
+
 def power_of_two(n: int) -> int:
     """The smallest power of two that is at least `n`."""
     return 1 << max(n - 1, 0).bit_length()
