@@ -22,6 +22,7 @@ from thermocline.config import LoadSettings
 from thermocline.errors import FingerprintError, OutputError, ThermoclineError, UsageError
 from thermocline.files.companion import companion
 from thermocline.files.gguf import GgufFile
+from thermocline.files.gguf_writer import write_gguf
 from thermocline.files.open import open_model
 from thermocline.files.powerinfer import PowerinferPredictor
 from thermocline.files.powerinfer_folder import write_predictor_folder
@@ -289,3 +290,60 @@ def test_what_is_no_model_is_refused(tmp_path: Path, content: bytes) -> None:
         with pytest.raises(ThermoclineError):
             act()
     assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
+
+
+# For PowerInfer
+
+
+@pytest.fixture
+def reglu(tiny_silu: Path, tmp_path: Path) -> Path:
+    """The SwiGLU model as ReGLU, which PowerInfer computes."""
+    source = GgufFile.open(tiny_silu)
+    write_gguf(
+        tmp_path / "m.gguf",
+        source.typed_metadata() | {"llama.hidden_activation": "relu"},
+        list(source.weights.values()),
+    )
+    return tmp_path / "m.gguf"
+
+
+def magic(path: Path) -> bytes:
+    return path.read_bytes()[:4]
+
+
+def test_a_file_for_powerinfer_predicts_here_as_there(reglu: Path, oracle: Any, tmp_path: Path) -> None:
+    with open_model(reglu) as source:
+        save_predictor(oracle(source, 1e-20), tmp_path / "p.safetensors", source.fingerprint)
+    out = tmp_path / "out.gguf"
+    done = convert(reglu, out, predictor=tmp_path / "p.safetensors", powerinfer=True)
+    assert done.powerinfer
+    assert magic(out) == b"PWRI"
+    stored = GgufFile.open(out)
+    assert stored.metadata["powerinfer.sparse_threshold"] == pytest.approx(1e-20)
+    assert {t.format.name for t in stored.tensors.values()} == {"F32", "F16"}
+    convert(reglu, tmp_path / "f16.gguf", outtype="f16")
+    assert says(out, mode="predicted") == says(tmp_path / "f16.gguf")
+    # Its neurons in another order, from the predictor that is inside; then as PowerInfer's INT4.
+    (tmp_path / "code.py").write_text(TEXT)
+    profile(out, [tmp_path / "code.py"], tmp_path / "a", LoadSettings(ctx_size=64, threads=1))
+    again = convert(out, tmp_path / "sorted.gguf", powerinfer=True, activity=tmp_path / "a")
+    assert again.powerinfer
+    assert magic(tmp_path / "sorted.gguf") == b"PWRI"
+    assert says(tmp_path / "sorted.gguf", mode="predicted") == says(out)
+
+
+def test_powerinfers_files_stay_its_own_where_it_computes_with_the_type(
+    reglu: Path, oracle: Any, tmp_path: Path
+) -> None:
+    with open_model(reglu) as source:
+        save_predictor(oracle(source, 1e-20), tmp_path / "p.safetensors", source.fingerprint)
+    convert(reglu, tmp_path / "f.gguf", predictor=tmp_path / "p.safetensors", powerinfer=True)
+    done = quantize(tmp_path / "f.gguf", tmp_path / "q4.gguf", "Q4_0")
+    assert done.powerinfer
+    assert magic(tmp_path / "q4.gguf") == b"PWRI"
+    assert GgufFile.open(tmp_path / "q4.gguf").tensors["blk.0.fc2.weight"].format.name == "Q4_0"
+    done = quantize(tmp_path / "f.gguf", tmp_path / "q8.gguf", "Q8_0")
+    assert not done.powerinfer
+    assert magic(tmp_path / "q8.gguf") == b"GGUF"
+    assert done.notes[0] == "PowerInfer computes with F16, Q4_0 only: the file is for Thermocline"
+    assert says(tmp_path / "q8.gguf", mode="predicted") == says(tmp_path / "q8.gguf")
