@@ -6,15 +6,17 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 __all__ = [
-    "LLM", "LoadSettings", "SamplingSettings", "ThermoclineError", "__version__", "compare_plans", "convert",
-    "describe", "examine", "explain", "export_activity", "export_gpu_index", "export_predictor", "import_activity",
-    "import_predictor", "known_machines", "merge_activities", "order", "perplexity", "plan", "probe_machine",
-    "profile", "quantize", "read_activity", "report", "save_order", "save_plan", "shipped_model",
+    "LLM", "LoadSettings", "SamplingSettings", "ThermoclineError", "TrainSettings", "__version__", "audit",
+    "compare_plans", "convert", "describe", "examine", "explain", "export_activity", "export_gpu_index",
+    "export_predictor", "import_activity", "import_predictor", "known_machines", "merge_activities", "order",
+    "perplexity", "plan", "probe_machine", "profile", "quantize", "read_activity", "report", "save_order", "save_plan",
+    "shipped_model", "train_predictor",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
     from thermocline.api import (
         LLM,
+        audit,
         compare_plans,
         convert,
         describe,
@@ -38,12 +40,14 @@ if TYPE_CHECKING:
         save_order,
         save_plan,
         shipped_model,
+        train_predictor,
     )
-    from thermocline.config import LoadSettings, SamplingSettings
+    from thermocline.config import LoadSettings, SamplingSettings, TrainSettings
     from thermocline.errors import ThermoclineError
 
 _HOMES = {
     "LLM": "thermocline.api",
+    "audit": "thermocline.api",
     "compare_plans": "thermocline.api",
     "convert": "thermocline.api",
     "describe": "thermocline.api",
@@ -67,8 +71,10 @@ _HOMES = {
     "save_order": "thermocline.api",
     "save_plan": "thermocline.api",
     "shipped_model": "thermocline.api",
+    "train_predictor": "thermocline.api",
     "LoadSettings": "thermocline.config",
     "SamplingSettings": "thermocline.config",
+    "TrainSettings": "thermocline.config",
     "ThermoclineError": "thermocline.errors",
 }
 

@@ -17,13 +17,15 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from thermocline.activity.audit import MIN_TOKENS, AuditResult
 from thermocline.activity.order import By, Order, save_order
 from thermocline.activity.pictures import Picture
 from thermocline.activity.profile import Existing, Profiled, Progress
 from thermocline.activity.report import write_report
 from thermocline.activity.statistics import Activity, merge_all
 from thermocline.activity.store import load_activity, save_activity
-from thermocline.config import LoadSettings, SamplingSettings
+from thermocline.activity.training import Step, Trained
+from thermocline.config import LoadSettings, SamplingSettings, TrainSettings
 from thermocline.errors import ThermoclineError, UsageError, printable
 from thermocline.files.open import open_model
 from thermocline.files.source import ModelSource
@@ -36,6 +38,7 @@ from thermocline.placement.explain import gain_table, layer_table, plan_diff, se
 from thermocline.placement.picture import placement_picture
 from thermocline.placement.plan import Plan
 from thermocline.placement.plan_file import load_plan, save_plan
+from thermocline.runtime.auditing import Audited, audit_predictor
 from thermocline.runtime.bench import BenchRow, run_bench
 from thermocline.runtime.conversion import Converted, Wanted
 from thermocline.runtime.conversion import convert_model as convert
@@ -55,19 +58,21 @@ from thermocline.runtime.powerinfer import (
 )
 from thermocline.runtime.profiling import profile_model
 from thermocline.runtime.report import RunReport
+from thermocline.runtime.training import train_predictor as train_model
 from thermocline.text.chat import ChatTemplate
 
 __all__ = [
-    "LLM", "Activity", "BenchRow", "By", "Converted", "Exchanged", "Existing", "FinishReason", "Generation", "Item",
-    "LoadSettings", "ModelInfo", "Order", "Perplexity", "Plan", "PlanSettings", "PlanTable", "Planned",
-    "PredictorInfo", "Probe", "Profiled", "Progress", "RunReport", "SamplingSettings", "Scored", "Stream", "Survey",
-    "ThermoclineError", "Wanted", "compare_plans", "convert", "describe", "examine", "explain", "export_activity",
-    "export_gpu_index", "export_predictor", "import_activity", "import_predictor", "known_machines",
-    "merge_activities", "order", "perplexity", "plan", "probe_machine", "profile", "quantize", "read_activity",
-    "report", "save_order", "save_plan", "shipped_model",
+    "LLM", "Activity", "AuditResult", "Audited", "BenchRow", "By", "Converted", "Exchanged", "Existing",
+    "FinishReason", "Generation", "Item", "LoadSettings", "ModelInfo", "Order", "Perplexity", "Plan", "PlanSettings",
+    "PlanTable", "Planned", "PredictorInfo", "Probe", "Profiled", "Progress", "RunReport", "SamplingSettings",
+    "Scored", "Step", "Stream", "Survey", "ThermoclineError", "TrainSettings", "Trained", "Wanted", "audit",
+    "compare_plans", "convert", "describe", "examine", "explain", "export_activity", "export_gpu_index",
+    "export_predictor", "import_activity", "import_predictor", "known_machines", "merge_activities", "order",
+    "perplexity", "plan", "probe_machine", "profile", "quantize", "read_activity", "report", "save_order", "save_plan",
+    "shipped_model", "train_predictor",
 ]  # fmt: skip
 
-Settings = TypeVar("Settings", LoadSettings, SamplingSettings, PlanSettings)
+Settings = TypeVar("Settings", LoadSettings, SamplingSettings, PlanSettings, TrainSettings)
 Messages = Sequence[Mapping[str, Any]]
 
 SHIPPED = Path(__file__).parent / "shipped" / "epilimnion.q8_0.gguf"
@@ -273,6 +278,31 @@ def shipped_model() -> Path:
     return SHIPPED
 
 
+def audit(
+    model: str | Path | None,
+    texts: Sequence[str | Path],
+    settings: LoadSettings | None = None,
+    *,
+    tokens: int = MIN_TOKENS,
+    notice: Callable[[str], None] | None = None,
+    progress: Callable[[Audited], None] | None = None,
+) -> AuditResult:
+    """Hold a model's predictor to exact computing over `tokens` tokens of texts, and note the result in its file.
+
+    The predictor is the one beside the model, or `settings.predictor`. Mode auto goes by the note.
+
+    Raises:
+        ThermoclineError: the subclass and the message say what was in the way. Not passing is a result, no error.
+    """
+    source = open_model(shipped_model() if model is None else model)
+    try:
+        return audit_predictor(
+            source, texts, settings or LoadSettings(), tokens=tokens, notice=notice, progress=progress
+        )
+    finally:
+        source.close()
+
+
 def describe(model: str | Path | None = None) -> ModelInfo:
     """Say what a model file is, without loading it.
 
@@ -351,6 +381,47 @@ def perplexity(
             settings or LoadSettings(),
             chunks=chunks,
             stride=stride,
+            notice=notice,
+            progress=progress,
+        )
+    finally:
+        source.close()
+
+
+def train_predictor(
+    model: str | Path | None,
+    texts: Sequence[str | Path],
+    output: str | Path,
+    load: LoadSettings | None = None,
+    settings: TrainSettings | None = None,
+    *,
+    activity: str | Path | None = None,
+    overwrite: bool = False,
+    restart: bool = False,
+    notice: Callable[[str], None] | None = None,
+    progress: Callable[[Step], None] | None = None,
+    **overrides: Any,
+) -> Trained:
+    """Train a predictor on texts (files, or folders of them) and write `output`; needs torch (the extra `train`).
+
+    `overrides` are single fields of `TrainSettings`. `activity`, what `profile` wrote, tells where the search for each
+    layer's size begins, and from which magnitude on a neuron fires. A second call goes on where one that was killed
+    stopped, unless `restart`.
+
+    Raises:
+        ThermoclineError: the subclass and the message say what was in the way.
+    """
+    source = open_model(shipped_model() if model is None else model)
+    try:
+        return train_model(
+            source,
+            texts,
+            Path(output),
+            load or LoadSettings(),
+            _settings(TrainSettings, settings, overrides),
+            activity=activity,
+            overwrite=overwrite,
+            restart=restart,
             notice=notice,
             progress=progress,
         )

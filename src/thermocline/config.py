@@ -209,6 +209,66 @@ class SamplingSettings:
             _sampling(fits, f"logit_bias of token {token}", bias, "-1000000 to 1000000, or -inf")
 
 
+class PredictorType(StrEnum):
+    """Number format of a predictor's matrices."""
+
+    Q8_0 = "q8_0"
+    Q4_0 = "q4_0"
+    F16 = "f16"
+
+
+class TrainDevice(StrEnum):
+    """What trains."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainSettings:
+    """How a predictor is trained."""
+
+    tokens: int = 131072
+    """Most tokens to read, of files in an order of chance; 0 reads all. Every eighth sequence is kept for measuring."""
+    energy_recall: float = 0.99
+    """Least share of the layer's energy, |activation| x norm of the down row, that the selected neurons carry."""
+    recall: float = 0.0
+    """Least share of the firing neurons that are selected, beside the energy recall."""
+    rank: int = 0
+    """Width of the hidden layers; 0 fits it layer by layer, so that a token reads the fewest bytes."""
+    max_share: float = 0.09
+    """Most numbers of the predictor for each weight of the model; 0 sets no limit."""
+    epochs: float = 6.0
+    """How often each token is looked at; fits of the search for the rank take a third of it."""
+    batch: int = 1024
+    """Tokens of a training step."""
+    learning_rate: float = 0.01
+    """Of AdamW, after a short warm-up; it falls linearly to zero."""
+    outtype: PredictorType = PredictorType.Q8_0
+    """Number format of the predictor; thresholds are set and qualities measured in it."""
+    train_on: TrainDevice = TrainDevice.AUTO
+    """What trains: auto takes a GPU where there is one."""
+    seed: int = 1
+    """Seed of everything that is drawn."""
+
+    def __post_init__(self) -> None:
+        _check_numbers(self, TrainSettings, UsageError)
+        for name, kind in (("outtype", PredictorType), ("train_on", TrainDevice)):
+            value = getattr(self, name)
+            _check(value in list(kind), name, value, ", ".join(kind))
+            object.__setattr__(self, name, kind(value))
+        _check(0 <= self.tokens <= 1 << 40, "tokens", self.tokens, "0 (all of the text) to 1099511627776")
+        _check(0 < self.energy_recall < 1, "energy-recall", self.energy_recall, "more than 0, less than 1")
+        _check(0 <= self.recall < 1, "recall", self.recall, "0 (no wish) to less than 1")
+        _check(self.rank % 32 == 0 and 0 <= self.rank <= 1 << 16, "rank", self.rank, "0 (fit it) or a multiple of 32")
+        _check(0 <= self.max_share <= 1, "max-share", self.max_share, "0 (no limit) to 1")
+        _check(0 < self.epochs <= 1000, "epochs", self.epochs, "more than 0, at most 1000")
+        _check(1 <= self.batch <= 1 << 16, "batch", self.batch, "1 to 65536")
+        _check(0 < self.learning_rate <= 1, "learning-rate", self.learning_rate, "more than 0, at most 1")
+        _check(0 <= self.seed < 1 << 63, "seed", self.seed, "0 to 2^63-1")
+
+
 def _strings(value: object) -> tuple[str, ...]:
     """`value` as stop strings; a single one is welcome."""
     many = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Iterable) else (value,)

@@ -60,6 +60,16 @@ class HardwareError(ThermoclineError):
     """The machine lacks what was asked for."""
 
 
+class MissingPackageError(ThermoclineError):
+    """What was asked for needs a package that is not installed; `extra` is the extra of this one that brings it."""
+
+    def __init__(self, purpose: str, package: str, extra: str) -> None:
+        super().__init__(
+            f"{purpose} needs {package}, which is not installed or does not load; pip install 'thermocline[{extra}]'"
+        )
+        self.extra = extra
+
+
 class BudgetError(ThermoclineError):
     """What was asked for does not fit a memory budget.
 

@@ -95,3 +95,14 @@ def test_what_cannot_be_read_is_told(tmp_path: Path) -> None:
     (tmp_path / "x").write_text("x")
     with pytest.raises(UsageError, match="holds nothing"):
         list(windows(find_texts([tmp_path / "x"]).files[0], tokenize, (1, 2), 2))
+
+
+def test_an_order_of_chance_is_the_same_wherever_the_files_lie(tmp_path: Path) -> None:
+    orders = []
+    for folder in ("a", "z"):
+        (tmp_path / folder).mkdir()
+        for i in range(20):
+            (tmp_path / folder / f"{i:02}.txt").write_text("x" * (i % 5 + 1))
+        orders.append([file.path.name for file in find_texts([tmp_path / folder]).shuffled().files])
+    assert orders[0] == orders[1] != sorted(orders[0])
+    assert sorted(orders[0]) == [f"{i:02}.txt" for i in range(20)]

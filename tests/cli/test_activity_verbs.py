@@ -42,13 +42,16 @@ def test_profile_writes_what_activity_shows(command, tiny_model, text, tmp_path)
 
 def test_profile_tells_a_machine_and_a_person(command, tiny_model, text, tmp_path) -> None:
     (tmp_path / "picture").write_bytes(b"\xff\xfe\0")
-    call = ("profile", "-m", tiny_model, "--text", tmp_path / "picture", "--text", text, *CALL, "-n", 100)
+    call = ("profile", "-m", tiny_model, "--text", tmp_path / "picture", "--text", text, *CALL)
     record = json.loads(command(*call, "-o", "x", "--json").out)
-    assert (record["tokens"], record["files"], len(record["skipped"])) == (100, 1, 1)
-    assert record["activity"]["tokens"] == 100
+    tokens = record["tokens"]
+    assert (record["files"], len(record["skipped"])) == (1, 1)
+    assert record["activity"]["tokens"] == tokens > 100
+    part = json.loads(command(*call, "-n", 100, "-o", "z", "--json").out)
+    assert (part["tokens"], part["files"]) == (100, 1)
     told = command(*call, "-o", "y", "--verbose").err
     assert "1 files are no UTF-8 text and were skipped: picture\n" in told
-    assert "100 tokens of 1 files, " in told
+    assert f"{tokens} tokens of 1 files, " in told
 
 
 def test_merging_by_flag_and_by_verb_is_the_same(command, tiny_model, text, tmp_path) -> None:
@@ -99,6 +102,34 @@ def test_perplexity_tells_a_person_and_a_machine(command, tiny_model, text) -> N
     assert "every token scored once" in command(*call, "--stride", 32).out
 
 
+def test_a_predictor_is_trained_audited_and_drawn(command, tiny_model, text, tmp_path) -> None:
+    pytest.importorskip("torch")
+    model = tmp_path / "m.gguf"
+    model.write_bytes(tiny_model.read_bytes())
+    predictor = "m.predictor.safetensors"
+    command("profile", "-m", model, "--text", text, "-o", "x", *CALL)
+    train = ("train-predictor", "-m", model, "--activity", "x", "--text", text, "-c", 16, "-t", 1, "--max-share", 0,
+             "--epochs", 1, "--energy-recall", 0.9, "--train-on", "cpu", "-o", predictor)  # fmt: skip
+    done = command(*train)
+    assert (done.code, done.err) == (0, "")
+    record = json.loads(command(*train, "--overwrite", "--json").out)
+    for layer in record["layers"]:
+        assert f"{layer['energy_recall']:.2%}" in done.out
+        assert layer["energy_recall"] >= 0.9
+    assert f"{record['share_of_parameters']:.2%} of the model's numbers" in done.out
+    audited = command("audit", "-m", model, "--text", text, "-n", 50, "-c", 32, "-t", 1)
+    assert audited.code == 1
+    assert audited.err == ""
+    assert "FAILED: " in audited.out
+    assert audited.out.count("FAILED") >= 2
+    record = json.loads(command("audit", "-m", model, "--text", text, "-n", 50, "-c", 32, "-t", 1, "--json").out)
+    assert (record["passed"], record["stored"], record["exact"]["max_kl"]) == (False, True, 0.0)
+    assert "audit failed (" in command("show", model).out
+    drawn = command("report", "x", "--predictor", predictor, "--pictures", "pictures").out.split()
+    names = {Path(path).stem for path in drawn}
+    assert {"predictor", "predictor_rank", "predictor_curve", "predictor_audit"} <= names
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "problem"),
     [
@@ -119,6 +150,12 @@ def test_perplexity_tells_a_person_and_a_machine(command, tiny_model, text) -> N
         (["activity", "order", "code.py", "-o", "y"], 1, "header length"),
         (["perplexity", "--text", "nowhere"], 2, "nowhere cannot be read"),
         (["perplexity", "--text", "code.py", "-c", "100000"], 2, "give more text or a smaller -c"),
+        (["audit", "--text", "code.py"], 2, "train one"),
+        (["audit", "--text", "code.py", "--mode", "dense"], 2, "predicts nothing"),
+        (["train-predictor", "--text", "code.py", "-o", "no/y"], 2, "make it first"),
+        (["train-predictor", "--text", "code.py", "-o", "y", "--rank", "33"], 2, "a multiple of 32"),
+        (["train-predictor", "--text", "code.py", "-o", "y", "--max-share", "0.01"], 2, "allow more"),
+        (["train-predictor", "--text", "code.py", "-o", "y", "--activity", "code.py"], 1, "header length"),
         (["report", "x"], 2, "nothing to write"),
         (["report", "nowhere", "-o", "y"], 1, "does not exist"),
         (["report", "x", "-o", "no/y"], 1, "No such file"),
@@ -127,8 +164,8 @@ def test_perplexity_tells_a_person_and_a_machine(command, tiny_model, text) -> N
 )
 def test_what_is_wrong_is_told_in_one_line(command, tiny_model, text, arguments, code, problem) -> None:
     command("profile", "-m", tiny_model, "--text", text, "-o", "x", *CALL)
-    if arguments[0] == "profile":
-        arguments = ["profile", "-m", tiny_model, *CALL, *arguments[1:]]
+    if arguments[0] in ("profile", "audit", "train-predictor"):
+        arguments = [arguments[0], "-m", tiny_model, *CALL, *arguments[1:]]
     outcome = command(*arguments)
     assert outcome.code == code
     assert problem in outcome.err

@@ -55,29 +55,71 @@ def predictor_pictures(info: Mapping[str, Any]) -> list[Picture]:
     layers = info.get("layers")
     if not isinstance(layers, list) or not layers or not all(isinstance(layer, Mapping) for layer in layers):
         return []
-    pictures = []
-    qualities = {name: _column(layers, key) for key, name in QUALITIES.items()}
-    qualities = {name: values for name, values in qualities.items() if not np.isnan(values).all()}
-    if qualities:
-        lowest = min(float(np.nanmin(values)) for values in qualities.values())
-        low = max(0.0, np.floor((lowest - 0.02) * 10) / 10)
-        axis = Axis(low, 1.0, "share", percents(low, 1.0))
-        plot = Plot("How well the predictor does", layer_axis(len(layers)), axis)
-        for (name, values), colour in zip(qualities.items(), COLOURS, strict=False):
-            plot.line(range(len(layers)), values, colour, name=name, dots=True)
-        caption = (
-            "Recall: share of the firing neurons that are selected. Energy recall: share of the squared output "
-            "they carry. Precision: share of the selected neurons that fire."
-        )
-        pictures.append(Picture("predictor", plot.svg(), caption))
+    audit = info.get("audit")
+    audited = audit.get("layers") if isinstance(audit, Mapping) else None
+    pictures = [
+        _qualities("predictor", "How well the predictor does", layers, "Measured while training."),
+        _qualities("predictor_audit", "The same in the audit", audited, "Measured while decoding, on other text."),
+        _sizes_of_predictor(layers),
+        _curves(layers),
+    ]
+    return [picture for picture in pictures if picture is not None]
+
+
+def _qualities(name: str, title: str, layers: Any, when: str) -> Picture | None:
+    if not isinstance(layers, list) or not layers or not all(isinstance(layer, Mapping) for layer in layers):
+        return None
+    qualities = {word: _column(layers, key) for key, word in QUALITIES.items()}
+    qualities = {word: values for word, values in qualities.items() if not np.isnan(values).all()}
+    if not qualities:
+        return None
+    lowest = min(float(np.nanmin(values)) for values in qualities.values())
+    low = max(0.0, np.floor((lowest - 0.02) * 10) / 10)
+    plot = Plot(title, layer_axis(len(layers)), Axis(low, 1.0, "share", percents(low, 1.0)))
+    for (word, values), colour in zip(qualities.items(), COLOURS, strict=False):
+        plot.line(range(len(layers)), values, colour, name=word, dots=True)
+    caption = (
+        f"{when} Recall: share of the firing neurons that are selected. Energy recall: share of |activation| x norm of "
+        "the down row that these carry. Precision: share of the selected neurons that fire."
+    )
+    return Picture(name, plot.svg(), caption)
+
+
+def _sizes_of_predictor(layers: list[Mapping[str, Any]]) -> Picture | None:
     ranks = _column(layers, "rank")
-    if not np.isnan(ranks).all():
-        high = float(np.nanmax(ranks)) * 1.08
-        marks = tuple((value, f"{value:.0f}") for value in _round_marks(high))
-        plot = Plot("Size of the predictor", layer_axis(len(layers)), Axis(0, high, "hidden size (rank)", marks))
-        plot.bars(ranks, (TEAL,))
-        pictures.append(Picture("predictor_rank", plot.svg(), "Each layer's predictor is as large as its recall asks."))
-    return pictures
+    if np.isnan(ranks).all():
+        return None
+    high = float(np.nanmax(ranks)) * 1.08
+    marks = tuple((value, f"{value:.0f}") for value in _round_marks(high))
+    plot = Plot("Size of the predictor", layer_axis(len(layers)), Axis(0, high, "hidden size (rank)", marks))
+    plot.bars(ranks, (TEAL,))
+    return Picture("predictor_rank", plot.svg(), "Each layer's predictor is as large as pays.")
+
+
+def _curves(layers: list[Mapping[str, Any]]) -> Picture | None:
+    """Energy recall over the share of selected neurons, a line for each layer that tells it."""
+    curves = [(number, _points(layer.get("curve"))) for number, layer in enumerate(layers)]
+    curves = [(number, points) for number, points in curves if len(points)]
+    if not curves:
+        return None
+    low = float(np.floor(min(points[:, 0].min() for _, points in curves) * 10) / 10)
+    axis = share_axis([points[:, 1].max() for _, points in curves], "share of neurons selected")
+    plot = Plot("What more neurons bring", axis, Axis(low, 1.0, "energy recall", percents(low, 1.0)))
+    for number, points in curves:
+        plot.line(points[:, 1], points[:, 0], _depth_colour(number, len(layers)), width=1.4, dots=True)
+    plot.legend = [("first layer", _depth_colour(0, 2)), ("last layer", _depth_colour(1, 2))]
+    caption = "Other thresholds select more neurons or fewer. The predictor's own was set for the wanted energy recall."
+    return Picture("predictor_curve", plot.svg(), caption)
+
+
+def _points(curve: Any) -> Floats:
+    """Pairs of shares as (n, 2); none where the note is not what it should be."""
+    try:
+        points = np.array(curve if isinstance(curve, list) else [], np.float64).reshape(-1, 2)
+    except (TypeError, ValueError):
+        return np.zeros((0, 2))
+    fits = bool(((points >= 0) & (points <= 1)).all())
+    return points if fits else np.zeros((0, 2))
 
 
 def _ranked(activity: Activity) -> Picture:

@@ -130,7 +130,7 @@ class Predictor:
         Raises:
             NumericalError: a number does not fit the format.
         """
-        layers = tuple(_in_format(layer, fmt) for layer in self.layers)
+        layers = tuple(in_format(layer, fmt) for layer in self.layers)
         info = {key: value for key, value in self.info.items() if key != "audit"}
         return replace(self, layers=layers, active_shares=None, info=info)
 
@@ -270,7 +270,8 @@ def _vector(sidecar: Sidecar, name: str, length: int | None = None) -> npt.NDArr
     return vector
 
 
-def _in_format(layer: PredictorLayer, fmt: BlockFormat) -> PredictorLayer:
+def in_format(layer: PredictorLayer, fmt: BlockFormat) -> PredictorLayer:
+    """One layer in another format; see `Predictor.in_format`."""
     fc1, fc2 = to_float(layer.fc1), to_float(layer.fc2)
     more = -layer.rank % math.lcm(RANK_UNIT, fmt.block)
     if more:

@@ -117,6 +117,8 @@ def profile(
 ) -> Profiled:
     """Run `corpus` through the model, at most `tokens` of it (0: all), and write the activity to `output`.
 
+    A limited run takes the files in an order of chance.
+
     A journal beside the output lets a second start go on where a killed one stopped; `restart` forgets it. With
     `Existing.MERGE` the new counts are added to those of `output`, which must be this model's.
 
@@ -138,7 +140,9 @@ def profile(
     if old is not None and any(record.get("id") == run.id for record in old.runs):
         journal.unlink(missing_ok=True)  # killed between the last two steps of a run: all was done
         return Profiled(old, run.tokens, run.tokens, len(corpus.files), (), time.perf_counter() - began)
-    reading = Reading(corpus, subject.tokenize, subject.prefix, subject.runner.window, tokens)
+    reading = Reading(
+        corpus.shuffled() if tokens else corpus, subject.tokenize, subject.prefix, subject.runner.window, tokens
+    )
     accumulator = Accumulator(before or start, subject.down_norms, subject.runner.to_host)
     resumed, saved = run.tokens, time.perf_counter()
     if before is None:
@@ -158,7 +162,7 @@ def profile(
     if not run.tokens:
         journal.unlink(missing_ok=True)
         raise UsageError(f"none of the {len(corpus.files)} files is a text with anything in it; name texts in UTF-8")
-    files = len(corpus.files) - len(reading.skipped)
+    files = reading.files
     fresh = accumulator.result((run.record(files=files, bytes=reading.nbytes),))
     activity = fresh if old is None else old.merge(fresh)
     save_activity(activity, output)

@@ -48,6 +48,14 @@ class Corpus:
             digest.update(f"{file.path}\0{file.size}\0{file.stamp}\0".encode("utf-8", "surrogateescape"))
         return digest.hexdigest()[:32]
 
+    def shuffled(self) -> Corpus:
+        """The same files in an order of chance that depends on names and sizes alone: a part is like the whole."""
+
+        def chance(file: TextFile) -> bytes:
+            return hashlib.sha256(f"{file.size} {file.path.name}".encode("utf-8", "surrogateescape")).digest()
+
+        return Corpus(tuple(sorted(self.files, key=chance)))
+
 
 @dataclass(frozen=True, slots=True)
 class Window:
@@ -130,15 +138,15 @@ def windows(file: TextFile, tokenize: Tokenize, prefix: Sequence[int], length: i
 class Reading:
     """The windows of all texts of a corpus, in order, up to a limit of tokens (0: none).
 
-    While it is iterated over, `share` tells how much of it is done (0 to 1), `nbytes` how many bytes of text were
-    read, and `skipped` which files are no text, or one that the tokenizer refuses.
+    While it is iterated over, `share` tells how much of it is done (0 to 1), `files` and `nbytes` how many texts and
+    bytes of them were read, and `skipped` which files are no text, or one that the tokenizer refuses.
     """
 
     def __init__(self, corpus: Corpus, tokenize: Tokenize, prefix: Sequence[int], length: int, limit: int = 0) -> None:
         self._corpus, self._limit = corpus, limit
         self._tokenize, self._prefix, self._length = tokenize, prefix, length
         self.skipped: list[Path] = []
-        self.nbytes = 0
+        self.files = self.nbytes = 0
         self.share = 0.0
 
     def __iter__(self) -> Iterator[Window]:
@@ -148,6 +156,7 @@ class Reading:
             if not is_text(file):
                 self.skipped.append(file.path)
             else:
+                self.files += 1
                 for window in self._windows(file):
                     if self._limit and tokens + len(window.tokens) >= self._limit:
                         window = Window(window.tokens[: self._limit - tokens], window.nbytes)
@@ -166,6 +175,7 @@ class Reading:
         try:
             yield from windows(file, self._tokenize, self._prefix, self._length)
         except RefusedTextError:
+            self.files -= 1
             self.skipped.append(file.path)
 
 

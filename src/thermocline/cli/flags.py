@@ -12,7 +12,7 @@ from typing import Annotated, Any, get_type_hints
 
 from cyclopts import Group, Parameter, Token
 
-from thermocline.config import LoadSettings, Mode, SamplingSettings
+from thermocline.config import LoadSettings, Mode, SamplingSettings, TrainSettings
 from thermocline.errors import SamplingError, UsageError, printable
 
 NAMES: dict[str, tuple[str, ...]] = {
@@ -25,9 +25,13 @@ NAMES: dict[str, tuple[str, ...]] = {
     "temperature": ("--temperature", "--temp"),
     "logit_bias": ("--logit-bias", "-l"),
     "seed": ("--seed", "-s"),
+    "tokens": ("--tokens", "-n"),
     "max_tokens": ("--n-predict", "--max-tokens", "-n"),
 }
 """Names as llama.cpp has them, where they are not the field's. The first gives the environment variable's name."""
+
+GROUPS: dict[type[Any], str] = {LoadSettings: "Loading", SamplingSettings: "Sampling", TrainSettings: "Training"}
+"""Settings that become flags, and what help calls them."""
 
 NOT_YET: dict[tuple[str, ...], str] = {
     ("--n-gpu-layers", "--gpu-layers", "-ngl"): "this version computes on the CPU only",
@@ -82,11 +86,11 @@ Verb = Callable[..., int]
 def with_settings(verb: Verb) -> Verb:
     """Give `verb` one flag for each field of its parameters that are settings, and refuse the flags in NOT_YET.
 
-    A parameter annotated `LoadSettings` or `SamplingSettings` becomes flags; the verb gets the finished object.
+    A parameter annotated with one of GROUPS becomes flags; the verb gets the finished object.
     """
     hints = get_type_hints(verb, include_extras=True)
     own = inspect.signature(verb).parameters
-    settings = {name: hints[name] for name in own if hints[name] in (LoadSettings, SamplingSettings)}
+    settings = {name: hints[name] for name in own if hints[name] in GROUPS}
     parameters = [p.replace(annotation=hints[name]) for name, p in own.items() if name not in settings]
     owners: dict[str, str] = {}
     for name, kind in settings.items():
@@ -114,10 +118,10 @@ def with_settings(verb: Verb) -> Verb:
     return run
 
 
-def _flags(kind: type[LoadSettings] | type[SamplingSettings]) -> list[inspect.Parameter]:
+def _flags(kind: type[Any]) -> list[inspect.Parameter]:
     """One keyword-only parameter for each field."""
     hints, docs = get_type_hints(kind), field_docs(kind)
-    group = Group("Loading" if kind is LoadSettings else "Sampling", sort_key=1 if kind is LoadSettings else 2)
+    group = Group(GROUPS[kind], sort_key=1 + list(GROUPS).index(kind))
     flags = []
     for field in fields(kind):
         hint, default, extra = hints[field.name], _default(field), SPECIAL.get(field.name, {})

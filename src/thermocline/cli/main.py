@@ -25,6 +25,8 @@ VERBS = {
     "profile": "Count which neurons of a model fire.",
     "activity": "Show which neurons fire, add up the statistics of several runs, or sort the neurons.",
     "report": "Draw which neurons fire, as a page of pictures.",
+    "train-predictor": "Train what tells which neurons will fire.",
+    "audit": "Hold a predictor to exact computing, and note whether it is good enough.",
     "perplexity": "Measure how well a model predicts a text.",
     "plan": "Decide what of a model lives in which memory, and predict its speed.",
     "convert": "Write a model as a GGUF file: ordered, quantised, with its predictor, for PowerInfer.",
@@ -60,7 +62,8 @@ def build_app(verb: str = "") -> App:
         default_parameter=Parameter(show_env_var=False),
     )
     for name, summary in VERBS.items():
-        app.command(f"thermocline.cli.{name}:{name}", name=name, help=None if name == verb else summary)
+        module = name.replace("-", "_")
+        app.command(f"thermocline.cli.{module}:{module}", name=name, help=None if name == verb else summary)
     return app
 
 

@@ -26,7 +26,9 @@ def profile(
     model: ModelFlag = None,
     text: TextFlag,
     output: Annotated[str, flag("--output", "-o", help="File to write, such as X.activity.safetensors.")],
-    tokens: Annotated[int, count("--tokens", "-n", help="Most tokens to read; 0 reads all.")] = 0,
+    tokens: Annotated[
+        int, count("--tokens", "-n", help="Most tokens to read, of files in an order of chance; 0 reads all.")
+    ] = 0,
     threshold: Annotated[
         float, flag("--threshold", help="A neuron fires if its activation's magnitude is above this.")
     ] = 0.0,

@@ -1,0 +1,169 @@
+"""Fits one layer's predictor with torch. Only whoever trains imports this file.
+
+scores = fc2 · relu(fc1 · x), trained to tell the firing neurons by a balanced loss: binary cross-entropy in which
+firing and silent neurons weigh the same in all, and a firing one by the root of its energy among the token's.
+
+The start is not random. Whether a neuron fires is, but for the scale of the norm, the sign of W x, with W the first
+matrix of the FFN times the norm's weights. Its best approximation of rank k on the tokens' residual streams is A B
+(reduced-rank regression: the singular vectors of W C^1/2, C the second moments of x). fc1 begins as B and fc2 as A,
+each direction turned so that it is positive more often than not; the last hidden unit looks along the mean of x, so
+that every neuron has something like a bias to learn. Where ranks are left over, the strongest directions get a second
+unit, which looks the other way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from thermocline.activity.capture import LayerData
+from thermocline.config import TrainDevice, TrainSettings
+from thermocline.errors import HardwareError, NumericalError
+
+Floats = npt.NDArray[np.float32]
+
+RUN: Final = 16
+"""Neighbouring tokens that are read together: on a disk, single ones would cost a seek each."""
+MOMENT_TOKENS: Final = 1 << 14
+"""Tokens from which moments are taken."""
+FAN_IN: Final = 256
+"""Inputs up to which the learning rate is as it is set; more inputs move an output more, and have a smaller one."""
+WARM_UP: Final = 0.1
+"""Share of the steps in which the learning rate rises."""
+SPREAD: Final = 2.0
+"""Standard deviation of the scores at the start: what a cross-entropy tells apart."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Fitted:
+    """A layer's matrices, float32: `fc1` (rank, n_embd), `fc2` (n_ff, rank)."""
+
+    fc1: Floats
+    fc2: Floats
+
+
+class Fitter:
+    """Fits predictors of one layer at any rank.
+
+    Args:
+        data: the layer's tokens.
+        first: (n_ff, n_embd), rows of the first matrix times the norm's weights; None starts at random.
+        n_ff: neurons.
+    """
+
+    def __init__(self, data: LayerData, first: Floats | None, n_ff: int, settings: TrainSettings) -> None:
+        self._data, self._n_ff, self._settings = data, n_ff, settings
+        self._device = device_of(settings.train_on)
+        sample = self._tensor(_spread(data.x, MOMENT_TOKENS))
+        self._scale = float(sample.square().mean().sqrt()) or 1.0
+        sample /= self._scale
+        self._mean = sample.mean(0)
+        self._start = None if first is None else self._directions(self._tensor(first), sample)
+
+    def fit(self, rank: int, share: float = 1.0, tick: Callable[[int], None] | None = None) -> Fitted:
+        """A predictor of `rank`, after `share` of all steps; `tick` is called with the tokens of each step.
+
+        The same data, settings and rank give the same numbers on the same machine with the same threads.
+
+        Raises:
+            NumericalError: the loss is not finite.
+        """
+        random = np.random.default_rng([self._settings.seed, rank])
+        fc1, fc2 = (matrix.requires_grad_() for matrix in self._initial(rank, random))
+        groups = [{"params": [matrix], "scale": min(FAN_IN / matrix.shape[1], 1.0)} for matrix in (fc1, fc2)]
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0)
+        batch = min(self._settings.batch, max(len(self._data.x), 1))
+        steps = max(1, round(share * self._settings.epochs * len(self._data.x) / batch))
+        for step in range(steps):
+            rate = min((step + 1) / max(WARM_UP * steps, 1), 1.0) * (1 - step / steps)
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["scale"] * self._settings.learning_rate
+            x, level = self._batch(random, batch)
+            loss = _loss(torch.relu(x @ fc1.T) @ fc2.T, level)
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            if tick is not None:
+                tick(batch)
+        if not bool(torch.isfinite(loss)):
+            raise NumericalError("training diverged: the loss is not finite; use a smaller --learning-rate")
+        return Fitted((fc1.detach() / self._scale).cpu().numpy(), fc2.detach().cpu().numpy())
+
+    def scores(self, fitted: Fitted, x: npt.NDArray[np.float16]) -> Floats:
+        """Scores (T, n_ff) of residual streams."""
+        with torch.no_grad():
+            hidden = torch.relu(self._tensor(x) @ self._tensor(fitted.fc1).T)
+            scores: Floats = (hidden @ self._tensor(fitted.fc2).T).cpu().numpy()
+        return scores
+
+    def _batch(self, random: np.random.Generator, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        length = min(RUN, count)
+        starts = random.integers(0, len(self._data.x) - length + 1, -(-count // length))
+        rows = (starts[:, None] + np.arange(length)).reshape(-1)[:count]
+        packed = torch.from_numpy(np.ascontiguousarray(self._data.level[rows])).to(self._device)
+        level = torch.stack([packed & 15, packed >> 4], dim=2).flatten(1)[:, : self._n_ff]
+        return self._tensor(self._data.x[rows]) / self._scale, level
+
+    def _initial(self, rank: int, random: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        n_embd = self._data.x.shape[1]
+        noise = random.standard_normal((rank, n_embd), np.float32) / np.float32(np.sqrt(n_embd))
+        fc1, fc2 = self._tensor(noise), torch.zeros(self._n_ff, rank, device=self._device)
+        energy = float(self._mean.square().sum())
+        if energy > 0:
+            fc1[-1] = self._mean / energy
+        if self._start is None:
+            fc2.copy_(self._tensor(random.standard_normal((self._n_ff, rank), np.float32)) / np.sqrt(rank))
+            return fc1, fc2
+        a, b = self._start
+        k = min(rank - 1, len(b))
+        more = min(rank - 1 - k, len(b))
+        fc1[:k], fc1[k : k + more] = b[:k], -b[:more]
+        fc2[:, :k], fc2[:, k : k + more] = a[:, :k], -a[:, :more]
+        return fc1, fc2
+
+    def _directions(self, first: torch.Tensor, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """A (n_ff, n_embd) and B (n_embd, n_embd), whose first k columns and rows are the best of rank k."""
+        moments = (sample.T @ sample / len(sample)).double()
+        moments.diagonal().add_(1e-6 * moments.diagonal().mean())
+        root = torch.linalg.cholesky(moments)
+        product = first.double() @ root
+        values, vectors = torch.linalg.eigh(product.T @ product)
+        vectors = vectors.flip(1)  # the largest first
+        a, b = product @ vectors, torch.linalg.solve_triangular(root, vectors.T, upper=False, left=False)
+        side = torch.where(sample.double().mean(0) @ b.T < 0, -1.0, 1.0)
+        spread = float((values.clamp_min(0).sum() / len(first)).sqrt()) or 1.0
+        return (a * side * (SPREAD / spread)).float(), (b * side[:, None]).float()
+
+    def _tensor(self, values: npt.NDArray[Any]) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values, np.float32)).to(self._device)
+
+
+def _loss(scores: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+    fired = level > 0
+    losses = torch.nn.functional.softplus(torch.where(fired, -scores, scores))
+    weights = fired * torch.exp2((level.float() - 15) / 2)
+    positive = (losses * weights).sum() / weights.sum().clamp_min(1e-9)
+    negative = (losses * ~fired).sum() / (~fired).sum().clamp_min(1)
+    return (positive + negative) / 2
+
+
+def device_of(device: TrainDevice) -> str:
+    """The device that trains.
+
+    Raises:
+        HardwareError: a GPU was asked for and there is none that torch can use.
+    """
+    found = torch.cuda.is_available()
+    if device is TrainDevice.CUDA and not found:
+        raise HardwareError("torch finds no GPU that it can use; use --train-on cpu")
+    return "cuda" if found and device is not TrainDevice.CPU else "cpu"
+
+
+def _spread(x: npt.NDArray[np.float16], most: int) -> npt.NDArray[np.float16]:
+    """At most `most` rows, evenly spread."""
+    return x[:: max(1, -(-len(x) // most))]

@@ -1,0 +1,95 @@
+"""A folder beside an output where unfinished work waits for its next start."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from thermocline.errors import ModelFormatError, OutputError, UsageError, printable
+from thermocline.files.atomic import atomic_write
+from thermocline.files.strict_json import parse_object
+
+
+class Workplace:
+    """The folder OUTPUT.work, of one run at a time. `identity` is what a second start must have in common with it."""
+
+    def __init__(self, output: Path, identity: Mapping[str, Any]) -> None:
+        self.folder = output.with_name(output.name + ".work")
+        self._identity = json.loads(json.dumps(identity))
+
+    @contextmanager
+    def occupied(self, *, restart: bool = False) -> Iterator[None]:
+        """Make the folder, or go on in the one that is there; `restart` empties it first.
+
+        Raises:
+            UsageError: another run is at work in it, or it is of a run over other texts or with other settings.
+            OutputError: it cannot be made.
+        """
+        with self.explained():
+            self.folder.mkdir(exist_ok=True)
+            descriptor = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UsageError(f"another run is at work in {printable(str(self.folder))}; let it finish") from None
+            if restart:
+                self._empty()
+            found = self.read_state("run")
+            if found and found != self._identity:
+                raise UsageError(
+                    f"an unfinished run over other texts or with other settings is kept in "
+                    f"{printable(str(self.folder))}: repeat its command to finish it, or give --restart to forget it"
+                )
+            self.write_state("run", self._identity)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def read_state(self, name: str) -> dict[str, Any]:
+        """What was written down under `name`; empty if nothing was.
+
+        Raises:
+            ModelFormatError: it is damaged.
+        """
+        path = self.folder / f"{name}.json"
+        try:
+            return dict(parse_object(path.read_bytes(), path, "state"))
+        except FileNotFoundError:
+            return {}
+        except OSError as error:
+            raise ModelFormatError(path, "state", f"cannot be read: {error.strerror}") from error
+
+    def write_state(self, name: str, state: Mapping[str, Any]) -> None:
+        """Write down `state`, whole or not at all."""
+        content = json.dumps(state).encode()
+        with atomic_write(self.folder / f"{name}.json", size=len(content)) as file:
+            file.write(content)
+
+    def remove(self) -> None:
+        """Remove the folder with all that is in it."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """Turn what the system refuses into an error that says where.
+
+        Raises:
+            OutputError: something in the block failed.
+        """
+        try:
+            yield
+        except OSError as error:
+            raise OutputError(
+                f"{printable(str(self.folder))}: cannot be written: {error.strerror or error}; what was done is kept"
+            ) from error
+
+    def _empty(self) -> None:
+        for entry in self.folder.iterdir():
+            entry.unlink()

@@ -1,0 +1,112 @@
+"""From a model's files and texts to a predictor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from thermocline.activity.accumulator import down_norms
+from thermocline.activity.store import load_activity
+from thermocline.activity.texts import find_texts
+from thermocline.activity.training import Learner, MakeFitter, Step, Trained, train
+from thermocline.config import LoadSettings, Mode, TrainSettings
+from thermocline.errors import MissingPackageError, UsageError, printable
+from thermocline.files.quantize import to_float
+from thermocline.files.source import ModelSource
+from thermocline.memory.loader import first_bytes
+from thermocline.model.families import family_of
+from thermocline.runtime.loading import load_model
+from thermocline.runtime.observed import ObservedRunner
+from thermocline.runtime.profiling import WINDOW
+
+
+def train_predictor(
+    source: ModelSource,
+    texts: Sequence[Path | str],
+    output: Path,
+    load: LoadSettings,
+    settings: TrainSettings,
+    *,
+    activity: Path | str | None = None,
+    overwrite: bool = False,
+    restart: bool = False,
+    notice: Callable[[str], None] | None = None,
+    progress: Callable[[Step], None] | None = None,
+) -> Trained:
+    """Load `source`, run `texts` through it, train its predictor and write it; see `activity.training.train`.
+
+    Raises:
+        MissingPackageError: torch is not installed.
+        UsageError: no neuron of this model is ever zero, or a text or a setting is not usable.
+        HardwareError: a GPU was asked for and there is none.
+        ThermoclineError: what `load_model` and `train` raise.
+    """
+    corpus = find_texts(texts)
+    if not output.parent.is_dir():
+        raise UsageError(f"the folder {printable(str(output.parent))} is not there; make it first")
+    family = family_of(source)
+    spec = family.spec(source)
+    if not spec.ffn.sparse:
+        raise UsageError(f"{spec.ffn.activation} gives no zeros, so that there is nothing to predict")
+    if load.mode not in (Mode.AUTO, Mode.EXACT, Mode.DENSE):
+        raise UsageError(f"mode {load.mode} does not compute every neuron that fires; train with exact or dense")
+    make_fitter = _fitter(settings)
+    counted = None if activity is None else load_activity(activity)
+    if counted is not None:
+        counted.require_model(source.fingerprint, spec.name)
+    window = load.ctx_size or min(spec.n_ctx_train, WINDOW)
+    mode = Mode.EXACT if load.mode is Mode.AUTO else load.mode
+    loaded = load_model(source, replace(load, ctx_size=window, mode=mode))
+    if notice is not None:
+        for line in loaded.notices:
+            notice(line)
+    weights, tokenizer = family.weights(source, spec), loaded.tokenizer
+    first = "ffn_gate" if spec.ffn.gated else "ffn_up"
+
+    def first_rows(layer: int) -> npt.NDArray[np.float32]:
+        rows = to_float(weights[f"blk.{layer}.{first}.weight"])
+        shared = weights[f"blk.{layer}.attn_norm.weight"]  # where the FFN has no norm of its own
+        return rows * to_float(weights.get(f"blk.{layer}.ffn_norm.weight", shared)).reshape(-1)
+
+    learner = Learner(
+        fingerprint=source.fingerprint,
+        name=spec.name,
+        n_embd=spec.n_embd,
+        parameters=spec.parameters,
+        first_bytes=first_bytes(spec, weights),
+        first_rows=first_rows,
+        down_norms=down_norms(weights, spec),
+        tokenize=lambda text: tokenizer.encode(text, add_special=False),
+        prefix=tokenizer.prefix,
+        runner=ObservedRunner(loaded.transformer, window, load),
+    )
+    return train(
+        learner,
+        corpus,
+        output,
+        settings,
+        make_fitter,
+        activity=counted,
+        overwrite=overwrite,
+        restart=restart,
+        progress=progress,
+    )
+
+
+def _fitter(settings: TrainSettings) -> MakeFitter:
+    """What fits, if torch is there.
+
+    Raises:
+        MissingPackageError: it is not.
+        HardwareError: a GPU was asked for and there is none.
+    """
+    try:
+        from thermocline.activity.fitting import Fitter, device_of  # torch takes seconds and may be missing
+    except (ImportError, OSError) as error:
+        raise MissingPackageError("training a predictor", "torch", "train") from error
+    device_of(settings.train_on)
+    return Fitter

@@ -1,0 +1,385 @@
+"""Training: predictors reach what was asked of them, and no interrupt loses or changes anything."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from thermocline import LLM
+from thermocline.activity import training as module
+from thermocline.activity.capture import Capture
+from thermocline.activity.predictor import load_predictor
+from thermocline.activity.training import Step, Trained
+from thermocline.activity.workplace import Workplace
+from thermocline.config import LoadSettings, OpsKind, TrainSettings
+from thermocline.errors import FingerprintError, MissingPackageError, OutputError, ThermoclineError, UsageError
+from thermocline.files.open import open_model
+from thermocline.runtime.profiling import profile_model
+from thermocline.runtime.training import train_predictor
+
+pytest.importorskip("torch")
+
+WINDOW, LAYERS, NEURONS, WIDTH = 16, 2, 96, 64
+LOAD = LoadSettings(ctx_size=WINDOW, ubatch=5, threads=1)
+FAST = {"epochs": 2.0, "batch": 64, "max_share": 0.0, "train_on": "cpu", "rank": 32}
+Run = Callable[..., Trained]
+
+
+class KilledError(BaseException):
+    """What no handler of the program catches, as a kill."""
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Any:
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def run(tiny_model: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Train a predictor of the tiny model; the state of the reading is saved after every sequence."""
+    monkeypatch.setattr("thermocline.activity.capture.SAVE_SECONDS", 0.0)
+
+    def go(output: str = "x", *, paths: list[Path] | None = None, load: LoadSettings = LOAD, **more: Any) -> Trained:
+        changes = {name: more.pop(name) for name in list(more) if name in TrainSettings.__slots__}
+        with open_model(more.pop("model", tiny_model)) as source:
+            settings = TrainSettings(**{**FAST, **changes})
+            return train_predictor(source, paths or [texts], tmp_path / output, load, settings, **more)
+
+    return go
+
+
+def same(first: Path, second: Path) -> bool:
+    return first.read_bytes() == second.read_bytes()
+
+
+@pytest.mark.parametrize("goal", [0.6, 0.95])
+@pytest.mark.parametrize("outtype", ["q8_0", "q4_0", "f16"])
+def test_what_was_asked_for_is_reached_and_told(run: Run, tmp_path: Path, tiny_model: Path, goal: float, outtype: str):
+    done = run(energy_recall=goal, outtype=outtype)
+    fingerprint = open_model(tiny_model).fingerprint
+    predictor = load_predictor(tmp_path / "x", fingerprint, verify=True)
+    assert [layer.fc1.format.name.lower() for layer in predictor.layers] == [outtype] * LAYERS
+    for layer, matrices, threshold, share in zip(
+        done.layers, predictor.layers, predictor.thresholds, predictor.active_shares, strict=True
+    ):
+        assert goal <= layer["energy_recall"] < 1.0
+        assert layer["active"] * layer["recall"] == pytest.approx(layer["selected"] * layer["precision"])
+        assert layer["bytes"] == matrices.fc1.nbytes + matrices.fc2.nbytes
+        assert (layer["rank"], layer["threshold"]) == (32, pytest.approx(threshold, rel=1e-6))
+        assert share == pytest.approx(layer["selected"], abs=1e-6)
+    assert predictor.info["layers"] == [dict(layer) for layer in done.layers]
+    assert done.share == predictor.parameters / 82752
+
+
+def test_a_recall_can_be_asked_for_too(run: Run) -> None:
+    low = run("low", energy_recall=0.5).layers
+    high = run("high", energy_recall=0.5, recall=0.9).layers
+    assert all(layer["recall"] < 0.9 for layer in low)
+    assert all(layer["recall"] >= 0.9 for layer in high)
+
+
+def test_training_makes_it_better_than_chance(run: Run) -> None:
+    """A selection by chance would need as many neurons as it is to carry of the energy."""
+    for layer in run(epochs=40.0, energy_recall=0.9).layers:
+        assert layer["selected"] < 0.75
+        assert layer["precision"] > 1.2 * layer["active"]
+
+
+def test_the_model_runs_with_it(run: Run, tmp_path: Path, tiny_model: Path) -> None:
+    done = run(energy_recall=0.9)
+    with LLM.load(tiny_model, predictor=tmp_path / "x", mode="predicted", threads=1) as llm:
+        report = llm.generate("def ", temperature=0, max_tokens=24, ignore_eos=True).report
+    assert report.predictor_bytes == done.predictor.nbytes
+    assert 0.2 < report.selected_share < 1.0
+
+
+def test_the_rank_is_that_of_the_fewest_bytes(run: Run) -> None:
+    for layer in run(rank=0, energy_recall=0.9).layers:
+        tried = {t["rank"]: t["read"] for t in layer["tried"]}
+        best = min(tried, key=tried.__getitem__)
+        assert all(rank in tried for rank in (32, 64, 96, 128) if abs(rank - best) == 32)
+        assert layer["rank"] == best
+
+
+def test_where_no_rank_is_worth_it_all_neurons_are_selected(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "GRID", (64, 96))
+    for layer in run(rank=0, energy_recall=0.9999).layers:
+        assert layer["pays"] is False  # not even those 32 ranks more than the smallest
+        assert (layer["rank"], layer["selected"], layer["recall"], layer["energy_recall"]) == (32, 1.0, 1.0, 1.0)
+        assert layer["precision"] == layer["active"] > 0.1
+
+
+def test_the_share_of_the_model_is_bounded(run: Run) -> None:
+    done = run(rank=0, max_share=0.25, energy_recall=0.9)
+    assert all(t["rank"] <= 64 for layer in done.layers for t in layer["tried"])
+    with pytest.raises(UsageError, match=r"12\.4% of the model's numbers; --max-share allows 9\.0%"):
+        run("y", rank=0, max_share=0.09)
+
+
+def test_what_is_captured_is_what_the_network_computed(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    seen: dict[str, list[Any]] = {"x": [], "h": []}
+    monkeypatch.setattr(Workplace, "remove", lambda self: None)
+    monkeypatch.setattr(Capture, "remove", lambda self, layer: None)
+    hidden, inputs, begun = Capture.ffn_hidden, Capture.ffn_input, Capture.begin_sequence
+    checking: list[bool] = []
+
+    def begin(self: Capture) -> None:
+        begun(self)
+        checking.append(self._checking)
+
+    def watch(self: Capture, layer: int, residual: Any, normed: Any) -> None:
+        inputs(self, layer, residual, normed)
+        if layer == 1:
+            seen["x"] += [(checking[-1], row) for row in residual.astype(np.float16)]
+
+    def listen(self: Capture, layer: int, activation: Any) -> None:
+        hidden(self, layer, activation)
+        if layer == 1:
+            seen["h"] += [(checking[-1], row * self._norms[1]) for row in activation]
+
+    monkeypatch.setattr(Capture, "begin_sequence", begin)
+    monkeypatch.setattr(Capture, "ffn_input", watch)
+    monkeypatch.setattr(Capture, "ffn_hidden", listen)
+    done = run(load=LoadSettings(ctx_size=WINDOW, ubatch=5, ops=OpsKind.REFERENCE), tokens=200)
+    folder = tmp_path / "x.work"
+    x = np.fromfile(folder / "1.x", np.float16).reshape(-1, WIDTH)
+    level = np.fromfile(folder / "1.level", np.uint8).reshape(-1, NEURONS // 2)
+    check = np.fromfile(folder / "1.check", np.float16).reshape(-1, WIDTH)
+    energy = np.fromfile(folder / "1.energy", np.float16).reshape(-1, NEURONS)
+    assert len(x) + len(check) == done.tokens == 200
+    assert len(check) >= 200 // 8
+    assert np.array_equal(x, [row for kept, row in seen["x"] if not kept])
+    assert np.array_equal(check, [row for kept, row in seen["x"] if kept])
+    expected = np.array([row for kept, row in seen["h"] if kept])
+    assert np.array_equal(energy > 0, expected > 0)
+    assert np.allclose(energy, expected, rtol=1e-3, atol=1e-6)
+    levels = np.stack([level & 15, level >> 4], axis=2).reshape(-1, NEURONS)
+    wanted = np.array([row for kept, row in seen["h"] if not kept])
+    assert np.array_equal(levels > 0, wanted > 0)
+    assert (levels.max(axis=1) == 15).all()
+    octaves = np.floor(np.log2(wanted.max(axis=1, keepdims=True))) - np.floor(np.log2(np.maximum(wanted, 1e-30)))
+    assert np.array_equal(levels, np.where(wanted > 0, np.clip(15 - octaves, 1, 15), 0))
+
+
+def kill_after(steps: int) -> Callable[[Step], None]:
+    seen = []
+
+    def kill(step: Step) -> None:
+        seen.append(step)
+        if len(seen) == steps:
+            raise KilledError
+
+    return kill
+
+
+@pytest.mark.parametrize("rank", [32, 0])
+def test_a_run_killed_again_and_again_gives_the_same_bits(run: Run, tmp_path: Path, rank: int) -> None:
+    settings = {"rank": rank, "epochs": 0.3, "tokens": 150}
+    run("whole", **settings)
+    kills = 0
+    for _ in range(1000):
+        try:
+            done = run(progress=kill_after(2), **settings)
+            break
+        except KilledError:
+            assert not (tmp_path / "x").exists()
+            kills += 1
+    assert kills >= 5
+    assert done.resumed
+    assert same(tmp_path / "x", tmp_path / "whole")
+    assert not (tmp_path / "x.work").exists()
+
+
+def test_a_kill_between_the_result_and_the_end_trains_nothing_twice(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(self: Workplace) -> None:
+        raise KilledError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Workplace, "remove", killed)
+        with pytest.raises(KilledError):
+            run()
+    content = (tmp_path / "x").read_bytes()
+    steps: list[Step] = []
+    assert run(progress=steps.append).resumed
+    assert steps == []
+    assert (tmp_path / "x").read_bytes() == content
+    assert not (tmp_path / "x.work").exists()
+
+
+def test_layers_that_do_not_fit_the_disk_at_once_are_read_for_in_turn(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("whole")
+    read: list[str] = []
+    monkeypatch.setattr(module, "layers_at_once", lambda folder, wanted, each: 1)
+    run(progress=lambda step: read.append(step.doing))
+    assert same(tmp_path / "x", tmp_path / "whole")
+    first = [i for i, line in enumerate(read) if line.startswith("layer 1")]
+    assert any(line.startswith("reading") for line in read[first[-1] :])
+
+
+def test_a_disk_without_room_is_told_before_anything_is_read(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Usage:
+        free = 1000
+
+    monkeypatch.setattr("thermocline.activity.capture.shutil.disk_usage", lambda folder: Usage)
+    with pytest.raises(OutputError, match=r"one layer takes \d+ bytes and 1000 are free .*--tokens"):
+        run()
+
+
+@pytest.mark.parametrize("after", [0, 5, 60])
+def test_a_full_disk_leaves_the_old_file_and_a_second_start_resumes(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    run("whole")
+    (tmp_path / "x").write_bytes(b"old")
+    writes, real = [], os.write
+
+    def full(descriptor: int, data: Any) -> int:
+        writes.append(1)
+        if len(writes) > after:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(descriptor, data)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "write", full)
+        with pytest.raises(OutputError, match="No space left"):
+            run(overwrite=True)
+    assert (tmp_path / "x").read_bytes() == b"old"
+    run(overwrite=True)
+    assert same(tmp_path / "x", tmp_path / "whole")
+    assert not list(tmp_path.glob(".*partial"))
+
+
+KILLED = """
+import sys
+from pathlib import Path
+import torch
+from thermocline.activity import capture
+from thermocline.config import LoadSettings, TrainSettings
+from thermocline.files.open import open_model
+from thermocline.runtime.training import train_predictor
+torch.set_num_threads(1)
+capture.SAVE_SECONDS = 0.0
+def tell(step):
+    print(step.doing, flush=True)
+model, texts, output = map(Path, sys.argv[1:])
+settings = TrainSettings(epochs=2.0, batch=64, max_share=0.0, train_on="cpu", rank=32)
+load = LoadSettings(ctx_size=16, ubatch=5, threads=1)
+train_predictor(open_model(model), [texts], output, load, settings, progress=tell)
+"""
+
+
+def test_kill_minus_nine_in_a_loop(run: Run, tiny_model: Path, texts: Path, tmp_path: Path) -> None:
+    run("whole")
+    kills = 0
+    for lines in (3, 48):
+        arguments = [tiny_model, texts, tmp_path / "x"]
+        child = subprocess.Popen([sys.executable, "-c", KILLED, *map(str, arguments)], stdout=subprocess.PIPE)
+        told = [line for _, line in zip(range(lines), iter(child.stdout.readline, b""), strict=False)]
+        child.kill()
+        child.communicate()
+        if not told:
+            break
+        kills += child.returncode == -9
+        assert not (tmp_path / "x").exists() or same(tmp_path / "x", tmp_path / "whole")
+    assert kills >= 2
+    run(overwrite=True)
+    assert same(tmp_path / "x", tmp_path / "whole")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["texts", "whole", "x"]
+
+
+def test_an_unfinished_run_of_another_kind_is_refused_and_can_be_forgotten(
+    run: Run, texts: Path, tmp_path: Path, tiny_plain: Path
+) -> None:
+    with pytest.raises(KilledError):
+        run(progress=kill_after(3))
+    others: list[dict[str, Any]] = [
+        {"paths": [texts / "b"]}, {"seed": 2}, {"outtype": "f16"}, {"energy_recall": 0.5}, {"model": tiny_plain},
+        {"load": LoadSettings(ctx_size=WINDOW - 1, threads=1)},
+    ]  # fmt: skip
+    for other in others:
+        with pytest.raises(UsageError, match="--restart"):
+            run(**other)
+    run("fresh", seed=2)
+    run(seed=2, restart=True)
+    assert same(tmp_path / "x", tmp_path / "fresh")
+
+
+def test_two_runs_at_once_are_refused(run: Run) -> None:
+    def nested(step: Step) -> None:
+        with pytest.raises(UsageError, match="another run is at work"):
+            run()
+        raise KilledError
+
+    with pytest.raises(KilledError):
+        run(progress=nested)
+
+
+def test_an_output_is_not_touched_unless_asked(run: Run, tmp_path: Path) -> None:
+    run()
+    content = (tmp_path / "x").read_bytes()
+    with pytest.raises(UsageError, match="--overwrite makes it anew"):
+        run(seed=2)
+    assert (tmp_path / "x").read_bytes() == content
+    run(seed=2, overwrite=True)
+    assert (tmp_path / "x").read_bytes() != content
+
+
+def test_an_activity_of_another_model_is_refused(run: Run, tmp_path: Path, texts: Path, tiny_plain: Path, tiny_model):
+    for model, name in ((tiny_plain, "other"), (tiny_model, "own")):
+        with open_model(model) as source:
+            profile_model(source, [texts], tmp_path / name, LOAD)
+    with pytest.raises(FingerprintError):
+        run(activity=tmp_path / "other")
+    assert run(activity=tmp_path / "own").tokens > 0
+
+
+def test_too_little_text_is_told(run: Run, texts: Path, tmp_path: Path) -> None:
+    (tmp_path / "short").write_text("abc")
+    with pytest.raises(UsageError, match="it makes 3 tokens in 1 sequences"):
+        run(paths=[tmp_path / "short"])
+
+
+def test_without_torch_the_remedy_is_told(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.delitem(sys.modules, "thermocline.activity.fitting", raising=False)
+    with pytest.raises(MissingPackageError, match=r"pip install 'thermocline\[train\]'"):
+        run()
+
+
+def test_a_model_without_zeros_has_nothing_to_predict(run: Run, tiny_silu: Path) -> None:
+    with pytest.raises(UsageError, match="nothing to predict"):
+        run(model=tiny_silu)
+
+
+def test_nothing_of_torch_is_imported_before_it_is_needed() -> None:
+    code = "import sys, thermocline.api, thermocline.cli.train_predictor; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"energy_recall": 0.0}, {"energy_recall": 1.0}, {"recall": 1.0}, {"rank": 33}, {"epochs": 0.0}, {"batch": 0},
+        {"learning_rate": float("nan")}, {"outtype": "q6_k"}, {"train_on": "tpu"}, {"tokens": -1}, {"max_share": 1.5},
+    ],
+)  # fmt: skip
+def test_settings_out_of_range_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ThermoclineError, match="allowed"):
+        TrainSettings(**settings)
