@@ -52,14 +52,19 @@ class Choices:
         return Placement(self.homes[homes[0]], self.homes[homes[-1]], layers)
 
 
-def choices_of(problem: Problem, *, disk: bool, vram: bool, prompt_weight: float = 1.0, tied: Tier | None) -> Choices:
+def choices_of(
+    problem: Problem, *, disk: bool, trunk: bool = False, vram: bool, prompt_weight: float = 1.0, tied: Tier | None
+) -> Choices:
     """All options of a problem.
 
-    `disk` and `vram` say whether these tiers may be used. `prompt_weight` multiplies the time of prefill.
+    `disk` and `vram` say whether these tiers may be used, `trunk` whether parts of the trunk may be on disk too.
+    `prompt_weight` multiplies the time of prefill.
     `tied` is where the one table of tied embeddings is, None if there are two.
     """
     f, cost = problem.footprint, problem.cost
     homes = (Tier.VRAM, Tier.RAM) if vram else (Tier.RAM,)
+    # Where even the trunk finds no room, parts of it are read anew for every pass.
+    homes = (*homes, Tier.DISK) if trunk else homes
     predictor, hot, warm = _grid(problem, homes, disk)
     n = len(hot)
     shape = (f.n_layer + 2, len(homes), n)
@@ -68,9 +73,9 @@ def choices_of(problem: Problem, *, disk: bool, vram: bool, prompt_weight: float
         for part, size, time in ((0, f.embedding, cost.embedding(home)), (-1, f.head, cost.head(home))):
             if tied in (None, home):
                 seconds[part, h, 0] = time
-                (v if home is Tier.VRAM else r)[part, h, 0] = (0 if tied and part == 0 else size) + (
-                    f.positions if part == 0 else 0
-                )
+                positions = f.positions if part == 0 else 0
+                if home is not Tier.DISK:
+                    (v if home is Tier.VRAM else r)[part, h, 0] = (0 if tied and part == 0 else size) + positions
         for layer in range(f.n_layer):
             _layer(problem, layer, homes, h, (predictor[h], hot, warm), prompt_weight, seconds, v, r)
     edges = [[_edge(problem, a, b, prompt_weight) for b in homes] for a in homes]
@@ -88,8 +93,9 @@ def _grid(problem: Problem, homes: tuple[Tier, ...], disk: bool) -> tuple[Ints, 
     if problem.mode is not FfnMode.PREDICTED:
         own = np.arange(len(homes), dtype=np.int64)[:, None]
         return np.broadcast_to(own, (len(homes), len(hot))), hot, warm
-    places = np.repeat(np.arange(len(homes), dtype=np.int64), len(hot))
-    return np.broadcast_to(places, (len(homes), len(places))), np.tile(hot, len(homes)), np.tile(warm, len(homes))
+    held = sum(home is not Tier.DISK for home in homes)
+    places = np.repeat(np.arange(held, dtype=np.int64), len(hot))
+    return np.broadcast_to(places, (len(homes), len(places))), np.tile(hot, held), np.tile(warm, held)
 
 
 def _layer(
@@ -107,10 +113,18 @@ def _layer(
     f, cost, work = problem.footprint, problem.cost, problem.workload
     predictor, hot, warm = grid
     at = layer + 1
-    trunk = f.attention[layer] + f.kv_layer(work.context, work.batch)
+    cache = f.kv_layer(work.context, work.batch)
+    trunk = f.attention[layer] + cache
     record = cost.record_bytes[layer]
     v[at, h] = record * cost.bounds[hot] + (trunk if homes[h] is Tier.VRAM else 0)
-    r[at, h] = record * (cost.bounds[warm] - cost.bounds[hot]) + (trunk if homes[h] is Tier.RAM else 0)
+    r[at, h] = (
+        record * (cost.bounds[warm] - cost.bounds[hot])
+        + {
+            Tier.VRAM: 0,
+            Tier.RAM: trunk,
+            Tier.DISK: cache,
+        }[homes[h]]
+    )
     for place, tier in enumerate(homes):
         chosen = predictor == place
         if not chosen.any():

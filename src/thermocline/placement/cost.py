@@ -187,7 +187,14 @@ class CostModel:
         seen = min(phase.position, window) if window else phase.position
         flops = phase.tokens * (2.0 * f.attention_params + 4.0 * seen * f.n_q)
         nbytes = f.attention[layer] + f.kv_token * seen * phase.sequences
-        return _roofline(side, nbytes, flops) + ATTENTION_KERNELS * side.launch
+        computed = _roofline(side, nbytes, flops) + ATTENTION_KERNELS * side.launch
+        return max(computed, self._streaming(f.attention[layer])) if home is Tier.DISK else computed
+
+    def _streaming(self, nbytes: int) -> float:
+        """Seconds to read a matrix from disk from end to end."""
+        if self.machine.disk is None:
+            raise HardwareError(f"{self.machine.name} has no disk tier; keep the trunk in RAM and VRAM")
+        return nbytes / self.machine.disk.curve.bandwidth(nbytes) if nbytes else 0.0
 
     def embedding(self, tier: Tier, phases: Sequence[Phase] | None = None) -> float:
         """Seconds per token of output to fetch the embeddings, in some phases or in all."""
@@ -195,6 +202,8 @@ class CostModel:
         row = f.embedding / f.n_vocab
         # Token ids come from the CPU: a table in VRAM does not save the crossing, only the bytes on the link.
         ids = self.machine.crossing if tier is Tier.VRAM else 0.0
+        if tier is Tier.DISK:
+            ids = self._streaming(int(row))  # a row is fetched for each token
         return sum(p.weight * (p.tokens * row / side.bandwidth + side.launch + ids) for p in phases or self.phases)
 
     def head(self, tier: Tier) -> float:
@@ -202,19 +211,21 @@ class CostModel:
         side, f, batch = self.machine.processor(tier), self.footprint, self.workload.batch
         flops = 2.0 * f.n_vocab * f.n_embd * batch
         time = _roofline(side, f.head, flops) + HEAD_KERNELS * side.launch
+        if tier is Tier.DISK:
+            time = max(time, self._streaming(f.head))
         if tier is Tier.VRAM:
             time += self.machine.crossing + f.n_vocab * ACTIVATION_BYTES * batch / self.machine.link
         return time * self.decode.weight
 
     def edge(self, here: Tier, there: Tier) -> float:
         """Seconds per token of output to take the residual stream from one layer's home to the next one's."""
-        if here is there:
+        if _computed_by(here) is _computed_by(there):
             return 0.0
         return sum(p.weight * self._crossing(p) for p in self.phases)
 
     def edge_of(self, phase: Phase, here: Tier, there: Tier) -> float:
         """Seconds of one pass for the same."""
-        return 0.0 if here is there else self._crossing(phase)
+        return 0.0 if _computed_by(here) is _computed_by(there) else self._crossing(phase)
 
     def _phases(self, p: Floats | None) -> tuple[Phase, ...]:
         w = self.workload
@@ -312,7 +323,7 @@ class CostModel:
     ) -> Floats:
         """How often something is handed over: the input out, its partial sum back, scores to the other side."""
         at_home, away = (works_hot, works_cold) if home is Tier.VRAM else (works_cold, works_hot)
-        far_predictor = scored and predictor is not home
+        far_predictor = scored and _computed_by(predictor) is not _computed_by(home)
         scores_back = at_home if far_predictor else np.zeros_like(at_home)
         return (away | far_predictor).astype(np.float64) + away + scores_back
 
@@ -360,6 +371,11 @@ class _Table:
     gpu: Floats | None
     gpu_busy: Floats | None
     gpu_dense: float | None
+
+
+def _computed_by(tier: Tier) -> Tier:
+    """The memory beside which a tier's tensors are computed: the CPU reads what is on disk."""
+    return Tier.RAM if tier is Tier.DISK else tier
 
 
 def _roofline(side: Processor, nbytes: float, flops: float) -> float:

@@ -31,7 +31,8 @@ class Status(StrEnum):
 class LayerPlan:
     """Where one layer lives, and its predicted decode step.
 
-    `home` holds attention and cache; `predictor` is None where none is used. Neurons before `hot` are in VRAM,
+    `home` holds attention and cache (on disk: the attention is read for every pass, the cache is in RAM);
+    `predictor` is None where none is used. Neurons before `hot` are in VRAM,
     from there to `warm` in RAM, the rest on disk. `hot_share` is the share of activations above `hot`. Times
     are milliseconds; `hot_ms` and `cold_ms` overlap. `read_run` is the neurons of one disk read, 0 for none.
     `binds` names what the layer waits for longest.

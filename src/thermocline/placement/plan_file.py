@@ -134,8 +134,8 @@ def _plan(top: _Fields) -> Plan:
         n_ff=n_ff,
         workload=_workload(top.inner("workload")),
         budgets={tier: budgets.number(tier, 0) for tier in (Tier.RAM, Tier.VRAM) if tier in budgets.values},
-        embedding=top.member("embedding", Tier, _MEMORIES),
-        head=top.member("head", Tier, _MEMORIES),
+        embedding=top.member("embedding", Tier),
+        head=top.member("head", Tier),
         layers=tuple(_layer(row, n_ff) for row in top.rows("layers", 512)),
         demands=tuple(
             (row.member("tier", Tier, _MEMORIES), row.member("purpose", Purpose), row.number("bytes", 1))
@@ -187,7 +187,7 @@ def _layer(part: _Fields, n_ff: int) -> LayerPlan:
     part.only({f.name for f in fields(LayerPlan)})
     hot = part.number("hot", 0, n_ff)
     return LayerPlan(
-        home=part.member("home", Tier, _MEMORIES),
+        home=part.member("home", Tier),
         predictor=None if part.values.get("predictor") is None else part.member("predictor", Tier, _MEMORIES),
         hot=hot,
         warm=part.number("warm", hot, n_ff),

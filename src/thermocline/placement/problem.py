@@ -23,6 +23,8 @@ from thermocline.placement.workload import Overheads, Workload
 class LayerPlace(NamedTuple):
     """Where one layer lives: `home` of attention and cache, the predictor's tier, depths in clusters.
 
+    With the home on disk, the attention's weights are read anew for every pass, and the cache is in RAM.
+
     Clusters before `hot` are in VRAM, from there to `warm` in RAM, the rest on disk.
     """
 
@@ -113,6 +115,8 @@ class Problem:
         sums: dict[tuple[Tier, Purpose], int] = {}
 
         def add(tier: Tier, purpose: Purpose, nbytes: int) -> None:
+            if tier is Tier.DISK:
+                return
             sums[tier, purpose] = sums.get((tier, purpose), 0) + int(nbytes)
 
         if not f.tied or placement.embedding is not placement.head:
@@ -121,14 +125,14 @@ class Problem:
         add(placement.head, Purpose.OUTPUT, f.head)
         for layer, place in enumerate(placement.layers):
             add(place.home, Purpose.ATTENTION, f.attention[layer])
-            add(place.home, Purpose.KV, f.kv_layer(w.context, w.batch))
+            add(Tier.RAM if place.home is Tier.DISK else place.home, Purpose.KV, f.kv_layer(w.context, w.batch))
             if self.mode is FfnMode.PREDICTED:
                 add(place.predictor, Purpose.PREDICTOR, f.predictor[layer])
             add(Tier.VRAM, Purpose.FFN, self.cost.record_bytes[layer] * int(bounds[place.hot]))
             warm = int(bounds[place.warm] - bounds[place.hot])
             add(Tier.RAM, Purpose.FFN, self.cost.record_bytes[layer] * warm)
         step = f.kv_token * w.batch
-        homes = [place.home for place in placement.layers]
+        homes: list[Tier] = [Tier.RAM if place.home is Tier.DISK else place.home for place in placement.layers]
         return [
             Demand(t, p, n, "--ctx-size", w.context, step * homes.count(t)) if p is Purpose.KV else Demand(t, p, n)
             for (t, p), n in sums.items()

@@ -117,10 +117,12 @@ def _solve(problem: Problem, method: Method, prompt_weight: float) -> Solution:
     if not problem.cost.known and problem.mode != "dense":
         notes.append("temperatures are unknown: every neuron is taken to fire always; profile the model to improve")
     homes = (Tier.VRAM, Tier.RAM) if vram else (Tier.RAM,)
-    for disk in (False, True) if problem.machine.disk is not None else (False,):
+    # What does not fit leaves RAM in this order: cold neurons, then parts of the trunk.
+    ways = ((False, False), (True, False), (True, True)) if problem.machine.disk is not None else ((False, False),)
+    for disk, trunk in ways:
         results = []
         for tied in homes if f.tied else (None,):
-            choices = choices_of(problem, disk=disk, vram=vram, prompt_weight=prompt_weight, tied=tied)
+            choices = choices_of(problem, disk=disk, trunk=trunk, vram=vram, prompt_weight=prompt_weight, tied=tied)
             found = _best(choices, method)
             if found is not None:
                 results.append((choices, *found))
@@ -166,14 +168,31 @@ def _remarks(problem: Problem, placement: Placement) -> list[str]:
     """The plain answers: one side only, no split, whether the disk pays."""
     last, layers = problem.cost.clusters, placement.layers
     remarks = []
-    sides = {p.home for p in layers} | {Tier.VRAM for p in layers if p.hot} | {Tier.RAM for p in layers if p.hot < last}
+    sides = (
+        {Tier.RAM if p.home is Tier.DISK else p.home for p in layers}
+        | {Tier.VRAM for p in layers if p.hot}
+        | {Tier.RAM for p in layers if p.hot < last}
+    )
     if len(sides) == 1 and problem.machine.gpu is not None:
         remarks.append(f"do not split: everything computes beside {next(iter(sides)).upper()}")
     elif len(sides) > 1 and all(_whole(p, last) for p in layers):
         remarks.append("do not split layers: each is whole on one side, as crossings would cost more than they save")
     if any(p.warm < last for p in layers):
         remarks.append(_disk_remark(problem, placement))
+    remarks += _trunk_remark(problem, placement)
     return remarks
+
+
+def _trunk_remark(problem: Problem, placement: Placement) -> list[str]:
+    """What of the trunk stays on disk."""
+    f = problem.footprint
+    streamed = [layer for layer, place in enumerate(placement.layers) if place.home is Tier.DISK]
+    head = placement.head is Tier.DISK
+    if not streamed and not head:
+        return []
+    size = sum(f.attention[layer] for layer in streamed) + head * f.head
+    what = [f"the attention of {len(streamed)} layers"] * bool(streamed) + ["the output head"] * head
+    return [f"{' and '.join(what)} stay on disk and are read for every token: {size / 1e6:.0f} MB"]
 
 
 def _whole(place: LayerPlace, last: int) -> bool:
@@ -209,9 +228,13 @@ def _nothing_fits(problem: Problem, vram: bool) -> BudgetError:
     f, ledger = problem.footprint, problem.ledger()
     last = problem.cost.clusters
     warm = 0 if problem.machine.disk is not None else last
-    layers = (LayerPlace(Tier.RAM, Tier.RAM, 0, warm),) * f.n_layer
-    demands = problem.demands(Placement(Tier.RAM, Tier.RAM, layers))
-    needed = sum(d.nbytes for d in demands) - (max(0, problem.room(Tier.VRAM)) if vram else 0)
+    trunk = Tier.RAM if problem.machine.disk is None or f.tied else Tier.DISK
+    home = Tier.RAM if problem.machine.disk is None else Tier.DISK
+    layers = (LayerPlace(home, Tier.RAM, 0, warm),) * f.n_layer
+    demands = problem.demands(Placement(trunk, trunk, layers))
+    # With a disk, what VRAM could take is left out: a layer's cache goes there only together with its attention.
+    spared = max(0, problem.room(Tier.VRAM)) if vram and problem.machine.disk is None else 0
+    needed = sum(d.nbytes for d in demands) - spared
     missing = max(1, needed - problem.limits[Tier.RAM])
     total = problem.limits[Tier.RAM] + missing
     ways = [f"raise --ram-budget to about {total / (1 << 30):.2f}GiB ({total:,} bytes)"]
@@ -221,7 +244,7 @@ def _nothing_fits(problem: Problem, vram: bool) -> BudgetError:
     kv = next((d for d in demands if d.purpose is Purpose.KV and d.step), None)
     if kv is not None and missing < kv.nbytes:
         ways.append(f"lower --ctx-size from {kv.count} to {kv.count - -(-missing // kv.step)}")
-    what = "trunk" if problem.machine.disk is not None else "model"
+    what = "rest that must be in memory" if problem.machine.disk is not None else "model"
     return BudgetError(
         Tier.RAM, missing, f"the {what} does not fit; " + ", or ".join(ways), ledger.table(Tier.RAM, demands)
     )

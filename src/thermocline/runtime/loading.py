@@ -60,7 +60,7 @@ class LoadedModel:
         if plan is not None and measured is not None:
             with contextlib.suppress(OutputError):  # a home that cannot be written only means that nothing is kept
                 remember(plan, measured)
-        self.placing.memory.close()
+        self.placing.close()
 
 
 def load_model(
@@ -113,9 +113,13 @@ def load_model(
             predictor=prediction.predictor,
             mlock=settings.mlock,
             progress=progress,
-            seats=plan,
+            seats=placing.below.seats,
             order=None if placing.order is None else placing.order.order,
+            store=placing.below.store,
         )
+        if tell is not None and placing.below.store is not None:
+            tell("reading the hottest neurons")
+        placing.below.warm_up(placing.order)
         caches, scratch = memory.arrays(Purpose.KV), memory.arrays(Purpose.ACTIVATIONS)
         homes = [caches[layer.device.tier] for layer in transformer.layers]
         cache = KVCache(spec, homes, n_ctx, settings.cache_type_k, settings.cache_type_v)
@@ -128,7 +132,7 @@ def load_model(
             sequence = TransformerSequence(transformer, cache, ubatch, scratch)
         placing.claim_scratch()
     except BaseException:
-        memory.close()
+        placing.close()
         raise
     traffic = traffic_of(spec, weights, settings.cache_type_k, settings.cache_type_v, report.predictor_bytes, plan)
     engine = Engine(sequence, traffic, tokenizer.size, transformer.mode, plan)

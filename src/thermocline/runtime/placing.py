@@ -7,17 +7,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from thermocline.activity.order import Order
-from thermocline.config import DeviceKind, LoadSettings
+from thermocline.config import DeviceKind, LoadSettings, OpsKind
 from thermocline.errors import UsageError
 from thermocline.files.source import ModelSource
 from thermocline.hardware.machine import Tier
 from thermocline.memory.arena import Make, Memory, make_array
+from thermocline.memory.streamed import StreamingOps
 from thermocline.ops.device import Device, EmulatedDevice, Host
 from thermocline.ops.factory import interpreted, make_gpu, make_ops
 from thermocline.placement.ledger import Demand, Purpose
 from thermocline.placement.plan import Plan, Status, check_plan, make_plan
 from thermocline.placement.plan_file import load_plan
 from thermocline.placement.problem import Problem
+from thermocline.runtime.below import Below, below, streams
 from thermocline.runtime.planning import AUTO, PlanSettings, find_order, problem_of, stand_in
 from thermocline.runtime.split import recall
 
@@ -33,6 +35,12 @@ class Placing:
     plan: Plan | None
     order: Order | None
     notices: tuple[str, ...]
+    below: Below
+
+    def close(self) -> None:
+        """Give the memory back and let go of devices and files; twice does no harm."""
+        self.below.close()
+        self.memory.close()
 
     def claim_scratch(self) -> None:
         """Put into the ledger what the plan sets aside for memory that is in use, but in no arena.
@@ -79,7 +87,7 @@ def place(
         if settings.replan:
             notices.append("--replan does nothing: everything is in RAM, and there is no plan")
         host = Host(make_ops(settings.ops, threads, settings.isa))
-        return Placing(Memory({Tier.RAM: host}, {}, make), None, None, tuple(notices))
+        return Placing(Memory({Tier.RAM: host}, {}, make), None, None, tuple(notices), Below(None))
     wanted = load_plan(settings.plan) if settings.plan is not None else None
     problem, order, more = _problem(source, settings, kind, wanted, tell)
     plan, why = _plan(problem, order, settings, wanted, kind)
@@ -90,8 +98,13 @@ def place(
     budgets = {
         tier: size for tier, size in plan.budgets.items() if tier is Tier.VRAM or settings.ram_budget is not None
     }
-    memory = Memory(_devices(kind, settings, threads), budgets, make)
-    return Placing(memory, plan, order, (*notices, *more, *why))
+    memory = Memory(_devices(kind, settings, threads, plan), budgets, make)
+    try:
+        lower = below(source, plan, memory, problem.machine.disk, tell)
+    except BaseException:
+        memory.close()
+        raise
+    return Placing(memory, plan, order, (*notices, *more, *why, *lower.notices), lower)
 
 
 def _device(settings: LoadSettings) -> DeviceKind:
@@ -112,17 +125,26 @@ def _powerinfer(settings: LoadSettings) -> list[str]:
     return notices
 
 
-def _devices(kind: DeviceKind, settings: LoadSettings, threads: int) -> dict[Tier, Device]:
+def _devices(kind: DeviceKind, settings: LoadSettings, threads: int, plan: Plan) -> dict[Tier, Device]:
     """The host, and the GPU, or an emulated device that has half of the threads."""
     if kind is DeviceKind.CPU:
-        return {Tier.RAM: Host(make_ops(settings.ops, threads, settings.isa))}
+        return {Tier.RAM: _host(settings, threads, plan)}
     if kind is DeviceKind.CUDA:
-        return {Tier.VRAM: make_gpu(), Tier.RAM: Host(make_ops(settings.ops, threads, settings.isa))}
+        return {Tier.VRAM: make_gpu(), Tier.RAM: _host(settings, threads, plan)}
     half = max(1, threads // 2)
     return {
         Tier.VRAM: EmulatedDevice(make_ops(settings.ops, half, settings.isa)),
-        Tier.RAM: Host(make_ops(settings.ops, max(1, threads - half), settings.isa)),
+        Tier.RAM: _host(settings, max(1, threads - half), plan),
     }
+
+
+def _host(settings: LoadSettings, threads: int, plan: Plan) -> Host:
+    """The CPU; with ops that read matrices from disk where the plan leaves some there."""
+    if not streams(plan):
+        return Host(make_ops(settings.ops, threads, settings.isa))
+    if settings.ops is not OpsKind.CPU:
+        raise UsageError(f"--ops {settings.ops} cannot compute with what stays on disk; raise --ram-budget")
+    return Host(StreamingOps(threads, settings.isa))
 
 
 def _problem(
@@ -167,7 +189,6 @@ def _plan(
     """The plan that was named if it serves, else a new one, with the reasons."""
     fingerprint = None if order is None else order.fingerprint
     machine = problem.machine.fingerprint
-    problem = replace(problem, machine=replace(problem.machine, disk=None))
     why: tuple[str, ...] = ()
     if wanted is not None:
         status, reasons = check_plan(

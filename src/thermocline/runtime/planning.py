@@ -27,6 +27,7 @@ from thermocline.hardware.probe import emulated, machine_of, probe_machine
 from thermocline.memory.kv_cache import kv_bytes_per_token
 from thermocline.memory.loader import first_bytes
 from thermocline.model.families import family_of
+from thermocline.model.tensors import has_records
 from thermocline.placement.budget import Budget, parse_budget, size_text
 from thermocline.placement.cost import LARGEST_CLUSTER, FfnMode, ffn_mode
 from thermocline.placement.footprint import Footprint, footprint_of
@@ -160,6 +161,10 @@ def problem_of(
     )
     order, notices = find_order(source, activity)
     machine, budgets, overheads = machine_and_budgets(settings, source.path, tell)
+    if machine.disk is not None and not has_records(weights):
+        machine = replace(machine, disk=None)
+        if settings.ram_budget != AUTO:
+            notices = (*notices, "no neuron can stay on disk: that takes a file with neuron records, see `convert`")
     problem = Problem(
         footprint,
         machine,

@@ -1,0 +1,124 @@
+"""The tiers below RAM: what a plan leaves on disk, and the room that its records get in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from thermocline.activity.order import Order
+from thermocline.errors import ModelFormatError, OutputError, UsageError, printable
+from thermocline.files.source import ModelSource
+from thermocline.files.weight import Weight
+from thermocline.hardware.machine import Disk, Tier
+from thermocline.hardware.reader import ReadStats
+from thermocline.memory.arena import Memory
+from thermocline.memory.bundle import Bundle, bundle_path, layer_matrices, read_bundle, write_bundle
+from thermocline.memory.disk_store import IN_FLIGHT, LARGEST_READ, DiskStore, Way
+from thermocline.memory.streamed import STREAMING_BYTES, StreamingOps
+from thermocline.model.families import family_of
+from thermocline.placement.ledger import Purpose
+from thermocline.placement.plan import Plan
+from thermocline.placement.seats import LayerSeat, Seating, Seats
+
+Tell = Callable[[str], None] | None
+
+
+@dataclass(slots=True)
+class Below:
+    """What serves the tiers below RAM: None where nothing is on disk. `seats` are the plan's as they are carried out:
+    neurons of RAM and of disk are one slice, whose hottest records are in memory.
+    """
+
+    seats: Seats | None
+    store: DiskStore | None = None
+    streaming: StreamingOps | None = None
+    notices: list[str] = field(default_factory=list)
+
+    @property
+    def stats(self) -> ReadStats:
+        """What was read from disk, records and trunk."""
+        parts = [part.stats for part in (self.store, self.streaming) if part is not None]
+        return ReadStats(sum(p.requests for p in parts), sum(p.nbytes for p in parts), sum(p.busy for p in parts))
+
+    def warm_up(self, order: Order | None) -> None:
+        """Have the hottest records in memory, where it is known which they are."""
+        if self.store is None or order is None:
+            return
+        heat = np.empty(order.temperature.shape)
+        np.put_along_axis(heat, order.order.astype(np.intp), order.temperature, axis=1)
+        self.store.warm_up(heat)
+
+    def close(self) -> None:
+        """Let go of the files."""
+        for part in (self.store, self.streaming):
+            if part is not None:
+                part.close()
+
+
+def streams(plan: Plan) -> bool:
+    """Whether parts of the trunk are on disk."""
+    return Tier.DISK in (plan.embedding, plan.head, *(layer.home for layer in plan.layers))
+
+
+def below(source: ModelSource, plan: Plan | None, memory: Memory, disk: Disk | None, tell: Tell = None) -> Below:
+    """Set up what a plan leaves on disk.
+
+    Raises:
+        BudgetError: there is no room for what is read.
+        UsageError: the model's file has no neuron records.
+    """
+    if plan is None:
+        return Below(None)
+    ops, found = memory.host.ops, Below(plan)
+    taken = IN_FLIGHT * LARGEST_READ
+    if isinstance(ops, StreamingOps):
+        ops.reserve(memory)
+        found.streaming = ops
+        taken += STREAMING_BYTES
+    if all(layer.warm == plan.n_ff for layer in plan.layers):
+        return found
+    bundle = _bundle(source, found.notices, tell)
+    warm = sum((layer.warm - layer.hot) * layer.record_bytes for layer in plan.layers)
+    staging = sum(size for tier, purpose, size in plan.demands if (tier, purpose) == (Tier.RAM, Purpose.STAGING))
+    room = warm + max(staging - taken, 0)
+    found.store = DiskStore(memory, room, Way.of(None if disk is None else disk.curve), bundle=bundle)
+    seats = tuple(LayerSeat(layer.home, layer.hot, layer.hot, layer.predictor) for layer in plan.layers)
+    found.seats = Seating(plan.embedding, plan.head, seats)
+    return found
+
+
+def _bundle(source: ModelSource, notices: list[str], tell: Tell) -> Bundle | None:
+    """The model's bundle, made if there is none yet; None where it cannot be made, and then in words why."""
+    family = family_of(source)
+    spec = family.spec(source)
+    weights = family.weights(source, spec)
+    layers: list[list[Weight]] = []
+    for layer in range(spec.n_layer):
+        matrices = layer_matrices(weights, layer)
+        if matrices is None:
+            raise UsageError(
+                f"{printable(source.path.name)} has no neuron records, of which some could stay on disk: write a file "
+                "that has them with `thermocline convert`, or raise --ram-budget"
+            )
+        layers.append(matrices)
+    path = bundle_path(source.path)
+    try:
+        return read_bundle(path, source.fingerprint, layers)
+    except ModelFormatError:
+        pass
+    try:
+        return _written(path, source.fingerprint, layers, notices, tell)
+    except OutputError as error:
+        notices.append(f"each neuron takes {len(layers[0])} reads instead of one, as no bundle can be made: {error}")
+        return None
+
+
+def _written(path: Path, fingerprint: str, layers: list[list[Weight]], notices: list[str], tell: Tell) -> Bundle:
+    if tell is not None:
+        tell(f"bundling the neurons of {path.stem}, once, so that one read brings one")
+    size = write_bundle(path, fingerprint, layers)
+    notices.append(f"wrote {printable(path.name)} ({size / 1e9:.2f} GB), where one read brings a neuron")
+    return read_bundle(path, fingerprint, layers)

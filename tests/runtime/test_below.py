@@ -1,0 +1,76 @@
+"""A model under a budget of RAM that it does not fit: the same tokens, within the budget, and refusals in words."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from thermocline import LLM, plan
+from thermocline.errors import BudgetError
+from thermocline.files.open import open_model
+from thermocline.hardware.machine import Tier
+from thermocline.memory import streamed
+from thermocline.memory.bundle import bundle_path
+from thermocline.memory.convert import convert
+from thermocline.placement.workload import Overheads
+
+GREEDY = {"temperature": 0.0, "max_tokens": 24, "ignore_eos": True}
+RAM = Tier.RAM
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What a run needs beside the model, in the scale of tiny models."""
+    monkeypatch.setenv("THERMOCLINE_HOME", str(tmp_path / "home"))
+    for name, value in (("bandwidth.BUFFER", 1 << 20), ("bandwidth.LARGE_CACHES", 0), ("probe.SECONDS", 0.005)):
+        monkeypatch.setattr(f"thermocline.hardware.{name}", value)
+    monkeypatch.setattr("thermocline.hardware.disk.SCRATCH", 2 << 20)
+    bare = Overheads(staging=40_000, graphs=0, margin_vram=0, margin_ram=0)
+    monkeypatch.setattr("thermocline.runtime.planning.Overheads", lambda: bare)
+    monkeypatch.setattr(streamed, "PIECE", 8 << 10)
+    monkeypatch.setattr("thermocline.runtime.below.STREAMING_BYTES", 2 * (8 << 10))
+    monkeypatch.setattr("thermocline.runtime.below.IN_FLIGHT", 0)
+
+
+@pytest.fixture
+def model(tiny_model: Path, tmp_path: Path) -> Path:
+    with open_model(tiny_model) as source:
+        convert(source, tmp_path / "tiny.gguf", None, records=True)
+    return tmp_path / "tiny.gguf"
+
+
+def test_the_tokens_are_those_without_a_budget(model: Path) -> None:
+    with LLM.load(model, threads=1) as llm:
+        wanted = llm.generate("hello", **GREEDY).tokens
+    whole = plan(model, ram_budget="2GiB").plan.bytes_of(RAM)
+    seen = set()
+    for less in (1_000, 30_000, 60_000):
+        budget = f"{whole - less}B"
+        with LLM.load(model, threads=1, ram_budget=budget) as llm:
+            assert llm.generate("hello", **GREEDY).tokens == wanted
+            placed = llm.plan
+            assert placed is not None
+            loaded = llm._loaded
+            assert loaded.placing.memory.is_true
+            assert loaded.placing.memory.ledger.used(RAM) <= whole - less
+            seen.add((placed.layers[-1].warm < placed.n_ff, Tier.DISK in (la.home for la in placed.layers)))
+            assert loaded.placing.below.stats.requests > 0
+    assert {disk for _, disk in seen} == {False, True}
+    assert (True, False) in seen
+    assert bundle_path(model).is_file()
+
+
+def test_too_little_for_anything_names_what_would_do(model: Path) -> None:
+    with pytest.raises(BudgetError, match="ram-budget"):
+        LLM.load(model, threads=1, ram_budget="20KiB")
+
+
+def test_the_standard_layout_has_no_disk_tier(tiny_model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "standard.gguf"
+    shutil.copy(tiny_model, path)
+    planned = plan(path, ram_budget="2GiB")
+    assert any("convert" in line for line in planned.notices)
+    with pytest.raises(BudgetError, match="ram-budget"):
+        LLM.load(path, threads=1, ram_budget=f"{planned.plan.bytes_of(RAM) - 1}B")
