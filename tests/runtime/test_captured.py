@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from thermocline.activity.predictor import Predictor
 from thermocline.api import LLM
 from thermocline.config import CacheType, Mode
-from thermocline.errors import HardwareError, UsageError
+from thermocline.errors import BudgetError, HardwareError, UsageError
 from thermocline.files.open import open_model
 from thermocline.hardware.machine import Tier
 from thermocline.memory.arena import Memory
@@ -29,6 +31,14 @@ from thermocline.runtime.captured import CapturedStep
 
 VRAM, RAM = Tier.VRAM, Tier.RAM
 PROMPT, STEPS = [5, 9, 2, 7], [4, 1, 8]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def machine_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What is measured of the machine is not kept for the user."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("THERMOCLINE_HOME", str(tmp_path_factory.mktemp("home")))
+        yield
 
 
 def load(
@@ -191,3 +201,26 @@ def test_a_model_runs_with_device_cuda_as_it_does_on_the_cpu(tiny_model: Any) ->
     for got, wanted in zip(rows["cuda"], rows["cpu"], strict=True):
         # The CPU rounds activations to 8 bits where weights are Q8_0.
         assert np.abs(got - wanted).max() <= 0.06 * np.abs(wanted).max()
+
+
+def test_a_gpu_that_holds_more_than_its_budget_gets_a_smaller_plan(
+    tiny_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = iter([(10 << 20) + 4096, 0])
+    monkeypatch.setattr(CudaOps, "held_bytes", lambda ops: next(held))
+    with LLM.load(tiny_model, ctx_size=32, threads=1, device="cuda", vram_budget="10MiB") as llm:
+        assert llm._loaded.placing.memory.ledger.budgets[VRAM] == (10 << 20) - 4096
+        assert any("planned again" in notice for notice in llm.notices)
+
+
+def test_memory_that_runs_out_ends_one_request(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with LLM.load(tiny_model, ctx_size=32, threads=1, device="cuda", vram_budget="10MiB") as llm:
+        with monkeypatch.context() as patch:
+            patch.setattr(CudaOps, "rms_norm", full)
+            with pytest.raises(BudgetError, match="ran out of it"):
+                llm.generate([5], max_tokens=1)
+        assert llm.generate([5], max_tokens=1).text is not None
+
+
+def full(*_: Any) -> None:
+    raise torch.OutOfMemoryError("none left")

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 
 from thermocline.config import Mode
-from thermocline.errors import UsageError
+from thermocline.errors import BudgetError, UsageError
 from thermocline.hardware.machine import Tier
+from thermocline.memory.arena import Memory
 from thermocline.memory.kv_cache import KVCache
 from thermocline.memory.neuron_store import ResidentNeurons
 from thermocline.model.feed_forward import Neurons, Tally
@@ -260,12 +261,29 @@ class CapturedSequence(TransformerSequence):
         self.captured = CapturedStep(transformer, cache, arrays=arrays)
 
     def step(self, tokens: Tokens, start: int, *, logits: bool) -> Step:
-        """See the protocol."""
-        if len(tokens) > 1 or not logits:
-            return super().step(tokens, start, logits=logits)
-        self.tally.clear()
-        row, hot, cold = self.captured.run(int(tokens[0]), start)
+        """See the protocol.
+
+        Raises:
+            BudgetError: the GPU's memory ran out; the next request may succeed.
+            HardwareError: the CPU's side of a token failed.
+        """
+        try:
+            if len(tokens) > 1 or not logits:
+                return super().step(tokens, start, logits=logits)
+            self.tally.clear()
+            row, hot, cold = self.captured.run(int(tokens[0]), start)
+        except torch.OutOfMemoryError as error:
+            raise BudgetError(
+                Tier.VRAM, 0, f"this request ran out of it; lower --vram-budget or --ubatch-size ({error})"
+            ) from error
         return Step(row, FfnWork(*(a + b for a, b in zip(hot, cold, strict=True))), hot)
+
+
+def excess(memory: Memory) -> int:
+    """Bytes that the GPU holds beyond its budget, by the driver's account and torch's; 0 if none."""
+    ops = memory.devices[Tier.VRAM].ops
+    budget = memory.ledger.budgets.get(Tier.VRAM)
+    return 0 if budget is None or not isinstance(ops, CudaOps) else max(0, ops.held_bytes() - budget)
 
 
 def sequence_of(

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from thermocline.activity.predictor import MOST_TOKENS
 from thermocline.config import DeviceKind, LoadSettings
 from thermocline.errors import BudgetError, OutputError
 from thermocline.files.source import ModelSource
 from thermocline.hardware.cores import find_cores
+from thermocline.hardware.machine import Tier
 from thermocline.hardware.memory import find_memory
 from thermocline.memory.arena import Make, make_array
 from thermocline.memory.kv_cache import KVCache, kv_bytes
@@ -21,6 +22,7 @@ from thermocline.model.families import family_of
 from thermocline.model.network import Transformer
 from thermocline.model.spec import ModelSpec
 from thermocline.model.workspace import workspace_bytes
+from thermocline.placement.budget import size_text
 from thermocline.placement.ledger import Purpose
 from thermocline.placement.plan import Plan
 from thermocline.runtime.engine import Engine
@@ -70,10 +72,12 @@ def load_model(
     *,
     make: Make = make_array,
     tell: Callable[[str], None] | None = None,
+    shrunk: str = "",
 ) -> LoadedModel:
     """Load `source`; `progress` is told how much of its weights was read, and `tell` what is done before.
 
-    `make` makes every array of every device.
+    `make` makes every array of every device. Where a GPU turns out to hold more than its budget, the model is loaded
+    once more with a budget that is smaller by the excess; `shrunk` is what that second load says of the first.
 
     Raises:
         ModelFormatError, UnsupportedModelError, TokenizerError, NumericalError: the model is not usable.
@@ -124,16 +128,25 @@ def load_model(
         homes = [caches[layer.device.tier] for layer in transformer.layers]
         cache = KVCache(spec, homes, n_ctx, settings.cache_type_k, settings.cache_type_v)
         if settings.device is DeviceKind.CUDA:
-            from thermocline.runtime.captured import sequence_of  # torch is needed with a GPU only
+            from thermocline.runtime.captured import excess, sequence_of  # torch is needed with a GPU only
 
             sequence, more = sequence_of(transformer, cache, ubatch, scratch)
-            notices = [*notices, *more]
+            notices = [*notices, *more, *([shrunk] if shrunk else [])]
+            over = excess(memory)
         else:
-            sequence = TransformerSequence(transformer, cache, ubatch, scratch)
+            sequence, over = TransformerSequence(transformer, cache, ubatch, scratch), 0
         placing.claim_scratch()
     except BaseException:
         placing.close()
         raise
+    if over and not shrunk:
+        budget = memory.ledger.budgets[Tier.VRAM]
+        memory.close()
+        smaller = replace(settings, vram_budget=f"{max(0, budget - over)}B")
+        why = (
+            f"the GPU held {size_text(over)} more than its budget of {size_text(budget)}: planned again for that less"
+        )
+        return load_model(source, smaller, progress, make=make, tell=tell, shrunk=why)
     traffic = traffic_of(spec, weights, settings.cache_type_k, settings.cache_type_v, report.predictor_bytes, plan)
     engine = Engine(sequence, traffic, tokenizer.size, transformer.mode, plan)
     said = [*source.warnings, *tokenizer.warnings, *prediction.notices, *placing.notices, *notices]

@@ -60,6 +60,7 @@ class CudaOps:
         self.tf32 = tf32
         self.scratch = Scratch(self.device)
         self._pinned: Tensor | None = None
+        self._free = self._free_bytes()
         self.counts: Tensor | None = None
         """While not None, work is added up here, int64 (4), and calls return zeros: nothing waits for the device."""
 
@@ -104,6 +105,18 @@ class CudaOps:
         """The array as numpy, once the device has come so far."""
         host: npt.NDArray[Any] = array.cpu().numpy()
         return host
+
+    def held_bytes(self) -> int:
+        """The most that this process took of the device since these ops were made, the driver's own part included.
+
+        0 where the device is none.
+        """
+        if self.device.type != "cuda":
+            return 0
+        return max(self._free - self._free_bytes(), int(torch.cuda.max_memory_reserved(self.device)))
+
+    def _free_bytes(self) -> int:
+        return int(torch.cuda.mem_get_info(self.device)[0]) if self.device.type == "cuda" else 0
 
     def _staging(self) -> Tensor:
         if self._pinned is None:
