@@ -36,7 +36,7 @@ import torch
 from benchmarks.synthetic import Shape, frequencies, metadata
 from benchmarks.tables import print_table, write_results
 from thermocline import _native
-from thermocline.config import Mode
+from thermocline.config import CrossingKind, Mode
 from thermocline.files.formats import BF16, F16, F32, Q4_0, Q8_0, BlockFormat
 from thermocline.files.metadata import Metadata
 from thermocline.files.quantize import from_float
@@ -51,7 +51,6 @@ from thermocline.model.spec import ModelSpec
 from thermocline.ops.contract import ALL, Activation, ActiveSet, FfnKind, NeuronBlock
 from thermocline.ops.cpu import CpuOps
 from thermocline.ops.cuda.beside import CudaDevice
-from thermocline.ops.cuda.crossing import Way
 from thermocline.ops.cuda.ops import CudaOps
 from thermocline.ops.device import Host
 from thermocline.placement.cost import FfnMode
@@ -348,9 +347,13 @@ def crossings(bench: Bench) -> list[Row]:
     """Seconds that one empty crossing adds to a captured step: a model all of whose neurons but a cluster are hot."""
     shape = Shape(64, 512, 2 if SMOKE else 32, 2, 1, 320)
     source, _ = synthetic(shape, F16)
-    ways = [Way.PLAIN] if bench.gpu.device.type != "cuda" else [Way.MEMORY, Way.CALLS, Way.PLAIN]
+    ways = (
+        [CrossingKind.PLAIN]
+        if bench.gpu.device.type != "cuda"
+        else [CrossingKind.MEMORY, CrossingKind.CALLS, CrossingKind.PLAIN]
+    )
     seconds: dict[str, float] = {}
-    for name, depth, way in [("none", 512, Way.AUTO), *((str(w), 511, w) for w in ways)]:
+    for name, depth, way in [("none", 512, CrossingKind.AUTO), *((str(w), 511, w) for w in ways)]:
         ops = CudaOps(str(bench.gpu.device))
         memory = Memory({Tier.VRAM: CudaDevice(ops), Tier.RAM: Host(bench.cpu)}, {Tier.VRAM: 1 << 40})
         seats = Seating(Tier.VRAM, Tier.VRAM, (LayerSeat(Tier.VRAM, depth, 512),) * shape.n_layer)

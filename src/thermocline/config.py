@@ -52,6 +52,19 @@ class CacheType(StrEnum):
     F32 = "f32"
 
 
+class CrossingKind(StrEnum):
+    """How a GPU and the CPU tell each other that a vector is there.
+
+    `MEMORY`: the GPU's stream writes and polls words of pinned memory. `CALLS`: the stream calls functions of the host.
+    `PLAIN`: Python waits for the stream. `AUTO` is the first of them that works.
+    """
+
+    AUTO = "auto"
+    MEMORY = "memory"
+    CALLS = "calls"
+    PLAIN = "plain"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadSettings:
     """How a model is loaded."""
@@ -80,6 +93,8 @@ class LoadSettings:
     """Keep the weights in memory: the system may neither swap them out nor drop them."""
     device: DeviceKind = DeviceKind.AUTO
     """What computes beside the CPU: auto, cpu (nothing), emulated or cuda."""
+    crossing: CrossingKind = CrossingKind.AUTO
+    """How a CUDA device and the CPU meet: auto, memory, calls or plain."""
     vram_budget: str | None = None
     """VRAM that may be used: 8GiB, 80%, auto (what is free), or a bare number of GiB."""
     ram_budget: str | None = None
@@ -98,7 +113,7 @@ class LoadSettings:
     def __post_init__(self) -> None:
         _check_numbers(self, LoadSettings, UsageError)
         members = {"cache_type_k": CacheType, "cache_type_v": CacheType, "mode": Mode, "ops": OpsKind}
-        for name, kind in (members | {"device": DeviceKind}).items():
+        for name, kind in (members | {"device": DeviceKind, "crossing": CrossingKind}).items():
             value = getattr(self, name)
             _check(value in list(kind), name, value, ", ".join(kind))
             object.__setattr__(self, name, kind(value))  # strings are welcome, members are what is kept
@@ -121,6 +136,8 @@ class LoadSettings:
                 object.__setattr__(self, name, str(budget))
         if self.device is DeviceKind.CPU and self.vram_budget is not None:
             raise UsageError("--device cpu has no VRAM: leave --vram-budget out, or use --device emulated")
+        if self.crossing is not CrossingKind.AUTO and self.device is not DeviceKind.CUDA:
+            raise UsageError("--crossing is of a GPU's step: leave it out, or use --device cuda")
         if self.ops is OpsKind.REFERENCE and self.device is DeviceKind.CUDA:
             raise UsageError("the reference implementation computes on the CPU; use --device cpu or emulated")
 

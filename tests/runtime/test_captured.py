@@ -12,7 +12,7 @@ import torch
 
 from thermocline.activity.predictor import Predictor
 from thermocline.api import LLM
-from thermocline.config import CacheType, Mode
+from thermocline.config import CacheType, CrossingKind, Mode
 from thermocline.errors import BudgetError, HardwareError, UsageError
 from thermocline.files.open import open_model
 from thermocline.hardware.machine import Tier
@@ -22,7 +22,7 @@ from thermocline.memory.loader import load_transformer
 from thermocline.model.network import Outputs, Segment, Transformer
 from thermocline.ops.cpu import CpuOps
 from thermocline.ops.cuda.beside import CudaDevice
-from thermocline.ops.cuda.crossing import Way, choose
+from thermocline.ops.cuda.crossing import choose
 from thermocline.ops.cuda.ops import CudaOps
 from thermocline.ops.device import Host
 from thermocline.ops.handover import Fault
@@ -70,7 +70,7 @@ def test_a_recorded_step_is_the_plain_step(tiny_model: Any, hot: tuple[int, ...]
     transformer, cache = load(tiny_model, hot, entry)
     expected = plainly(transformer, cache)
     step = CapturedStep(transformer, cache)
-    assert step.way is (None if hot == (96, 96) else Way.PLAIN)
+    assert step.way is (None if hot == (96, 96) else CrossingKind.PLAIN)
     for token, wanted in zip(STEPS, expected, strict=True):
         logits, there, here = step.run(token, cache.length)
         np.testing.assert_allclose(logits, wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max())
@@ -117,7 +117,7 @@ def test_what_cannot_be_captured_is_refused(tiny_model: Any) -> None:
         CapturedStep(transformer, cache)
     gpu, cache = load(tiny_model, (32, 32))
     with pytest.raises(UsageError, match="needs a CUDA device"):
-        CapturedStep(gpu, cache, way=Way.MEMORY)
+        CapturedStep(gpu, cache, way=CrossingKind.MEMORY)
 
 
 def load_on_cpu(path: Any) -> tuple[Transformer, KVCache]:
@@ -168,7 +168,11 @@ class Driver:
 def test_ways_to_cross_are_probed_in_order(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     transformer, cache = load(tiny_model, (32, 64))
     expected = CapturedStep(transformer, cache).run(4, len(PROMPT))[0].copy()
-    for refuse, way in (((), Way.MEMORY), (("write",), Way.CALLS), (("write", "call"), Way.PLAIN)):
+    for refuse, way in (
+        ((), CrossingKind.MEMORY),
+        (("write",), CrossingKind.CALLS),
+        (("write", "call"), CrossingKind.PLAIN),
+    ):
         driver = Driver(refuse)
         monkeypatch.setattr("thermocline.ops.cuda.crossing._stream", lambda device: 0)
         monkeypatch.setattr(
@@ -176,15 +180,15 @@ def test_ways_to_cross_are_probed_in_order(tiny_model: Any, monkeypatch: pytest.
         )
         step = CapturedStep(transformer, cache)
         assert step.way is way
-        assert (step.notice is None) is (way is Way.MEMORY)
+        assert (step.notice is None) is (way is CrossingKind.MEMORY)
         driver.calls.clear()
         assert step.run(4, len(PROMPT))[0].tobytes() == expected.tobytes()
         numbers = [value for name, value in driver.calls if name != "call"]
-        assert numbers == ([1, 1, 0, 2, 2, 0] if way is Way.MEMORY else [])
-        assert len(driver.calls) == {Way.MEMORY: 6, Way.CALLS: 4, Way.PLAIN: 0}[way]
-        if way is not Way.MEMORY:
+        assert numbers == ([1, 1, 0, 2, 2, 0] if way is CrossingKind.MEMORY else [])
+        assert len(driver.calls) == {CrossingKind.MEMORY: 6, CrossingKind.CALLS: 4, CrossingKind.PLAIN: 0}[way]
+        if way is not CrossingKind.MEMORY:
             with pytest.raises(UsageError, match="does not work here"):
-                CapturedStep(transformer, cache, way=Way.MEMORY)
+                CapturedStep(transformer, cache, way=CrossingKind.MEMORY)
 
 
 def test_a_model_runs_with_device_cuda_as_it_does_on_the_cpu(tiny_model: Any) -> None:

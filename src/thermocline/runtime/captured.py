@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from thermocline.config import Mode
+from thermocline.config import CrossingKind, Mode
 from thermocline.errors import BudgetError, UsageError
 from thermocline.hardware.machine import Tier
 from thermocline.memory.arena import Memory
@@ -27,7 +27,7 @@ from thermocline.model.network import Layer, Transformer
 from thermocline.model.workspace import Views, Workspace
 from thermocline.ops.contract import ALL, ActiveSet, Arrays, FfnWork
 from thermocline.ops.cpu import CpuOps
-from thermocline.ops.cuda.crossing import Crossing, Way, choose, finish
+from thermocline.ops.cuda.crossing import Crossing, choose, finish
 from thermocline.ops.cuda.feedforward import DeviceSet
 from thermocline.ops.cuda.ops import CudaOps
 from thermocline.ops.handover import PATIENCE, ColdWorker, Mailbox
@@ -104,7 +104,7 @@ class CapturedStep:
         transformer: Transformer,
         cache: KVCache,
         *,
-        way: Way = Way.AUTO,
+        way: CrossingKind = CrossingKind.AUTO,
         patience: float = PATIENCE,
         arrays: Mapping[Tier, Arrays] | None = None,
     ) -> None:
@@ -134,7 +134,7 @@ class CapturedStep:
             self._capture()
 
     @property
-    def way(self) -> Way | None:
+    def way(self) -> CrossingKind | None:
         """How the sides cross; None where no layer is split."""
         return None if self._crossing is None else self._crossing.way
 
@@ -189,7 +189,7 @@ class CapturedStep:
         self._replay, self.captured = graph.replay, True
 
     def _worker_of(
-        self, transformer: Transformer, way: Way, patience: float
+        self, transformer: Transformer, way: CrossingKind, patience: float
     ) -> tuple[ColdWorker | None, Crossing | None, tuple[torch.Tensor, ...]]:
         cold = [p for layer in transformer.layers for p in layer.ffn.parts if p.device.tier is not Tier.VRAM]
         if not cold:
@@ -254,11 +254,16 @@ class CapturedSequence(TransformerSequence):
     """A sequence whose single tokens are replayed; prompts take the plain way, over the same cache."""
 
     def __init__(
-        self, transformer: Transformer, cache: KVCache, ubatch: int, arrays: Mapping[Tier, Arrays] | None = None
+        self,
+        transformer: Transformer,
+        cache: KVCache,
+        ubatch: int,
+        arrays: Mapping[Tier, Arrays] | None = None,
+        way: CrossingKind = CrossingKind.AUTO,
     ) -> None:
         """See `CapturedStep` for what must be on the GPU."""
         super().__init__(transformer, cache, ubatch, arrays)
-        self.captured = CapturedStep(transformer, cache, arrays=arrays)
+        self.captured = CapturedStep(transformer, cache, way=way, arrays=arrays)
 
     def step(self, tokens: Tokens, start: int, *, logits: bool) -> Step:
         """See the protocol.
@@ -287,11 +292,17 @@ def excess(memory: Memory) -> int:
 
 
 def sequence_of(
-    transformer: Transformer, cache: KVCache, ubatch: int, arrays: Mapping[Tier, Arrays]
+    transformer: Transformer, cache: KVCache, ubatch: int, arrays: Mapping[Tier, Arrays], way: CrossingKind
 ) -> tuple[TransformerSequence, list[str]]:
-    """The fastest sequence that this placement allows, and what there is to say about it."""
+    """The fastest sequence that this placement allows, and what there is to say about it.
+
+    Raises:
+        UsageError: a way of crossing was asked for that does not work.
+    """
     try:
-        sequence = CapturedSequence(transformer, cache, ubatch, arrays)
+        sequence = CapturedSequence(transformer, cache, ubatch, arrays, way)
     except UsageError as error:
+        if way is not CrossingKind.AUTO:
+            raise
         return TransformerSequence(transformer, cache, ubatch, arrays), [f"decoding takes the plain way: {error}"]
     return sequence, [] if sequence.captured.notice is None else [sequence.captured.notice]

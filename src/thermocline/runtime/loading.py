@@ -130,7 +130,7 @@ def load_model(
         if settings.device is DeviceKind.CUDA:
             from thermocline.runtime.captured import excess, sequence_of  # torch is needed with a GPU only
 
-            sequence, more = sequence_of(transformer, cache, ubatch, scratch)
+            sequence, more = sequence_of(transformer, cache, ubatch, scratch, settings.crossing)
             notices = [*notices, *more, *([shrunk] if shrunk else [])]
             over = excess(memory)
         else:
@@ -141,11 +141,9 @@ def load_model(
         raise
     if over and not shrunk:
         budget = memory.ledger.budgets[Tier.VRAM]
-        memory.close()
+        placing.close()
         smaller = replace(settings, vram_budget=f"{max(0, budget - over)}B")
-        why = (
-            f"the GPU held {size_text(over)} more than its budget of {size_text(budget)}: planned again for that less"
-        )
+        why = f"the GPU held {size_text(over)} more than its budget of {size_text(budget)}: planned again for that less"
         return load_model(source, smaller, progress, make=make, tell=tell, shrunk=why)
     traffic = traffic_of(spec, weights, settings.cache_type_k, settings.cache_type_v, report.predictor_bytes, plan)
     engine = Engine(sequence, traffic, tokenizer.size, transformer.mode, plan)

@@ -8,12 +8,12 @@ cuStreamWaitValue32), which costs no thread of the driver. `calls`: the stream c
 from __future__ import annotations
 
 from collections.abc import Callable
-from enum import StrEnum
 from importlib import import_module
 from typing import Any, Final, Protocol
 
 import torch
 
+from thermocline.config import CrossingKind
 from thermocline.errors import HardwareError, UsageError
 from thermocline.ops.handover import DONE, ColdWorker
 
@@ -21,19 +21,10 @@ EQUAL: Final = 1
 """CU_STREAM_WAIT_VALUE_EQ."""
 
 
-class Way(StrEnum):
-    """How to cross; `AUTO` takes the first that works."""
-
-    AUTO = "auto"
-    MEMORY = "memory"
-    CALLS = "calls"
-    PLAIN = "plain"
-
-
 class Crossing(Protocol):
     """Both halves of a crossing, put into the current stream."""
 
-    way: Way
+    way: CrossingKind
     captured: bool
     """Whether a graph can hold it."""
 
@@ -47,7 +38,7 @@ class Crossing(Protocol):
 class Plain:
     """Python waits for the stream, and then for the worker."""
 
-    way = Way.PLAIN
+    way = CrossingKind.PLAIN
     captured = False
 
     def __init__(self, worker: ColdWorker, device: torch.device) -> None:
@@ -68,7 +59,7 @@ class Plain:
 class StreamMemory:
     """The stream writes `ready`, and polls `done`."""
 
-    way = Way.MEMORY
+    way = CrossingKind.MEMORY
     captured = True
 
     def __init__(self, worker: ColdWorker, driver: Any, stream: Callable[[], int]) -> None:
@@ -99,7 +90,7 @@ class StreamMemory:
 class HostCalls:
     """The stream calls native functions that set `ready` and wait for `done`; they know a deadline."""
 
-    way = Way.CALLS
+    way = CrossingKind.CALLS
     captured = True
 
     def __init__(self, worker: ColdWorker, driver: Any, stream: Callable[[], int]) -> None:
@@ -130,7 +121,7 @@ class HostCalls:
 
 
 def choose(
-    way: Way, worker: ColdWorker, device: torch.device, driver: Any | None = None
+    way: CrossingKind, worker: ColdWorker, device: torch.device, driver: Any | None = None
 ) -> tuple[Crossing, str | None]:
     """The crossing asked for, or the first that works; and what there is to say about a fallback.
 
@@ -138,17 +129,17 @@ def choose(
         UsageError: the one asked for does not exist here.
     """
     if device.type != "cuda" and driver is None:
-        if way in (Way.MEMORY, Way.CALLS):
+        if way in (CrossingKind.MEMORY, CrossingKind.CALLS):
             raise UsageError(f"crossing by {way} needs a CUDA device; use --crossing auto")
         return Plain(worker, device), None
     reasons = []
     for kind in (StreamMemory, HostCalls):
-        if way in (Way.AUTO, kind.way):
+        if way in (CrossingKind.AUTO, kind.way):
             try:
                 crossing = kind(worker, driver or _driver(), lambda: _stream(device))
                 probe(crossing, worker, device)
             except (HardwareError, ImportError, RuntimeError, TypeError) as error:
-                if way is not Way.AUTO:
+                if way is not CrossingKind.AUTO:
                     raise UsageError(f"crossing by {way} does not work here: {error}") from error
                 reasons.append(f"{kind.way}: {error}")
             else:
