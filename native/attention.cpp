@@ -5,6 +5,8 @@
 #include <cstring>
 #include <limits>
 
+#include "requantize.h"
+
 namespace thermocline {
 namespace {
 
@@ -31,6 +33,7 @@ class Attention {
         job_(job),
         group_(job.heads / job.kv_heads),
         dim_(job.head_dim),
+        q_stride_((job.head_dim + 4 * kBlock - 1) / (4 * kBlock) * (4 * kBlock)),
         split_(job.tokens <= kSplitTokens),
         block_tokens_(split_ ? job.tokens : std::max<int64_t>(1, kQueries / group_)),
         first_chunk_(visible_from(0) / kChunk),
@@ -39,8 +42,9 @@ class Attention {
                            (job.keys.row_bytes + job.values.row_bytes) * job.tokens)) {
     const int64_t queries = block_tokens_ * group_;
     sums_size_ = queries * (dim_ + 2);
-    // Query block, scores, widened chunk, sums of the chunk, sums so far.
-    scratch_size_ = queries * dim_ + queries * kChunk + kChunk * dim_ + 2 * sums_size_;
+    // Query block, scores, widened chunk, the queries in 8 bits, sums of the chunk, sums so far.
+    bytes_size_ = job.keys.format == kQ8_0 ? queries * (q_stride_ / 4 + 2 * q_stride_ / kBlock) : 0;
+    scratch_size_ = queries * dim_ + queries * kChunk + kChunk * dim_ + bytes_size_ + 2 * sums_size_;
     scratch_ = context.arena.take<float>(scratch_size_ * team_.size());
     const int64_t blocks = (job.tokens + block_tokens_ - 1) / block_tokens_;
     if (split_) {
@@ -86,6 +90,8 @@ class Attention {
     uint8_t* row = cache.row(head, position);
     if (cache.format == kF16) {
       context_.kernels.to_half(x, row, dim_);
+    } else if (cache.format == kQ8_0) {
+      encode_q8_0(x, dim_, row);
     } else {
       std::memcpy(row, x, static_cast<size_t>(dim_) * sizeof(float));
     }
@@ -110,13 +116,34 @@ class Attention {
     }
   }
 
-  // Rows k0 .. k1 of a head's cache, as floats if so many queries will read them.
+  // The queries, in 8 bits too if the keys are.
+  Tokens tokens_of(const float* q, int64_t queries, float* memory) const {
+    Tokens tokens{};
+    tokens.x = q;
+    tokens.x_stride = dim_;
+    if (job_.keys.format != kQ8_0) return tokens;
+    const int64_t blocks = q_stride_ / kBlock, room = block_tokens_ * group_;
+    auto* bytes = reinterpret_cast<int8_t*>(memory);
+    float* d = memory + room * q_stride_ / 4;
+    auto* sums = reinterpret_cast<int16_t*>(d + room * blocks);
+    std::memset(memory, 0, static_cast<size_t>(bytes_size_) * sizeof(float));
+    for (int64_t i = 0; i < queries; ++i)
+      context_.kernels.quantize(q + i * dim_, dim_, bytes + i * q_stride_, d + i * blocks,
+                                sums + 2 * i * blocks);
+    tokens.q = bytes;
+    tokens.d = d;
+    tokens.sums = sums;
+    tokens.q_stride = q_stride_;
+    return tokens;
+  }
+
+  // Rows k0 .. k1 of a head's cache, as floats if so many queries will read them as such.
   Rows rows(const Cache& cache, int64_t head, int64_t k0, int64_t k1, int64_t queries, float* wide,
             Format* format) {
     const Rows stored{cache.row(head, k0), cache.row_bytes, nullptr};
     *format = cache.format;
-    if (cache.format != kF16 || queries < kWidenQueries) return stored;
-    context_.kernels.dequantize[kF16](stored, 0, k1 - k0, 0, dim_, wide, dim_);
+    if (cache.format == kF32 || queries < kWidenQueries) return stored;
+    context_.kernels.dequantize[cache.format](stored, 0, k1 - k0, 0, dim_, wide, dim_);
     *format = kF32;
     return {reinterpret_cast<const uint8_t*>(wide), dim_ * 4, nullptr};
   }
@@ -137,11 +164,10 @@ class Attention {
     const int64_t base = from / kStep * kStep;
     const int64_t steps = (to - base + kStep - 1) / kStep * kStep;
 
-    Format format;
-    const Rows keys = rows(job_.keys, head, from, to, queries, wide, &format);
-    Tokens tokens{};
-    tokens.x = q;
-    tokens.x_stride = dim_;
+    Format format = job_.keys.format;
+    const Rows keys = format == kQ8_0 ? Rows{job_.keys.row(head, from), job_.keys.row_bytes, nullptr}
+                                      : rows(job_.keys, head, from, to, queries, wide, &format);
+    const Tokens tokens = tokens_of(q, queries, wide + kChunk * dim_);
     const DotJob dots{keys, dim_, tokens, scores + (from - base), kChunk, nullptr, false};
     context_.kernels.dot[format](dots, 0, to - from, 0, queries);
     for (int64_t i = 0; i < queries; ++i) {
@@ -214,11 +240,11 @@ class Attention {
 
   Context& context_;
   const AttentionJob& job_;
-  const int64_t group_, dim_;
+  const int64_t group_, dim_, q_stride_;
   const bool split_;
   const int64_t block_tokens_, first_chunk_, chunks_;
   Pool& team_;
-  int64_t sums_size_, scratch_size_;
+  int64_t sums_size_, bytes_size_, scratch_size_;
   float* scratch_;
   float* parts_ = nullptr;
   Items items_, merge_items_, write_items_;

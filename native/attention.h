@@ -7,7 +7,7 @@
 
 namespace thermocline {
 
-// Keys or values: (kv heads, positions, head_dim) in float16 or float32, with strides in bytes.
+// Keys or values: (kv heads, positions, head_dim) in F16, F32 or Q8_0, with strides in bytes.
 struct Cache {
   uint8_t* data;
   Format format;
@@ -30,7 +30,7 @@ struct AttentionJob {
 // Writes k and v into the cache from `start` on, then attends. The keys are cut into chunks at fixed
 // positions; each is summed with its own maximum, and the chunks are merged in order (the online softmax of
 // FlashAttention, Dao et al. 2022), so that the result does not depend on threads nor on the other tokens of
-// the batch.
+// the batch. Queries that meet keys in Q8_0 are rounded to 8 bits, as activations that meet weights are.
 void attention(Context& context, const AttentionJob& job);
 
 }  // namespace thermocline

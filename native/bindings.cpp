@@ -125,37 +125,44 @@ void bind_rope(Context& context, const Output& x, const Input& table, const Inpu
   run(context, [&] { rope(context, to, tokens, heads, dim, values, half, at, interleaved); });
 }
 
-// A cache of (kv_heads, positions, head_dim): heads may lie apart, the rows of a head may not.
-Cache cache_of(const Output& array, const char* name) {
+// A cache of (kv_heads, positions, head_dim), or of the bytes of Q8_0: heads may lie apart, the rows of a
+// head may not.
+Cache cache_of(const Output& array, const char* name, int64_t head_dim) {
   require(array.ndim() == 3, name, "is not (kv_heads, positions, head_dim)");
   const bool half = detail::is_type(array.dtype(), detail::Element::kFloat16);
-  require(half || detail::is_type(array.dtype(), detail::Element::kFloat32), name,
-          "is neither float16 nor float32");
-  const int64_t size = half ? 2 : 4, dim = static_cast<int64_t>(array.shape(2));
-  require((dim <= 1 || array.stride(2) == 1) && (array.shape(1) <= 1 || array.stride(1) >= dim), name,
+  const bool bytes = detail::is_type(array.dtype(), detail::Element::kUint8);
+  require(half || bytes || detail::is_type(array.dtype(), detail::Element::kFloat32), name,
+          "is neither float16 nor float32, nor bytes of Q8_0");
+  require(!bytes || head_dim % kBlock == 0, name, "of Q8_0 needs a head_dim of whole blocks of 32");
+  const auto width = static_cast<int64_t>(array.shape(2));
+  require(width == (bytes ? row_bytes(kQ8_0, head_dim) : head_dim), name, "has another head_dim than q");
+  const int64_t size = bytes ? 1 : half ? 2 : 4;
+  require((width <= 1 || array.stride(2) == 1) && (array.shape(1) <= 1 || array.stride(1) >= width), name,
           "does not have contiguous rows");
-  return {static_cast<uint8_t*>(array.data()), half ? kF16 : kF32, array.stride(0) * size,
-          array.stride(1) * size};
+  return {static_cast<uint8_t*>(array.data()),
+          bytes  ? kQ8_0
+          : half ? kF16
+                 : kF32,
+          array.stride(0) * size, array.stride(1) * size};
 }
 
 void bind_attention(Context& context, const Input& q, const Input& k, const Input& v, const Output& keys,
                     const Output& values, int64_t start, float scale, int64_t window, const Output& out) {
   AttentionJob job{};
-  job.keys = cache_of(keys, "keys");
-  job.values = cache_of(values, "values");
   job.q = data_of<float>(q, "q", {kAny, kAny, kAny});
   job.tokens = length(q, 0);
   job.heads = length(q, 1);
   job.head_dim = length(q, 2);
+  job.keys = cache_of(keys, "keys", job.head_dim);
+  job.values = cache_of(values, "values", job.head_dim);
   job.kv_heads = static_cast<int64_t>(keys.shape(0));
   require(job.kv_heads > 0 && job.heads % job.kv_heads == 0, "q",
           "has heads that are no multiple of the cache's");
   job.k = data_of<float>(k, "k", {job.tokens, job.kv_heads, job.head_dim});
   job.v = data_of<float>(v, "v", {job.tokens, job.kv_heads, job.head_dim});
-  for (size_t axis = 0; axis < 3; ++axis) {
+  for (size_t axis = 0; axis < 2; ++axis) {
     require(keys.shape(axis) == values.shape(axis), "values", "has another shape than keys");
   }
-  require(static_cast<int64_t>(keys.shape(2)) == job.head_dim, "keys", "has another head_dim than q");
   const auto room = static_cast<int64_t>(keys.shape(1));
   require(start >= 0 && start <= room - job.tokens, "start", "leaves no room in the cache for the tokens");
   require(window >= 0, "window", "is negative");

@@ -28,7 +28,7 @@ float inverse_of(float scale) {
   return std::isfinite(inverse) ? inverse : 0.0f;
 }
 
-void encode_q8_0(const float* x, uint8_t* out) {
+void encode_q8_0_block(const float* x, uint8_t* out) {
   float peak = 0.0f;
   for (int i = 0; i < kBlock; ++i) peak = std::max(peak, std::fabs(x[i]));
   const float scale = peak / 127.0f, inverse = inverse_of(scale);
@@ -61,13 +61,14 @@ void encode(const Kernels& kernels, Format format, const float* x, int64_t n, ui
     case kBF16:
       for (int64_t i = 0; i < n; ++i) store_u16(out + 2 * i, bfloat_of_float(x[i]));
       return;
+    case kQ8_0:
+      encode_q8_0(x, n, out);
+      return;
     default:
       break;
   }
-  for (int64_t b = 0; b < n / kBlock; ++b) {
-    uint8_t* block = out + b * kFormatInfo[format].block_bytes;
-    format == kQ8_0 ? encode_q8_0(x + b * kBlock, block) : encode_q4_0(x + b * kBlock, block);
-  }
+  for (int64_t b = 0; b < n / kBlock; ++b)
+    encode_q4_0(x + b * kBlock, out + b * kFormatInfo[format].block_bytes);
 }
 
 struct Deviation {
@@ -88,6 +89,11 @@ void transpose(const Kernels& kernels, const Matrix& source, int64_t c0, int64_t
 }
 
 }  // namespace
+
+void encode_q8_0(const float* x, int64_t n, uint8_t* out) {
+  for (int64_t b = 0; b < n / kBlock; ++b)
+    encode_q8_0_block(x + b * kBlock, out + b * kFormatInfo[kQ8_0].block_bytes);
+}
 
 RequantizeError transpose_requantize(Context& context, const Matrix& source, Format format, uint8_t* out) {
   const Kernels& kernels = context.kernels;

@@ -18,4 +18,7 @@ struct RequantizeError {
 // reference quantisers do.
 RequantizeError transpose_requantize(Context& context, const Matrix& source, Format format, uint8_t* out);
 
+// n numbers, a multiple of kBlock, as Q8_0, rounded as ggml's reference quantiser does.
+void encode_q8_0(const float* x, int64_t n, uint8_t* out);
+
 }  // namespace thermocline

@@ -50,6 +50,7 @@ class CacheType(StrEnum):
 
     F16 = "f16"
     F32 = "f32"
+    Q8_0 = "q8_0"
 
 
 class CrossingKind(StrEnum):

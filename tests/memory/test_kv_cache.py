@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -28,10 +29,18 @@ def spec(make_source: Callable[..., Any]) -> ModelSpec:
 def test_size_is_that_of_the_arrays(spec: ModelSpec, type_k: CacheType, type_v: CacheType) -> None:
     cache = KVCache(spec, OPS, 7, type_k, type_v)
     arrays = [array for layer in cache.layers for array in (layer.keys, layer.values)]
-    assert all(array.shape == (spec.n_head_kv, 7, spec.head_dim) for array in arrays)
+    for array, kind in zip(arrays, (type_k, type_v) * spec.n_layer, strict=True):
+        width = spec.head_dim // 32 * 34 if kind is CacheType.Q8_0 else spec.head_dim
+        assert array.shape == (spec.n_head_kv, 7, width)
     assert cache.nbytes == sum(array.nbytes for array in arrays) == kv_bytes(spec, 7, type_k, type_v)
     assert cache.nbytes == 7 * kv_bytes_per_token(spec, type_k, type_v)
-    assert [str(a.dtype)[-2:] for a in arrays[:2]] == [type_k[1:], type_v[1:]]
+    dtypes = {"f16": "float16", "f32": "float32", "q8_0": "uint8"}
+    assert [str(a.dtype) for a in arrays[:2]] == [dtypes[type_k], dtypes[type_v]]
+
+
+def test_heads_of_no_whole_blocks_are_refused(spec: ModelSpec) -> None:
+    with pytest.raises(UsageError, match=r"heads of 48 elements do not fit a KV cache in q8_0, .* hold 32; use f16"):
+        KVCache(replace(spec, head_dim=48), OPS, 7, CacheType.Q8_0)
 
 
 def test_truncate_and_clear(spec: ModelSpec) -> None:

@@ -1,6 +1,8 @@
 import numpy as np
 import pytest
 
+from thermocline.files.formats import Q8_0
+from thermocline.files.quantize import dequantize, quantize
 from thermocline.ops.contract import KVLayer
 
 EPS = 2.0**-24
@@ -120,3 +122,63 @@ def test_a_cache_may_be_part_of_a_larger_one(ops, reference, rng):
     assert (part.values == expected_cache.values).all()
     assert (whole.keys[:, :8] == before.keys[:, :8]).all()
     assert (whole.values[4] == before.values[4]).all()
+
+
+def in_bytes(cache):
+    """The cache in Q8_0."""
+
+    def packed(x):
+        return quantize(x.reshape(-1, x.shape[-1]).astype(np.float32), Q8_0).reshape(*x.shape[:2], -1)
+
+    return KVLayer(packed(cache.keys), packed(cache.values))
+
+
+def in_floats(cache, dim):
+    return KVLayer(
+        *(dequantize(x.reshape(-1, x.shape[-1]), Q8_0, dim).reshape(*x.shape[:2], dim) if x.dtype == np.uint8 else x
+          for x in (cache.keys, cache.values))
+    )  # fmt: skip
+
+
+def rounded(q):
+    """Queries as they meet keys in Q8_0: 8 bits and a scale for each block of 32."""
+    blocks = q.reshape(-1, 32)
+    peak = np.abs(blocks).max(axis=1, keepdims=True)
+    return (np.rint(blocks * (np.float32(127) / peak)) * (peak / np.float32(127))).reshape(q.shape)
+
+
+@pytest.mark.parametrize("parts", ["keys", "values", "both"])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(2, 2, 32), (6, 2, 96), (9, 1, 160), (4, 4, 128)])
+def test_a_cache_in_q8_0_agrees_with_reference(host, reference, rng, fence, parts, heads, kv_heads, dim):
+    """Rounded keys and values are the same to the bit; but for the queries' rounding the error is that of floats."""
+    for start, tokens, window in [(0, 1, 0), (0, 5, 0), (255, 2, 0), (300, 9, 40), (590, 1, 300), (200, 70, 0)]:
+        q, k, v = make_tokens(rng, tokens, heads, kv_heads, dim)
+        floats = make_cache(rng, kv_heads, 600, dim, np.float16, np.float16)
+        packed = in_bytes(floats)
+        cache = KVLayer(
+            floats.keys if parts == "values" else packed.keys, floats.values if parts == "keys" else packed.values
+        )
+        expected_cache, out, expected = copy(cache), fence(q.shape), np.empty_like(q)
+        host.attention(q, k, v, cache, start, 0.2, window, out.array)
+        seen = q if parts == "values" else rounded(q)
+        reference.attention(seen, k, v, expected_cache, start, 0.2, window, expected)
+        assert cache.keys.tobytes() == expected_cache.keys.tobytes()
+        assert cache.values.tobytes() == expected_cache.values.tobytes()
+        limit = bound(q, in_floats(cache, dim), start + tokens, 0.2)
+        assert np.abs(out.check() - expected).max() <= limit, (start, tokens, window)
+
+
+@pytest.mark.parametrize("window", [0, 290])
+def test_a_cache_in_q8_0_gives_the_same_whatever_the_threads_and_the_batch(team, rng, window):
+    q, k, v = make_tokens(rng, 40, 6, 2, 64)
+    cache = in_bytes(make_cache(rng, 2, 700, 64, np.float32, np.float32))
+    results = []
+    for ops in team:
+        out, single, alone = np.empty_like(q), np.empty_like(q), copy(cache)
+        ops.attention(q, k, v, copy(cache), 600, 0.25, window, out)
+        for t in range(40):
+            now = slice(t, t + 1)
+            ops.attention(q[now], k[now], v[now], alone, 600 + t, 0.25, window, single[now])
+        assert single.tobytes() == out.tobytes()
+        results.append(out.tobytes())
+    assert results[0] == results[1] == results[2]

@@ -62,6 +62,14 @@ def test_two_contexts_work_at_once(values):
     assert not any(worker.is_alive() for worker in workers)
 
 
+@pytest.mark.parametrize("threads", [1, 16, 64])
+def test_any_number_of_threads_gives_the_same(values, threads):
+    """More threads than cores too: those that wait give their cores away."""
+    expected, ops = product(CpuOps(2), values, values[:20]).tobytes(), CpuOps(threads)
+    for _ in range(3):
+        assert product(ops, values, values[:20]).tobytes() == expected
+
+
 def test_callers_of_one_context_take_turns(values):
     ops = CpuOps(2)
     inputs = [values[i : i + 40] for i in range(0, 160, 40)]

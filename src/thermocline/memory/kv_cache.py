@@ -6,16 +6,36 @@ from collections.abc import Sequence
 
 from thermocline.config import CacheType
 from thermocline.errors import UsageError
+from thermocline.files.formats import F16, F32, Q8_0
 from thermocline.model.spec import ModelSpec
-from thermocline.ops.contract import Arrays, KVLayer
+from thermocline.ops.contract import Array, Arrays, KVLayer
 
-DTYPES = {CacheType.F16: "float16", CacheType.F32: "float32"}
-BYTES = {CacheType.F16: 2, CacheType.F32: 4}
+FORMATS = {CacheType.F16: F16, CacheType.F32: F32, CacheType.Q8_0: Q8_0}
+DTYPES = {CacheType.F16: "float16", CacheType.F32: "float32", CacheType.Q8_0: "uint8"}
+
+
+def row_bytes(spec: ModelSpec, cache_type: CacheType) -> int:
+    """Bytes of the key or the value of one head and position.
+
+    Raises:
+        UsageError: heads of this model are not whole blocks of the format.
+    """
+    fmt = FORMATS[cache_type]
+    if spec.head_dim % fmt.block:
+        raise UsageError(
+            f"heads of {spec.head_dim} elements do not fit a KV cache in {cache_type}, whose blocks hold {fmt.block};"
+            f" use {CacheType.F16} for keys and values"
+        )
+    return fmt.row_bytes(spec.head_dim)
 
 
 def kv_bytes_per_token(spec: ModelSpec, type_k: CacheType = CacheType.F16, type_v: CacheType = CacheType.F16) -> int:
-    """Bytes that one position takes in all layers."""
-    return spec.n_layer * spec.n_kv * (BYTES[type_k] + BYTES[type_v])
+    """Bytes that one position takes in all layers.
+
+    Raises:
+        UsageError: as for `row_bytes`.
+    """
+    return spec.n_layer * spec.n_head_kv * (row_bytes(spec, type_k) + row_bytes(spec, type_v))
 
 
 def kv_bytes(spec: ModelSpec, n_ctx: int, type_k: CacheType = CacheType.F16, type_v: CacheType = CacheType.F16) -> int:
@@ -39,11 +59,14 @@ class KVCache:
     ) -> None:
         if n_ctx < 1:
             raise UsageError(f"a context of {n_ctx} tokens holds nothing; allowed: 1 or more")
-        shape = (spec.n_head_kv, n_ctx, spec.head_dim)
         makers = ops if isinstance(ops, Sequence) else (ops,) * spec.n_layer
-        self.layers = tuple(
-            KVLayer(maker.array(shape, DTYPES[type_k]), maker.array(shape, DTYPES[type_v])) for maker in makers
-        )
+
+        def rows(maker: Arrays, cache_type: CacheType) -> Array:
+            size = row_bytes(spec, cache_type)
+            width = size if cache_type is CacheType.Q8_0 else spec.head_dim
+            return maker.array((spec.n_head_kv, n_ctx, width), DTYPES[cache_type])
+
+        self.layers = tuple(KVLayer(rows(maker, type_k), rows(maker, type_v)) for maker in makers)
         self.n_ctx = n_ctx
         self.length = 0
         self.nbytes = kv_bytes(spec, n_ctx, type_k, type_v)

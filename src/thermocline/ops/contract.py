@@ -100,7 +100,10 @@ class FfnWork(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class KVLayer:
-    """Cached keys and values of one layer and sequence: (n_head_kv, n_ctx, head_dim), float16 or float32."""
+    """Cached keys and values of one layer and sequence: (n_head_kv, n_ctx, head_dim), float16 or float32.
+
+    Or Q8_0 where the implementation has it: uint8 (n_head_kv, n_ctx, bytes of head_dim elements), whole blocks only.
+    """
 
     keys: Array
     values: Array

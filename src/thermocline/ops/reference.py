@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from thermocline.files.quantize import dequantize, to_float
+from thermocline.files.formats import Q8_0
+from thermocline.files.quantize import dequantize, quantize, to_float
 from thermocline.files.weight import Weight
 from thermocline.ops.contract import (
     Activation,
@@ -104,11 +105,11 @@ class ReferenceOps:
         """See the contract."""
         tokens, n_head, _ = q.shape
         stop = start + tokens
-        cache.keys[:, start:stop] = k.swapaxes(0, 1)
-        cache.values[:, start:stop] = v.swapaxes(0, 1)
+        _write(cache.keys, start, k)
+        _write(cache.values, start, v)
         group = n_head // cache.keys.shape[0]
-        keys = cache.keys[:, :stop].astype(np.float64).repeat(group, axis=0)
-        values = cache.values[:, :stop].astype(np.float64).repeat(group, axis=0)
+        keys = _read(cache.keys, stop).repeat(group, axis=0)
+        values = _read(cache.values, stop).repeat(group, axis=0)
         scores = np.einsum("thd,hsd->hts", q.astype(np.float64), keys) * scale
         query, key = np.arange(start, stop)[:, None], np.arange(stop)[None, :]
         hidden = (key > query) | ((window > 0) & (key <= query - window))
@@ -189,6 +190,23 @@ class ReferenceOps:
         found = np.flatnonzero((scores >= limit).any(axis=0))
         out[: len(found)] = found
         return ActiveSet(out[: len(found)])
+
+
+def _write(cache: npt.NDArray[Any], start: int, x: npt.NDArray[np.float32]) -> None:
+    """Rows x (T, heads, head_dim) to a cache from position `start` on."""
+    rows = x.swapaxes(0, 1)
+    if cache.dtype == np.uint8:
+        rows = quantize(rows.reshape(-1, x.shape[-1]), Q8_0).reshape(*rows.shape[:2], cache.shape[-1])
+    cache[:, start : start + len(x)] = rows
+
+
+def _read(cache: npt.NDArray[Any], stop: int) -> npt.NDArray[np.float64]:
+    """The first `stop` positions of every head."""
+    rows = cache[:, :stop]
+    if cache.dtype == np.uint8:
+        columns = cache.shape[-1] // Q8_0.block_bytes * Q8_0.block
+        rows = dequantize(rows.reshape(-1, cache.shape[-1]), Q8_0, columns).reshape(*rows.shape[:2], columns)
+    return rows.astype(np.float64)
 
 
 def _work(

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from thermocline.activity.predictor import MOST_TOKENS
-from thermocline.config import DeviceKind, LoadSettings
-from thermocline.errors import BudgetError, OutputError
+from thermocline.config import CacheType, DeviceKind, LoadSettings
+from thermocline.errors import BudgetError, OutputError, UsageError
 from thermocline.files.source import ModelSource
 from thermocline.hardware.cores import find_cores
 from thermocline.hardware.machine import Tier
@@ -121,6 +121,7 @@ def load_model(
             order=None if placing.order is None else placing.order.order,
             store=placing.below.store,
         )
+        _check_cache_types(transformer, settings)
         if tell is not None and placing.below.store is not None:
             tell("reading the hottest neurons")
         placing.below.warm_up(placing.order)
@@ -152,6 +153,22 @@ def load_model(
     notices = list(dict.fromkeys([*said, *_load_notices(report)]))
     seconds = time.perf_counter() - began
     return LoadedModel(engine, tokenizer, transformer, report, threads, tuple(notices), seconds, prediction, placing)
+
+
+def _check_cache_types(transformer: Transformer, settings: LoadSettings) -> None:
+    """Refuse a format of the KV cache that the kernels of a layer's device cannot read.
+
+    Raises:
+        UsageError: there is one.
+    """
+    if CacheType.Q8_0 not in (settings.cache_type_k, settings.cache_type_v):
+        return
+    names = {layer.device.ops.name for layer in transformer.layers if layer.device.ops.name.startswith("cuda")}
+    if names:
+        raise UsageError(
+            f"a KV cache in {CacheType.Q8_0} is for the CPU only, and layers are on {', '.join(sorted(names))};"
+            f" use {CacheType.F16} or {CacheType.F32}, or --device cpu"
+        )
 
 
 def _planned_context(spec: ModelSpec, settings: LoadSettings, plan: Plan) -> list[str]:
