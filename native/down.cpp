@@ -5,10 +5,9 @@
 namespace thermocline {
 namespace {
 
-// A tile of weights, kTileRows by kTileColumns floats, fills the first cache (32 KB) once for all tokens; the
-// sums of kTokenBlock tokens beside it take half of that.
-constexpr int64_t kTileRows = 32;
-constexpr int64_t kTileColumns = 128;
+// A tile of weights, kTileRows by kTileColumns floats, stays in the second cache (128 KB) for all tokens.
+constexpr int64_t kTileRows = 256;
+constexpr int64_t kTileColumns = kListColumns;
 constexpr int64_t kTokenBlock = 32;
 constexpr int64_t kReduceColumns = 512;
 // Narrower pieces of a row would waste the cache lines at their ends.
@@ -36,8 +35,11 @@ DownRecords::DownRecords(Context& context, Pool& team, const Matrix& down, int64
     column_parts_ = parts_of(down.cols, kTileColumns);
     token_parts_ = std::clamp<int64_t>(parts_of(wanted_items, std::max<int64_t>(column_parts_, 1)), 1,
                                        parts_of(tokens, kTokenBlock));
-    scratch_size_ = kTileColumns * (kTileRows + 2 * parts_of(tokens, token_parts_));
+    most_ = most;
+    fired_ = context.arena.take<int32_t>(tokens * (most + 1));
+    scratch_size_ = kTileColumns * kTileRows + (2 * kTileColumns + 1) * parts_of(tokens, token_parts_);
     scratch_ = context.arena.take<float>(scratch_size_ * team.size());
+    token_items_.reset(tokens, 1);
   }
 }
 
@@ -65,6 +67,8 @@ void DownRecords::list(const int32_t* ids, const int32_t* rows, const uint8_t* w
 
 void DownRecords::add(int worker, float* out) {
   if (tokens_ == 1) return add_one(out);
+  token_items_.drain([&](int64_t t, int64_t) { find_fired(t); });
+  team_.barrier();
   items_.drain([&](int64_t item, int64_t) { add_tile(worker, item, out); });
 }
 
@@ -85,6 +89,17 @@ void DownRecords::add_one(float* out) {
   });
 }
 
+void DownRecords::find_fired(int64_t t) {
+  const float* h = h_ + t * h_stride_;
+  int32_t* fired = fired_ + t * (most_ + 1);
+  int64_t count = 0;
+  for (int64_t k = 0; k < start_[kGroups]; ++k) {
+    fired[count] = static_cast<int32_t>(k);
+    count += h[positions_[k]] != 0.0f;
+  }
+  fired[count] = static_cast<int32_t>(start_[kGroups]);
+}
+
 void DownRecords::add_tile(int worker, int64_t item, float* out) {
   const Kernels& kernels = context_.kernels;
   const int64_t c0 = item % column_parts_ * kTileColumns, c1 = std::min(c0 + kTileColumns, down_.cols);
@@ -93,22 +108,20 @@ void DownRecords::add_tile(int worker, int64_t item, float* out) {
   float* weights = scratch_ + worker * scratch_size_;
   float* sums = weights + kTileRows * kTileColumns;
   float* total = sums + size * kTileColumns;
+  auto* next = reinterpret_cast<int32_t*>(total + size * kTileColumns);  // of each token, in its list
   const int64_t floats = (t1 - t0) * kTileColumns;
 
+  if (c1 - c0 < kTileColumns) std::fill(weights, weights + kTileRows * kTileColumns, 0.0f);
   std::fill(total, total + floats, 0.0f);
+  std::fill(next, next + (t1 - t0), 0);
   for (int g = 0; g < kGroups; ++g) {
     std::fill(sums, sums + floats, 0.0f);
     for (int64_t k = start_[g]; k < start_[g + 1]; k += kTileRows) {
       const int64_t rows = std::min(kTileRows, start_[g + 1] - k);
       kernels.dequantize[down_.format](down_.at(ids_), k, k + rows, c0, c1, weights, kTileColumns);
-      const AxpyJob job{{reinterpret_cast<const uint8_t*>(weights), kTileColumns * 4, nullptr},
-                        positions_ + k,
-                        h_ + t0 * h_stride_,
-                        h_stride_,
-                        sums,
-                        kTileColumns};
-      for (int64_t t = 0; t < t1 - t0; t += kTokenBlock) {
-        kernels.axpy[kF32](job, 0, rows, t, std::min(t + kTokenBlock, t1 - t0), 0, c1 - c0);
+      for (int64_t t = t0; t < t1; ++t) {
+        const ListJob job{weights, k, k + rows, fired_ + t * (most_ + 1), positions_, h_ + t * h_stride_};
+        next[t - t0] = kernels.axpy_list(job, next[t - t0], sums + (t - t0) * kTileColumns);
       }
     }
     for (int64_t i = 0; i < floats; ++i) total[i] += sums[i];

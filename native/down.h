@@ -28,6 +28,8 @@ class DownRecords {
 
  private:
   void add_one(float* out);
+  // Lists the places of what is not zero for a token.
+  void find_fired(int64_t t);
   void add_tile(int worker, int64_t item, float* out);
 
   Context& context_;
@@ -39,9 +41,11 @@ class DownRecords {
   int32_t *ids_, *positions_;
   int64_t start_[kGroups + 1] = {};
   float* parts_ = nullptr;    // one token: (kGroups, columns)
-  float* scratch_ = nullptr;  // more: per worker a tile of weights and two of sums
+  float* scratch_ = nullptr;  // more: per worker a tile of weights, two of sums, and places in the lists
+  int32_t* fired_ = nullptr;  // more: per token an ascending list of places, and an end
+  int64_t most_ = 0;
   int64_t scratch_size_ = 0;
-  Items items_, reduce_;
+  Items items_, reduce_, token_items_;
 };
 
 }  // namespace thermocline

@@ -72,6 +72,18 @@ struct AxpyJob {
   int64_t acc_stride;
 };
 
+constexpr int kListColumns = 128;
+
+// The rows k0 .. k1 that lie in `weights`, kListColumns floats each, of those that a token lists, ascending:
+// row k with the factor h[positions[k]].
+struct ListJob {
+  const float* weights;
+  int64_t k0, k1;
+  const int32_t* list;  // ends with a number that is at least k1
+  const int32_t* positions;
+  const float* h;
+};
+
 enum Activation : int { kSilu = 0, kRelu = 1, kRelu2 = 2, kGelu = 3 };
 
 struct Kernels {
@@ -86,6 +98,9 @@ struct Kernels {
   // c0 and c1 are multiples of the block.
   void (*axpy[kFormats])(const AxpyJob& job, int64_t k0, int64_t k1, int64_t t0, int64_t t1, int64_t c0,
                          int64_t c1);
+  // acc (kListColumns) += the listed rows in ascending order, from place `next` of the list on; returns the
+  // place of the first row that is not below k1.
+  int32_t (*axpy_list)(const ListJob& job, int32_t next, float* acc);
   // out[(r - r0) * out_stride + c - c0]; c0 and c1 are multiples of the block.
   void (*dequantize[kFormats])(const Rows& rows, int64_t r0, int64_t r1, int64_t c0, int64_t c1, float* out,
                                int64_t out_stride);

@@ -58,6 +58,7 @@ static constexpr Kernels make_kernels(const char* name) {
       tile_tokens,
       nullptr,
       THERMOCLINE_FORMATS(axpy),
+      axpy_list,
       THERMOCLINE_FORMATS(dequantize),
       THERMOCLINE_FORMATS(first_nonfinite),
       activate,
