@@ -195,9 +195,8 @@ class ReferenceOps:
 def _write(cache: npt.NDArray[Any], start: int, x: npt.NDArray[np.float32]) -> None:
     """Rows x (T, heads, head_dim) to a cache from position `start` on."""
     rows = x.swapaxes(0, 1)
-    if cache.dtype == np.uint8:
-        rows = quantize(rows.reshape(-1, x.shape[-1]), Q8_0).reshape(*rows.shape[:2], cache.shape[-1])
-    cache[:, start : start + len(x)] = rows
+    to = cache[:, start : start + len(x)]
+    to[...] = quantize(rows.reshape(-1, x.shape[-1]), Q8_0).reshape(to.shape) if cache.dtype == np.uint8 else rows
 
 
 def _read(cache: npt.NDArray[Any], stop: int) -> npt.NDArray[np.float64]:
