@@ -151,7 +151,7 @@ def test_a_closed_model_says_so(tiny_model: Path) -> None:
         ({"isa": "sse9"}, UsageError, "isa is 'sse9'"),
         ({"ctx_size": 1.5}, UsageError, "ctx_size is 1.5; allowed: a whole number"),
         ({"colour": "red"}, UsageError, "colour is no setting"),
-        ({"cache_type_k": "q8_0"}, UsageError, "cache_type_k is q8_0; allowed: f16, f32"),
+        ({"cache_type_k": "q4_1"}, UsageError, "cache_type_k is q4_1; allowed: f16, f32, q8_0"),
     ],
 )
 def test_bad_loads_are_refused(tiny_silu: Path, changes, error, words) -> None:
