@@ -12,6 +12,24 @@ namespace {
 // Longer than a device needs from one layer to the next, so that a worker sleeps between requests only.
 constexpr auto kSpin = std::chrono::milliseconds(2);
 
+// Time that passed while somebody looked: a process that is stopped, or a machine that sleeps, wastes
+// nobody's patience.
+class Patience {
+ public:
+  using Clock = std::chrono::steady_clock;
+  explicit Patience(Clock::duration most) : left_(most) {}
+  bool over() {
+    const auto now = Clock::now();
+    left_ -= std::min<Clock::duration>(now - last_, std::chrono::milliseconds(100));
+    last_ = now;
+    return left_ < Clock::duration::zero();
+  }
+
+ private:
+  Clock::duration left_;
+  Clock::time_point last_ = Clock::now();
+};
+
 std::atomic_ref<uint32_t> flag(uint32_t* word) { return std::atomic_ref<uint32_t>(*word); }
 
 }  // namespace
@@ -47,9 +65,9 @@ void HandOver::start() {
 }
 
 bool HandOver::begin() {
-  const auto deadline = Clock::now() + patience_;
+  Patience patience(patience_);
   for (int look = 0; busy_.load(); ++look) {
-    if (Clock::now() > deadline) return false;
+    if (patience.over()) return false;
     wait_between_looks(look);
   }
   flag(box_.ready).store(0);
@@ -164,14 +182,14 @@ void HandOver::post(uint32_t number) { flag(box_.ready).store(number, std::memor
 
 bool HandOver::await(uint32_t number) {
   constexpr int kLooksPerClock = 64;
-  const auto deadline = Clock::now() + patience_;
+  Patience patience(patience_);
   for (int look = 1;; ++look) {
     if (flag(box_.done).load(std::memory_order_acquire) == number) {
       flag(box_.done).store(0, std::memory_order_relaxed);
       return true;
     }
     wait_between_looks(look);
-    if (look % kLooksPerClock == 0 && (!alive_.load() || Clock::now() > deadline)) break;
+    if (look % kLooksPerClock == 0 && (!alive_.load() || patience.over())) break;
   }
   fail(alive_.load() ? "the CPU did not compute its neurons in time"
                      : "the worker of the CPU's neurons died");
