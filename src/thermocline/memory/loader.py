@@ -25,7 +25,7 @@ from thermocline.memory.allocator import BufferedAllocator, Flushed, Rows, Slot,
 from thermocline.memory.arena import Memory
 from thermocline.memory.neuron_store import NeuronStore, Records, ResidentNeurons, require_store
 from thermocline.memory.reblock import Reblocked, Transposer, not_finite, transpose
-from thermocline.memory.residence import Reading, lock, touch
+from thermocline.memory.residence import Reading, lock, settle, touch
 from thermocline.model.families import family_of
 from thermocline.model.feed_forward import FeedForward, Neurons
 from thermocline.model.network import Layer, LayerPredictor, Norm, Transformer, resolve_mode
@@ -114,6 +114,8 @@ def load_transformer(
         build = loading.queue_all(mode)
         loading.flushed = loading.allocator.flush(progress if budgeted else None)
         transformer = build()
+        if store is not None:
+            settle(source.path, loading.flushed.host_bytes)
         if mlock:
             lock(loading.flushed.host_bytes)
     except BaseException:

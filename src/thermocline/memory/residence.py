@@ -49,6 +49,24 @@ def touch(path: Path, weights: Iterable[Weight], progress: Reading | None = None
                 progress(done, total)
 
 
+def settle(path: Path, arrays: Iterable[Bytes]) -> None:
+    """Have these bytes in memory, and let the system forget what else of the file it read with them.
+
+    Under a budget that is what the file takes of the page cache: pages that are mapped stay.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    for array in arrays:
+        start = array.ctypes.data // mmap.PAGESIZE * mmap.PAGESIZE
+        size = array.ctypes.data + array.nbytes - start
+        libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), POPULATE_READ)  # where it fails, pages come later
+    if path.is_file():
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
+
+
 def lock(arrays: Iterable[Bytes]) -> None:
     """Forbid the system to drop or swap these bytes; it ends with their memory.
 
