@@ -129,8 +129,11 @@ class LLM:
 
     @property
     def ops(self) -> str:
-        """Which implementation computes, such as `cpu/avx512`."""
-        return self._loaded.transformer.ops.name
+        """Which implementation computes, such as `cpu/avx512`; of several devices all, fastest memory first."""
+        devices = self._loaded.transformer.devices
+        if len(devices) == 1:
+            return devices[0].ops.name
+        return ", ".join(f"{device.ops.name} in {device.tier.upper()}" for device in devices)
 
     @property
     def threads(self) -> int:

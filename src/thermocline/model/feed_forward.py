@@ -113,6 +113,7 @@ class FeedForward:
     order: Ints | None
     _sides: tuple[_Side, ...]
     _bounds: Ints
+    _alone: Neurons | None
 
     @classmethod
     def of(cls, home: Device, parts: Sequence[Neurons], order: Ints | None = None) -> FeedForward:
@@ -121,7 +122,8 @@ class FeedForward:
         devices.sort(key=lambda d: d.tier is Tier.RAM)
         sides = (_Side(d, tuple((i, p) for i, p in enumerate(parts) if p.device is d)) for d in devices)
         bounds = np.array([parts[0].start, *(part.stop for part in parts)], np.int32)
-        return cls(home, tuple(parts), order, tuple(sides), bounds)
+        alone = parts[0] if len(parts) == 1 and parts[0].device is home else None
+        return cls(home, tuple(parts), order, tuple(sides), bounds, alone)
 
     def run(
         self, views: Views, workspace: Workspace, active: ActiveSet, *, skip_zeros: bool, tally: Tally, hidden: bool
@@ -131,6 +133,10 @@ class FeedForward:
         `active` is of the whole order, and what it refers to is overwritten. With `hidden` each device's own array of
         activations is filled, slice after slice; `gather` puts them together.
         """
+        if self._alone is not None and not (hidden or tally.timed):  # nothing to cut, to carry or to measure
+            self._alone.announce(active)
+            tally.work.append((self._alone, self._alone.ffn(views.normed, active, views.x, skip_zeros=skip_zeros)))
+            return
         cuts = self._cut(active)
         for part, cut in zip(self.parts, cuts, strict=True):
             part.announce(cut)

@@ -135,7 +135,7 @@ def load_model(
             notices = [*notices, *more, *([shrunk] if shrunk else [])]
             over = excess(memory)
         else:
-            sequence, over = TransformerSequence(transformer, cache, ubatch, scratch), 0
+            sequence, over = TransformerSequence(transformer, cache, ubatch, scratch, timed=plan is not None), 0
         placing.claim_scratch()
     except BaseException:
         placing.close()

@@ -44,12 +44,18 @@ class TransformerSequence:
     """A transformer with the cache of one sequence and the workspace of its steps."""
 
     def __init__(
-        self, transformer: Transformer, cache: KVCache, ubatch: int, arrays: Mapping[Tier, Arrays] | None = None
+        self,
+        transformer: Transformer,
+        cache: KVCache,
+        ubatch: int,
+        arrays: Mapping[Tier, Arrays] | None = None,
+        *,
+        timed: bool = False,
     ) -> None:
         self.n_ctx = min(cache.n_ctx, transformer.n_ctx)
         self.n_vocab = transformer.spec.n_vocab
         self.ubatch = min(ubatch, self.n_ctx)
-        self.tally = Tally(timed=len(transformer.devices) > 1)
+        self.tally = Tally(timed=timed)
         self._transformer = transformer
         self._cache = cache
         self._workspace = transformer.workspace(self.ubatch, 1, arrays=arrays)
