@@ -17,6 +17,8 @@ import numpy as np
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
+from thermocline.hardware.cores import find_cores
+
 Json = dict[str, Any]
 BLUE, ORANGE, GREY = "#1f77b4", "#e6842a", "#888888"
 
@@ -207,6 +209,11 @@ def restarts(starts: list[Json]) -> str:
     return "".join(sentences)
 
 
+def this_processor() -> str:
+    cores = find_cores()
+    return f"{cores.physical} cores of {cores.model}"
+
+
 def write_card(run: Path, out: Path, hardware: str, note: str) -> None:
     data, facts, evaluation = (read_json(run / f"{name}.json") for name in ("data", "run", "evaluation"))
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
@@ -254,10 +261,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True, help="folder of epilimnion.q8_0.gguf")
-    parser.add_argument("--hardware", default="a 2-core Intel Xeon with AMX")
+    parser.add_argument("--hardware", help="what it was trained on; without, this machine's processor")
     parser.add_argument("--note", default="", help="what else a reader must know about the run")
     arguments = parser.parse_args()
-    write_card(arguments.run, arguments.out, arguments.hardware, arguments.note)
+    write_card(arguments.run, arguments.out, arguments.hardware or this_processor(), arguments.note)
 
 
 if __name__ == "__main__":
