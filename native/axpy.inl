@@ -39,7 +39,7 @@ static inline void axpy_one(const RowTile<R>& tile, const float* const (&h)[R], 
   }
   if constexpr (!is_integer(F)) {
     for (; c < c1; ++c) {
-      for (int r = 0; r < R; ++r) acc[c - c0] += *h[r] * load_one<F>(tile.now[r], c);
+      for (int r = 0; r < R; ++r) acc[c - c0] = fma_one(*h[r], load_one<F>(tile.now[r], c), acc[c - c0]);
     }
   }
 }
@@ -68,7 +68,7 @@ static inline void axpy_many(const AxpyJob& job, const RowTile<R>& tile, const f
     for (; c < c1; ++c) {
       for (int64_t t = t0; t < t1; ++t) {
         float* acc = job.acc + t * job.acc_stride + c - c0;
-        for (int r = 0; r < R; ++r) *acc += h[r][t * job.h_stride] * load_one<F>(tile.now[r], c);
+        for (int r = 0; r < R; ++r) *acc = fma_one(h[r][t * job.h_stride], load_one<F>(tile.now[r], c), *acc);
       }
     }
   }

@@ -26,6 +26,8 @@ static inline Vec load(const void* p) { return _mm256_loadu_ps(static_cast<const
 static inline void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
 static inline Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
 static inline Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
+// One lane of fma().
+static inline float fma_one(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 static inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 static inline Vec div(Vec a, Vec b) { return _mm256_div_ps(a, b); }
 // Both return b where either is NaN.

@@ -27,6 +27,8 @@ static inline Vec load(const void* p) { return _mm512_loadu_ps(p); }
 static inline void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
 static inline Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
 static inline Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
+// One lane of fma().
+static inline float fma_one(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 static inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 static inline Vec div(Vec a, Vec b) { return _mm512_div_ps(a, b); }
 // Both return b where either is NaN.

@@ -27,6 +27,8 @@ static inline Vec load(const void* p) {
 static inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 static inline Vec add(Vec a, Vec b) { return a + b; }
 static inline Vec mul(Vec a, Vec b) { return a * b; }
+// One lane of fma().
+static inline float fma_one(float a, float b, float c) { return a * b + c; }
 static inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
 static inline Vec div(Vec a, Vec b) { return a / b; }
 // Both return b where either is NaN.

@@ -155,11 +155,15 @@ class ReferenceOps:
         skip_zeros: bool,
         hidden: Array | None,
     ) -> FfnWork:
-        """The same with all rows in their places; those of neurons that are not active are anybody's."""
+        """The same with all rows in their places; neurons that are not active take an active one's row."""
         wanted = np.arange(block.neurons) if active.indices is None else active.indices
         if len(wanted) and not (rows[wanted].min() >= 0 and rows[wanted].max() < block.up.rows):
             raise ValueError("rows do not tell where an active neuron lies")
-        places = np.zeros(block.neurons, np.intp)
+        if not len(wanted):
+            if hidden is not None:
+                hidden[...] = 0.0
+            return FfnWork(0, 0, 0, 0)
+        places = np.full(block.neurons, rows[wanted[0]], np.intp)
         places[wanted] = rows[wanted]
 
         def ordered(weight: Weight) -> Weight:
