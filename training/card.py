@@ -17,6 +17,7 @@ import numpy as np
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
+from thermocline.api import describe
 from thermocline.hardware.cores import find_cores
 
 Json = dict[str, Any]
@@ -73,6 +74,15 @@ Share of neurons whose ReLU is exactly zero, over all {held_tokens:,} held-out t
 
 ![Sparsity and temperature by layer](sparsity.png)
 
+## Activity and predictor
+
+Beside the model lie its activity (`epilimnion.q8_0.activity.safetensors`: how often each neuron fires, from which
+the plan of a split model is made) and a predictor (`epilimnion.q8_0.predictor.safetensors`, Q8_0, ranks {ranks};
+{predictor_share:.1%} of the model's numbers). Its audit against exact computing of the same weights, on held-out text,
+token by token, {verdict}: {audit}.
+
+![Neurons by how often they fire](pictures/ranked.svg)
+
 ## Data and licence
 
 {train_files} files ({train_mb:.1f} MB, {train_tokens:.1f} M tokens) for training and {held_files}
@@ -125,6 +135,7 @@ python -m training.data --run build/epilimnion
 python -m training.train --run build/epilimnion --minutes {minutes:.0f}
 python -m training.evaluate --run build/epilimnion
 python -m training.export --run build/epilimnion --gguf src/thermocline/shipped/epilimnion.q8_0.gguf
+python -m training.predict --run build/epilimnion --gguf src/thermocline/shipped/epilimnion.q8_0.gguf
 python -m training.card --run build/epilimnion --out src/thermocline/shipped"""
 
 
@@ -221,6 +232,9 @@ def write_card(run: Path, out: Path, hardware: str, note: str) -> None:
     recipe = starts[0]["recipe"]
     train, held, temperature = data["train"], data["held_out"], 0.7
     minutes = last["seconds"] / 60
+    predictor = describe(out / "epilimnion.q8_0.gguf").predictor
+    if predictor is None:
+        raise SystemExit(f"no predictor lies in {out}: run training.predict first")
     draw_loss(log, out / "loss.png")
     draw_sparsity(log, sparsity, out / "sparsity.png")
     text = CARD.format(
@@ -236,6 +250,10 @@ def write_card(run: Path, out: Path, hardware: str, note: str) -> None:
         silent=sparsity["inactive_share"],
         held_tokens=evaluation["held_out"]["tokens"],
         layer_rows=layer_rows(sparsity),
+        predictor_share=predictor.share,
+        ranks=", ".join(map(str, predictor.ranks)),
+        verdict="passed" if predictor.passed else "failed",
+        audit=predictor.audit,
         train_files=train["files"],
         train_mb=train["bytes"] / 1e6,
         train_tokens=train["tokens"] / 1e6,

@@ -59,7 +59,7 @@ def predictor_pictures(info: Mapping[str, Any]) -> list[Picture]:
     audited = audit.get("layers") if isinstance(audit, Mapping) else None
     pictures = [
         _qualities("predictor", "How well the predictor does", layers, "Measured while training."),
-        _qualities("predictor_audit", "The same in the audit", audited, "Measured while decoding, on other text."),
+        _qualities("predictor_audit", "The predictor in the audit", audited, "Measured while decoding, on other text."),
         _sizes_of_predictor(layers),
         _curves(layers),
     ]
