@@ -35,8 +35,8 @@ class OpsKind(StrEnum):
 class DeviceKind(StrEnum):
     """What computes beside the CPU.
 
-    `AUTO` is nothing yet: the kernels of `CUDA` have not run on a GPU, so it is asked for by name. `EMULATED` is a second
-    device that any machine has: it stands where a GPU would, with a memory and threads of its own.
+    `AUTO` is nothing yet: the kernels of `CUDA` have not run on a GPU, so it is asked for by name. `EMULATED` is a
+    second device that any machine has: it stands where a GPU would, with a memory and threads of its own.
     """
 
     AUTO = "auto"
