@@ -16,7 +16,7 @@ from thermocline.errors import UsageError
 if TYPE_CHECKING:
     from thermocline.api import Generation
 
-PROMPT = "def quicksort(items):\n"
+PROMPT = "def quicksort(items):"
 """What the model that comes with the package, which has read Python, continues if nothing else is asked."""
 TOKENS = 256
 """How much of that it writes."""
