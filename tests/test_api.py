@@ -219,7 +219,7 @@ def test_a_model_that_is_not_there_is_refused(tmp_path: Path) -> None:
 
 
 def test_without_a_shipped_model_one_must_be_named(monkeypatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("thermocline.api.SHIPPED", tmp_path / "none.gguf")
+    monkeypatch.setattr("thermocline.tasks.SHIPPED", tmp_path / "none.gguf")
     with pytest.raises(UsageError, match="name one with -m"):
         LLM.load()
 

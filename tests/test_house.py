@@ -10,7 +10,7 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "thermocline"
 ROOMS = [
     "errors", "config", "hardware", "files", "text", "ops", "model", "activity", "placement", "memory",
-    "runtime", "api",
+    "runtime", "tasks", "api",
 ]  # fmt: skip
 FACES = {"__main__": {"cli"}, "cli": {"api", "config", "errors", "cli"}, "serve": {"api", "config", "errors", "serve"}}
 MODULES = sorted(p for p in SOURCE.rglob("*.py") if p.name != "__init__.py" or p.parent != SOURCE)

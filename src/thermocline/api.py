@@ -7,48 +7,41 @@
             print(item.text, end="", flush=True)
 
 `load` opens the file (`files`), reads its tokenizer (`text`) and its network (`model`), places the weights
-(`memory`, `ops`), and hands all of it to an engine (`runtime`), which prefills and decodes.
+(`memory`, `ops`), and hands all of it to an engine (`runtime`), which prefills and decodes. What needs a model's files
+only, such as to profile or to plan, is in `tasks`, and here under the same names.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from thermocline.activity.audit import MIN_TOKENS, AuditResult
+from thermocline.activity.audit import AuditResult
 from thermocline.activity.order import By, Order, save_order
-from thermocline.activity.pictures import Picture
 from thermocline.activity.profile import Existing, Profiled, Progress
-from thermocline.activity.report import write_report
-from thermocline.activity.statistics import Activity, merge_all
-from thermocline.activity.store import load_activity, save_activity
+from thermocline.activity.statistics import Activity
 from thermocline.activity.training import Step, Trained
-from thermocline.config import LoadSettings, SamplingSettings, TrainSettings
-from thermocline.errors import ThermoclineError, UsageError, printable
-from thermocline.files.open import open_model
+from thermocline.config import LoadSettings, SamplingSettings, TrainSettings, settings_of
+from thermocline.errors import ThermoclineError, UsageError
 from thermocline.files.source import ModelSource
-from thermocline.hardware.catalogue import machine_names
 from thermocline.hardware.probe import Probe, probe_machine
 from thermocline.hardware.survey import Survey, examine
 from thermocline.model.spec import ModelSpec
 from thermocline.placement.explain import Table as PlanTable
-from thermocline.placement.explain import gain_table, layer_table, plan_diff, sensitivities, speed_table, tier_table
-from thermocline.placement.picture import placement_picture
+from thermocline.placement.explain import layer_table, speed_table, tier_table
 from thermocline.placement.plan import Plan
-from thermocline.placement.plan_file import load_plan, save_plan
-from thermocline.runtime.auditing import Audited, audit_predictor
+from thermocline.placement.plan_file import save_plan
+from thermocline.runtime.auditing import Audited
 from thermocline.runtime.bench import BenchRow, run_bench
 from thermocline.runtime.conversion import Converted, Wanted
 from thermocline.runtime.conversion import convert_model as convert
 from thermocline.runtime.conversion import quantize_model as quantize
 from thermocline.runtime.describe import ModelInfo, PredictorInfo
-from thermocline.runtime.describe import describe as describe_source
 from thermocline.runtime.generation import FinishReason, Generation, Item, Stream
 from thermocline.runtime.loading import LoadedModel, load_model
-from thermocline.runtime.perplexity import Perplexity, Scored, measure_perplexity
-from thermocline.runtime.planning import Planned, PlanSettings, export_gpu_index, import_gpu_index, plan_model
+from thermocline.runtime.perplexity import Perplexity, Scored
+from thermocline.runtime.planning import Planned, PlanSettings, export_gpu_index
 from thermocline.runtime.powerinfer import (
     Exchanged,
     export_activity,
@@ -56,9 +49,24 @@ from thermocline.runtime.powerinfer import (
     import_activity,
     import_predictor,
 )
-from thermocline.runtime.profiling import profile_model
 from thermocline.runtime.report import RunReport
-from thermocline.runtime.training import train_predictor as train_model
+from thermocline.tasks import (
+    audit,
+    compare_plans,
+    describe,
+    explain,
+    known_machines,
+    merge_activities,
+    opened,
+    order,
+    perplexity,
+    plan,
+    profile,
+    read_activity,
+    report,
+    shipped_model,
+    train_predictor,
+)
 from thermocline.text.chat import ChatTemplate
 
 __all__ = [
@@ -72,11 +80,7 @@ __all__ = [
     "shipped_model", "train_predictor",
 ]  # fmt: skip
 
-Settings = TypeVar("Settings", LoadSettings, SamplingSettings, PlanSettings, TrainSettings)
 Messages = Sequence[Mapping[str, Any]]
-
-SHIPPED = Path(__file__).parent / "shipped" / "epilimnion.q8_0.gguf"
-"""The model that comes with the package: small, trained on the Python standard library's sources."""
 
 
 class LLM:
@@ -104,8 +108,8 @@ class LLM:
         Raises:
             ThermoclineError: the file, the machine or a setting does not allow it; the subclass says which.
         """
-        settings = _settings(LoadSettings, settings, overrides)
-        source = open_model(shipped_model() if model is None else model)
+        settings = settings_of(LoadSettings, settings, overrides)
+        source = opened(model)
         try:
             return cls(load_model(source, settings, progress), source)
         except BaseException:
@@ -205,7 +209,7 @@ class LLM:
             SamplingError: a setting is out of its range.
         """
         tokens = self._prompt(prompt) if isinstance(prompt, str) else list(prompt)
-        return self._stream(tokens, _settings(SamplingSettings, sampling, overrides))
+        return self._stream(tokens, settings_of(SamplingSettings, sampling, overrides))
 
     def generate(
         self, prompt: str | Sequence[int], sampling: SamplingSettings | None = None, **overrides: Any
@@ -226,7 +230,7 @@ class LLM:
         if self._template is None:
             self._template = ChatTemplate.of(self._loaded.tokenizer)
         tokens = self.tokenize(self._template.render(messages), add_special=False, parse_special=True)
-        return self._stream(tokens, _settings(SamplingSettings, sampling, overrides), chat=True)
+        return self._stream(tokens, settings_of(SamplingSettings, sampling, overrides), chat=True)
 
     def chat(self, messages: Messages, sampling: SamplingSettings | None = None, **overrides: Any) -> Generation:
         """Answer `messages` to the end; see `stream_chat`."""
@@ -268,291 +272,3 @@ class LLM:
         return Stream(
             loaded.engine, loaded.tokenizer, tokens, settings, reuse=chat, chat=chat, load_seconds=loaded.seconds
         )
-
-
-def shipped_model() -> Path:
-    """The file of the model that comes with the package.
-
-    Raises:
-        UsageError: this installation lacks it.
-    """
-    if not SHIPPED.is_file():
-        raise UsageError("this installation has no model of its own; name one with -m/--model FILE")
-    return SHIPPED
-
-
-def audit(
-    model: str | Path | None,
-    texts: Sequence[str | Path],
-    settings: LoadSettings | None = None,
-    *,
-    tokens: int = MIN_TOKENS,
-    notice: Callable[[str], None] | None = None,
-    progress: Callable[[Audited], None] | None = None,
-) -> AuditResult:
-    """Hold a model's predictor to exact computing over `tokens` tokens of texts, and note the result in its file.
-
-    The predictor is the one beside the model, or `settings.predictor`. Mode auto goes by the note.
-
-    Raises:
-        ThermoclineError: the subclass and the message say what was in the way. Not passing is a result, no error.
-    """
-    source = open_model(shipped_model() if model is None else model)
-    try:
-        return audit_predictor(
-            source, texts, settings or LoadSettings(), tokens=tokens, notice=notice, progress=progress
-        )
-    finally:
-        source.close()
-
-
-def describe(model: str | Path | None = None) -> ModelInfo:
-    """Say what a model file is, without loading it.
-
-    Raises:
-        ModelFormatError: it is none.
-    """
-    source = open_model(shipped_model() if model is None else model)
-    try:
-        return describe_source(source)
-    finally:
-        source.close()
-
-
-def profile(
-    model: str | Path | None,
-    texts: Sequence[str | Path],
-    output: str | Path,
-    settings: LoadSettings | None = None,
-    *,
-    tokens: int = 0,
-    threshold: float = 0.0,
-    existing: Existing | str = Existing.REFUSE,
-    restart: bool = False,
-    notice: Callable[[str], None] | None = None,
-    progress: Callable[[Progress], None] | None = None,
-) -> Profiled:
-    """Run texts (files, or folders of them) through a model, count which neurons fire, and write `output`.
-
-    At most `tokens` are read (0: all). A neuron fires if its activation's magnitude is above `threshold`. A second
-    call goes on where one that was killed stopped, unless `restart`.
-
-    Raises:
-        ThermoclineError: the subclass and the message say what was in the way.
-    """
-    source = open_model(shipped_model() if model is None else model)
-    try:
-        return profile_model(
-            source,
-            texts,
-            Path(output),
-            settings or LoadSettings(),
-            tokens=tokens,
-            threshold=threshold,
-            existing=Existing(existing),
-            restart=restart,
-            notice=notice,
-            progress=progress,
-        )
-    finally:
-        source.close()
-
-
-def perplexity(
-    model: str | Path | None,
-    texts: Sequence[str | Path],
-    settings: LoadSettings | None = None,
-    *,
-    chunks: int = 0,
-    stride: int = 0,
-    notice: Callable[[str], None] | None = None,
-    progress: Callable[[Scored], None] | None = None,
-) -> Perplexity:
-    """Measure how well a model predicts texts (files, or folders of them), as llama.cpp does.
-
-    Chunks have `settings.ctx_size` tokens (0: 512), of which the second half is scored; at most `chunks` are read (0:
-    all). With a `stride`, chunks overlap and every token is scored once.
-
-    Raises:
-        ThermoclineError: the subclass and the message say what was in the way.
-    """
-    source = open_model(shipped_model() if model is None else model)
-    try:
-        return measure_perplexity(
-            source,
-            texts,
-            settings or LoadSettings(),
-            chunks=chunks,
-            stride=stride,
-            notice=notice,
-            progress=progress,
-        )
-    finally:
-        source.close()
-
-
-def train_predictor(
-    model: str | Path | None,
-    texts: Sequence[str | Path],
-    output: str | Path,
-    load: LoadSettings | None = None,
-    settings: TrainSettings | None = None,
-    *,
-    activity: str | Path | None = None,
-    overwrite: bool = False,
-    restart: bool = False,
-    notice: Callable[[str], None] | None = None,
-    progress: Callable[[Step], None] | None = None,
-    **overrides: Any,
-) -> Trained:
-    """Train a predictor on texts (files, or folders of them) and write `output`; needs torch (the extra `train`).
-
-    `overrides` are single fields of `TrainSettings`. `activity`, what `profile` wrote, tells where the search for each
-    layer's size begins, and from which magnitude on a neuron fires. A second call goes on where one that was killed
-    stopped, unless `restart`.
-
-    Raises:
-        ThermoclineError: the subclass and the message say what was in the way.
-    """
-    source = open_model(shipped_model() if model is None else model)
-    try:
-        return train_model(
-            source,
-            texts,
-            Path(output),
-            load or LoadSettings(),
-            _settings(TrainSettings, settings, overrides),
-            activity=activity,
-            overwrite=overwrite,
-            restart=restart,
-            notice=notice,
-            progress=progress,
-        )
-    finally:
-        source.close()
-
-
-def read_activity(path: str | Path) -> Activity:
-    """Read the statistics that `profile` wrote.
-
-    Raises:
-        ModelFormatError: the file holds none, or is damaged.
-    """
-    return load_activity(path)
-
-
-def merge_activities(paths: Sequence[str | Path], output: str | Path) -> Activity:
-    """Add up the statistics of several runs over one model and write them to `output`.
-
-    Raises:
-        FingerprintError: they are of different models.
-        UsageError: they cannot be merged for another reason, such as a run that is in two of them.
-    """
-    merged = merge_all([load_activity(path) for path in paths])
-    save_activity(merged, output)
-    return merged
-
-
-def order(path: str | Path, output: str | Path, *, by: By | str = By.FREQUENCY) -> Order:
-    """Take the hottest-first order of each layer's neurons from an activity and write it to `output`.
-
-    Raises:
-        ModelFormatError: `path` is no activity.
-        UsageError: the activity does not know what the order is asked by.
-        OutputError: the file could not be written.
-    """
-    try:
-        by = By(by)
-    except ValueError:
-        raise UsageError(f"by is {printable(str(by))}; allowed: {', '.join(By)}") from None
-    made = Order.of(load_activity(path), by)
-    save_order(made, output)
-    return made
-
-
-def report(
-    path: str | Path,
-    output: str | Path | None,
-    *,
-    predictor: str | Path | None = None,
-    pictures: str | Path | None = None,
-    plan: str | Path | None = None,
-) -> list[Path]:
-    """Draw an activity: one self-contained page `output`, and single pictures (SVG) in the folder `pictures`.
-
-    `plan` is drawn over the activity's heat map. Returns the files that were written.
-
-    Raises:
-        FingerprintError: the predictor belongs to another model than the activity.
-        PlanError: the plan does, or is damaged.
-        OutputError: a file could not be written.
-    """
-    placed = None if plan is None else load_plan(plan)
-
-    def more(activity: Activity) -> list[Picture]:
-        return [] if placed is None else [placement_picture(placed, activity, str(plan))]
-
-    return write_report(path, output, predictor=predictor, pictures=pictures, more=more)
-
-
-def plan(
-    model: str | Path | None = None,
-    settings: PlanSettings | None = None,
-    load: LoadSettings | None = None,
-    *,
-    activity: str | Path | None = None,
-    gpu_index: str | Path | None = None,
-    tell: Callable[[str], None] | None = None,
-    **overrides: Any,
-) -> Planned:
-    """Decide what of a model lives in which memory, and predict how fast it runs.
-
-    `overrides` are single fields of `PlanSettings`: `plan("m.gguf", vram_budget="8GiB")`. `activity` says which
-    neurons are hot (without, what lies beside the model). With `gpu_index`, PowerInfer's choice of neurons is taken.
-    `tell` hears what is being done.
-
-    Raises:
-        BudgetError: nothing fits; the message has the account and the budget that would do.
-        ThermoclineError: the subclass and the message say what was in the way.
-    """
-    source = open_model(shipped_model() if model is None else model)
-    try:
-        wanted = _settings(PlanSettings, settings, overrides)
-        planned = plan_model(source, wanted, load or LoadSettings(), activity=activity, tell=tell)
-        return planned if gpu_index is None else import_gpu_index(planned, gpu_index)
-    finally:
-        source.close()
-
-
-def explain(planned: Planned, *, what_helps: bool = True) -> list[PlanTable]:
-    """A plan as tables: layers, tiers, speed, and with `what_helps` what more memory or bandwidth would buy."""
-    tables = [layer_table(planned.plan), tier_table(planned.plan), speed_table(planned.plan)]
-    return [*tables, gain_table(sensitivities(planned.problem))] if what_helps else tables
-
-
-def compare_plans(first: str | Path, second: str | Path) -> PlanTable:
-    """What differs between two plans of one model, as a table without rows if nothing does.
-
-    Raises:
-        PlanError: a file holds no plan.
-        UsageError: they are of models that cannot be compared.
-    """
-    return plan_diff(load_plan(first), load_plan(second))
-
-
-def known_machines() -> Mapping[str, tuple[str, ...]]:
-    """Names of the catalogue of machines that one can plan for, by kind of part."""
-    return machine_names()
-
-
-def _settings(kind: type[Settings], given: Settings | None, overrides: Mapping[str, Any]) -> Settings:
-    """`given`, or the defaults, with `overrides`.
-
-    Raises:
-        UsageError: there is no such setting, or a value is out of its range.
-    """
-    known = [field.name for field in fields(kind)]
-    for name in overrides:
-        if name not in known:
-            raise UsageError(f"{printable(name)} is no setting; known are {', '.join(known)}")
-    return replace(given if given is not None else kind(), **overrides)

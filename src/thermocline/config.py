@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from numbers import Integral, Real
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from thermocline.errors import SamplingError, UsageError, printable
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Settings = TypeVar("Settings", bound="DataclassInstance")
 
 
 class Mode(StrEnum):
@@ -285,6 +291,19 @@ class TrainSettings:
         _check(1 <= self.batch <= 1 << 16, "batch", self.batch, "1 to 65536")
         _check(0 < self.learning_rate <= 1, "learning-rate", self.learning_rate, "more than 0, at most 1")
         _check(0 <= self.seed < 1 << 63, "seed", self.seed, "0 to 2^63-1")
+
+
+def settings_of(kind: type[Settings], given: Settings | None, overrides: Mapping[str, Any]) -> Settings:
+    """`given`, or the defaults, with `overrides`.
+
+    Raises:
+        UsageError: there is no such setting, or a value is out of its range.
+    """
+    known = [field.name for field in fields(kind)]
+    for name in overrides:
+        if name not in known:
+            raise UsageError(f"{printable(name)} is no setting; known are {', '.join(known)}")
+    return replace(given if given is not None else kind(), **overrides)
 
 
 def _strings(value: object) -> tuple[str, ...]:

@@ -117,7 +117,7 @@ def test_a_system_prompt_makes_it_a_chat(command, tiny_model) -> None:
 
 
 def test_without_model_and_prompt_the_shipped_model_shows_what_it_can(command, tiny_model, monkeypatch) -> None:
-    monkeypatch.setattr("thermocline.api.SHIPPED", tiny_model)
+    monkeypatch.setattr("thermocline.tasks.SHIPPED", tiny_model)
     outcome = command("run", "-s", 1, "-v", "--json", "--ignore-eos")
     record = json.loads(outcome.out)
     assert record["report"]["prompt_tokens"] == len(PROMPT) - PROMPT.count("he")
@@ -126,7 +126,7 @@ def test_without_model_and_prompt_the_shipped_model_shows_what_it_can(command, t
 
 
 def test_without_a_shipped_model_one_is_asked_for(command, monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr("thermocline.api.SHIPPED", tmp_path / "none.gguf")
+    monkeypatch.setattr("thermocline.tasks.SHIPPED", tmp_path / "none.gguf")
     outcome = command("run")
     assert (outcome.code, outcome.out) == (2, "")
     assert "-m/--model" in outcome.err
