@@ -112,6 +112,10 @@ class LoadSettings:
     """What `profile` or `order` wrote, to place hot neurons; without, what lies beside the model."""
     replan: bool = False
     """Plan with what the last run on this machine measured, instead of the machine's own figures."""
+    drift: str | None = None
+    """Between requests, move neurons that fire more now to faster memory: bytes a second (64MiB), 5%, or auto (5%)."""
+    count_activity: str | Path | None = None
+    """Add what fires while generating to this activity file, which `activity merge` and `plan` take."""
     reset_gpu_index: bool = False
     """PowerInfer's: make the GPU index anew. Plans are made anew with every start."""
     disable_gpu_index: bool = False
@@ -131,11 +135,11 @@ class LoadSettings:
         _check(1 <= self.ubatch <= 1 << 16, "ubatch-size", self.ubatch, "1 to 65536")
 
     def _check_placement(self) -> None:
-        for name in ("plan", "activity"):
+        for name in ("plan", "activity", "count_activity"):
             path = getattr(self, name)
             if path is not None:
                 _check(isinstance(path, str | Path) and str(path) != "", name, printable(repr(path)), "a file")
-        for name in ("vram_budget", "ram_budget"):
+        for name in ("vram_budget", "ram_budget", "drift"):
             budget = getattr(self, name)
             if budget is not None:  # what it says is read where the memory is known
                 kind = isinstance(budget, str) or _is_number(budget, Real)
@@ -147,6 +151,21 @@ class LoadSettings:
             raise UsageError("--crossing is of a GPU's step: leave it out, or use --device cuda")
         if self.ops is OpsKind.REFERENCE and self.device is DeviceKind.CUDA:
             raise UsageError("the reference implementation computes on the CPU; use --device cpu or emulated")
+
+    @property
+    def watched(self) -> bool:
+        """Whether what fires is counted."""
+        return self.drift is not None or self.count_activity is not None
+
+    def require_unwatched(self, verb: str) -> None:
+        """Refuse to count and to move neurons where nothing is generated.
+
+        Raises:
+            UsageError: it is asked for.
+        """
+        for name in ("drift", "count_activity"):
+            if getattr(self, name) is not None:
+                raise UsageError(f"--{name.replace('_', '-')} is of runs that generate: {verb} has no use for it")
 
     def _check_predictor(self) -> None:
         path, threshold = self.predictor, self.predictor_threshold

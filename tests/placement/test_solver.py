@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from thermocline.hardware.machine import Disk, Machine, Processor, ReadCurve, Ti
 from thermocline.placement.cost import FfnMode
 from thermocline.placement.footprint import Footprint
 from thermocline.placement.problem import LayerPlace, Placement, Problem
-from thermocline.placement.solver import Method, first_token_ms, solve
+from thermocline.placement.solver import Method, first_token_ms, solve, solve_depths
 from thermocline.placement.workload import NO_OVERHEADS, Workload
 
 SIDES = (Tier.VRAM, Tier.RAM)
@@ -310,3 +311,22 @@ def test_first_token_target_trades_decode_for_the_prompt() -> None:
 def test_unknown_temperatures_are_said() -> None:
     problem = Problem(model(), tiny_machine(crossing=0.0), Workload(), FfnMode.EXACT)
     assert any("unknown" in note for note in solve(problem).notes)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_depths_alone_are_solved_as_well_as_everything(make_problem, seed: int) -> None:
+    """With the homes of the best placement, its depths are found again; with other temperatures the homes stay."""
+    problem = make_problem(seed)
+    best = solve(problem, Method.MILP).placement
+    again = solve_depths(problem, best)
+    assert problem.seconds(again) <= problem.seconds(best) * 1.01
+    warmer = replace(problem, temperatures=np.sqrt(problem.temperatures))  # type: ignore[arg-type]
+    other = solve_depths(warmer, best)
+    for a, b in zip(best.layers, other.layers, strict=True):
+        assert (a.home, a.predictor if problem.mode is FfnMode.PREDICTED else None) == (
+            b.home,
+            b.predictor if problem.mode is FfnMode.PREDICTED else None,
+        )
+    assert (best.embedding, best.head) == (other.embedding, other.head)
+    warmer.ledger().reserve_all(warmer.demands(other))
+    assert warmer.seconds(other) <= warmer.seconds(best) * 1.01

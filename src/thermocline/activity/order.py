@@ -70,6 +70,13 @@ class Order:
         """The inverse: `places[layer, neuron]` is the neuron's place in the order, 0 the hottest (n_layer, n_ff)."""
         return np.argsort(self.order, axis=1).astype(np.int32)
 
+    @property
+    def by_number(self) -> Floats:
+        """How often each neuron fires, by the numbers of the model's file (n_layer, n_ff)."""
+        heat = np.empty_like(self.temperature)
+        np.put_along_axis(heat, self.order.astype(np.intp), self.temperature, axis=1)
+        return heat
+
     def require_model(self, fingerprint: str, name: str = "") -> None:
         """Refuse to be used with another model.
 

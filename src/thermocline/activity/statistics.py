@@ -166,6 +166,10 @@ class Activity:
             mine, other = self.model_name or self.model_fingerprint[:12], name or fingerprint[:12]
             raise FingerprintError("activity", mine, other, "profile this model with `thermocline profile`")
 
+    def with_run(self, run: Mapping[str, Any]) -> Activity:
+        """The same, with a record of what was read."""
+        return replace(self, runs=(*self.runs, run))
+
     def merge(self, other: Activity) -> Activity:
         """Both together, as if one run had read what both read.
 

@@ -20,13 +20,16 @@ Bytes = npt.NDArray[np.uint8]
 class ReadStats:
     """What a reader has done: requests, bytes in whole blocks, and seconds with something in flight."""
 
-    requests: int
-    nbytes: int
-    busy: float
+    requests: int = 0
+    nbytes: int = 0
+    busy: float = 0.0
 
     def since(self, earlier: ReadStats) -> ReadStats:
         """The difference to an earlier account."""
         return ReadStats(self.requests - earlier.requests, self.nbytes - earlier.nbytes, self.busy - earlier.busy)
+
+    def __add__(self, other: ReadStats) -> ReadStats:
+        return ReadStats(self.requests + other.requests, self.nbytes + other.nbytes, self.busy + other.busy)
 
     @property
     def bandwidth(self) -> float:

@@ -56,15 +56,47 @@ class Source:
         self.made: Bytes | None = None
 
 
+class Room:
+    """An array (rows, row_bytes) that several tensors share, made when the first of them is moved."""
+
+    def __init__(self, row_bytes: int) -> None:
+        self.row_bytes = row_bytes
+        self.rows = 0
+        self._array: Array | None = None
+
+    def take(self, rows: int) -> int:
+        """Have so many rows more; the first of them."""
+        self.rows += rows
+        return self.rows - rows
+
+    @property
+    def array(self) -> Array:
+        """The array, once it is made."""
+        assert self._array is not None
+        return self._array
+
+    def made_in(self, arena: Arena, purpose: Purpose) -> Array:
+        """The array, made if need be."""
+        if self._array is None:
+            self._array = arena.array((self.rows, self.row_bytes), "uint8", purpose)
+        return self._array
+
+
 @dataclass(slots=True)
 class Slot:
-    """A queued tensor. `matrix` is where the device computes with it, once it is flushed."""
+    """A queued tensor. `matrix` is where the device computes with it, once it is flushed.
+
+    In a `room` its rows begin at `start`. `array` is what was made for it, None where it stays in the file's mapping.
+    """
 
     source: Weight | Source
     rows: Rows
     tier: Tier
     purpose: Purpose
     priority: int
+    room: Room | None = None
+    start: int = 0
+    array: Array | None = field(default=None, repr=False)
     _matrix: Matrix | None = field(default=None, repr=False)
 
     @property
@@ -121,12 +153,24 @@ class BufferedAllocator:
         self._queue: list[Slot] = []
 
     def queue(
-        self, source: Weight | Source, tier: Tier, purpose: Purpose, *, rows: Rows = None, priority: int = 0
+        self,
+        source: Weight | Source,
+        tier: Tier,
+        purpose: Purpose,
+        *,
+        rows: Rows = None,
+        priority: int = 0,
+        room: Room | None = None,
     ) -> Slot:
-        """Say where a tensor, or rows of it, shall be; low priorities are moved first."""
+        """Say where a tensor, or rows of it, shall be; low priorities are moved first.
+
+        With `room`, which belongs to the tier, it gets a part of that and no array of its own.
+        """
         if isinstance(source, Source):
             source.users += 1
-        slot = Slot(source, rows, tier, purpose, priority)
+        slot = Slot(source, rows, tier, purpose, priority, room)
+        if room is not None:
+            slot.start = room.take(slot.count)
         self._queue.append(slot)
         return slot
 
@@ -169,7 +213,7 @@ class BufferedAllocator:
         arena, ops = self._memory.arenas[slot.tier], self._memory.devices[slot.tier].ops
         like, rows, source = slot.like, slot.rows, slot.source
         shape = (slot.count, like.format.row_bytes(like.columns))
-        if isinstance(source, Weight) and slot.tier is Tier.RAM and not isinstance(rows, np.ndarray):
+        if isinstance(source, Weight) and slot.tier is Tier.RAM and not isinstance(rows, np.ndarray) and not slot.room:
             view = source if rows is None else source.slice(rows.start, rows.stop)
             if view.data.flags.c_contiguous:
                 arena.claim(slot.nbytes, slot.purpose)
@@ -177,7 +221,11 @@ class BufferedAllocator:
                 done.host_bytes.append(view.data)
                 done.mapped[slot.purpose] = done.mapped.get(slot.purpose, 0) + slot.nbytes
                 return
-        out = arena.array(shape, "uint8", slot.purpose)
+        if slot.room is None:
+            out = arena.array(shape, "uint8", slot.purpose)
+        else:
+            out = slot.room.made_in(arena, slot.purpose)[slot.start : slot.start + slot.count]
+        slot.array = out
         if isinstance(source, Source) and rows is None and slot.tier is Tier.RAM and source.users == 1:
             source.make(out)
         else:

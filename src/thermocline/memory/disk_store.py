@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +23,7 @@ from thermocline.hardware.machine import ReadCurve, Tier
 from thermocline.hardware.reader import Reader, ReadStats, RecordReader
 from thermocline.memory.arena import Memory
 from thermocline.memory.neuron_store import Records
-from thermocline.memory.record_cache import SPARE, RecordCache
+from thermocline.memory.record_cache import SPARE, RecordCache, Uses
 from thermocline.model.feed_forward import NOTHING
 from thermocline.ops.contract import ActiveSet, Array, FfnWork, Matrix, NeuronBlock
 from thermocline.ops.device import Device
@@ -151,6 +151,34 @@ class DiskStore:
                     progress(done + 1, len(layers))
         return filled
 
+    def read_hottest(self, heat: npt.NDArray[np.floating], nbytes: int) -> tuple[int, int]:
+        """Read the hottest records that are not in memory, at most `nbytes` of them, in the place of the coldest.
+
+        `heat` is as for `warm_up`. Returns records and bytes.
+
+        Raises:
+            HardwareError: the file cannot be read.
+        """
+        records = size = 0
+        for pool in self._pools.values():
+            layers = [layer for layer in self._layers if layer.pool is pool]
+            hot = [layer.heat(heat) for layer in layers]
+            every, held = np.concatenate(hot), np.concatenate([layer.held for layer in layers])
+            count = min(len(every), int(pool.cache.slots * (1 - SPARE)))
+            best = np.argsort(-every, kind="stable")[:count]
+            missing = best[~held[best]][: max(0, nbytes - size) // sum(pool.row_bytes)]
+            ends = np.cumsum([len(mine) for mine in hot])
+            for layer, mine, end in zip(layers, hot, ends, strict=True):
+                layer.rate(mine)
+                chosen = missing[(missing < end) & (missing >= end - len(mine))] - (end - len(mine))
+                layer.read_ahead(np.sort(chosen).astype(np.int32), mine[np.sort(chosen)])
+            records, size = records + len(missing), size + len(missing) * sum(pool.row_bytes)
+        return records, size
+
+    def in_memory(self, counts: npt.NDArray[np.integer]) -> int:
+        """The sum of counts (n_layer, n_ff; by the numbers of the file) over the records that are in memory."""
+        return sum(int(layer.heat(counts)[layer.held].sum()) for layer in self._layers)
+
     @property
     def stats(self) -> ReadStats:
         """What was read so far, of all files."""
@@ -158,10 +186,15 @@ class DiskStore:
         return ReadStats(sum(s.requests for s in each), sum(s.nbytes for s in each), sum(s.busy for s in each))
 
     @property
+    def uses(self) -> Uses:
+        """Records asked for, and those of them that were in memory, so far."""
+        each = [pool.cache.uses for pool in self._pools.values()]
+        return Uses(sum(u.asked for u in each), sum(u.found for u in each))
+
+    @property
     def hit_rate(self) -> float:
         """Share of the wanted records that were in memory."""
-        asked = sum(pool.cache.uses.asked for pool in self._pools.values())
-        return sum(pool.cache.uses.found for pool in self._pools.values()) / asked if asked else 0.0
+        return self.uses.share
 
     @property
     def slots(self) -> int:
@@ -262,9 +295,8 @@ class DiskNeurons:
         self._layer = pool.cache.add_layer(self.stop - self.start)
         order = np.arange(self.start, self.stop) if records.order is None else records.order[self.start : self.stop]
         self._numbers = order.astype(np.int64)
-        gate = pool.matrices[0] if records.gate is not None else None
         self._block = NeuronBlock(
-            gate=gate,
+            gate=pool.matrices[0] if records.gate is not None else None,
             up=pool.matrices[-2],
             down=pool.matrices[-1],
             records=True,
@@ -275,9 +307,47 @@ class DiskNeurons:
         )
         self._begun: _Fetch | None = None
 
-    def heat(self, of_file: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
+    def cut_anew(self, start: int, numbers: Ints) -> None:
+        """Be the slice from `start` of neurons with these numbers, between two steps. What is in memory of them stays.
+
+        Only a slice without biases can.
+        """
+        assert self._block.up_bias is None
+        self._drop()
+        places = np.full(max(int(self._numbers.max(initial=-1)), int(numbers.max(initial=-1))) + 1, -1, np.int32)
+        places[numbers] = np.arange(len(numbers), dtype=np.int32)
+        self.pool.cache.renumber(self._layer, places[self._numbers], len(numbers))
+        self.start, self._numbers = start, numbers.astype(np.int64)
+        rows = self.pool.cache.rows[self._layer]
+        self._block = replace(self._block, neurons=len(numbers), rows=rows)
+
+    def rows_of(self, records: Ints) -> list[Bytes]:
+        """The bytes of some records, matrix by matrix (n, row_bytes), read unless they are in memory.
+
+        Raises:
+            HardwareError: a read failed.
+        """
+        self._drop()
+        self._settle(self._fetch(records))
+        slots, pool = self.pool.cache.rows[self._layer][records], self.pool
+        return [
+            pool.memory[start : start + pool.cache.slots * size].reshape(-1, size)[slots]
+            for start, size in zip(pool.starts, pool.row_bytes, strict=True)
+        ]
+
+    def heat(self, of_file: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
         """How often each record of the slice is used."""
         return np.asarray(of_file[self._number, self._numbers], np.float64)
+
+    @property
+    def held(self) -> npt.NDArray[np.bool_]:
+        """Which records are in memory."""
+        held: npt.NDArray[np.bool_] = self.pool.cache.rows[self._layer] >= 0
+        return held
+
+    def rate(self, heat: npt.NDArray[np.float64]) -> None:
+        """Let records go by how often they are used, and no longer by when they were."""
+        self.pool.cache.rate(self._layer, heat)
 
     def read_ahead(self, records: Ints, heat: npt.NDArray[np.float64]) -> None:
         """Have records in memory before anybody asks for them.

@@ -6,7 +6,7 @@ Every tensor is queued with the tier that shall have it, one flush moves them, a
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol, TypeVar, runtime_checkable
@@ -23,6 +23,8 @@ from thermocline.files.weight import Bytes, Weight
 from thermocline.hardware.machine import Tier
 from thermocline.memory.allocator import BufferedAllocator, Flushed, Rows, Slot, Source
 from thermocline.memory.arena import Memory
+from thermocline.memory.disk_store import DiskNeurons
+from thermocline.memory.movable import Movable, MovableLayer
 from thermocline.memory.neuron_store import NeuronStore, Records, ResidentNeurons, require_store
 from thermocline.memory.reblock import Reblocked, Transposer, not_finite, transpose
 from thermocline.memory.residence import Reading, lock, settle, touch
@@ -71,6 +73,7 @@ def load_transformer(
     seats: Seats | None = None,
     order: Orders | None = None,
     store: NeuronStore | None = None,
+    movable: Movable | None = None,
 ) -> tuple[Transformer, LoadReport]:
     """Read the spec, hold the tensors to it, and place them where `seats` says: without, all beside `ops`.
 
@@ -79,7 +82,8 @@ def load_transformer(
     every weight. With a `predictor`, the mode may be predicted, or changed to it later. Mapped weights are read in
     their order, which `progress` is told about, and with `mlock` kept in memory. `order` (n_layer, n_ff) is each
     layer's neurons, hottest first: layers whose records are cut are cut in this order, the others stay as they are.
-    `store` answers for neurons that `seats` leaves on disk.
+    `store` answers for neurons that `seats` leaves on disk. With `movable`, which is filled, neurons can change places
+    later on.
 
     Raises:
         ModelFormatError: the source contradicts itself, or the predictor is of another network.
@@ -107,7 +111,7 @@ def load_transformer(
             f"{spec.name} has learned positions for {spec.n_ctx_train} tokens only; use a --ctx-size up to that"
         )
     seats = seats if seats is not None else all_in(Tier.RAM, spec.n_layer, spec.n_ff)
-    loading = _Loading(spec, memory, weights, seats, order, store, n_ctx)
+    loading = _Loading(spec, memory, weights, seats, order, store, n_ctx, movable)
     try:
         if predictor is not None:
             loading.queue_predictor(source, predictor)
@@ -175,11 +179,13 @@ class _Loading:
     order: Orders | None
     store: NeuronStore | None
     n_ctx: int
+    movable: Movable | None = None
     reblocked: list[Reblocked] = field(default_factory=list)
     predictor_bytes: int = 0
     vector_bytes: int = 0
     flushed: Flushed = field(default_factory=Flushed)
     predictors: list[Later[LayerPredictor]] = field(default_factory=list)
+    scored: list[tuple[Weight, Slot]] = field(default_factory=list)
     ropes: dict[Tier, Array] = field(default_factory=dict)
     allocator: BufferedAllocator = field(init=False)
 
@@ -277,6 +283,7 @@ class _Loading:
             fc1 = self.allocator.queue(layer.fc1, tier, Purpose.PREDICTOR)
             fc2 = self.allocator.queue(layer.fc2, tier, Purpose.PREDICTOR, rows=self.order_of(index))
             threshold, most = predictor.thresholds[index], tokens[index]
+            self.scored.append((layer.fc2, fc2))
             self.predictors.append(partial(self.placed_predictor, tier, fc1, fc2, threshold, most))
 
     def placed_predictor(self, tier: Tier, fc1: Slot, fc2: Slot, threshold: float, tokens: int) -> LayerPredictor:
@@ -288,6 +295,9 @@ class _Loading:
 
     def order_of(self, index: int) -> Orders | None:
         """The order in which a layer is cut; None where it is not cut, or has columns that cannot be moved."""
+        if self.movable is not None and self.has_records(index):  # what is not cut yet may be later
+            known = None if self.order is None else self.order[index]
+            return np.arange(self.spec.n_ff, dtype=np.int32) if known is None else known
         cut = len(slices(self.seats.layers[index], self.spec.n_ff)) > 1
         return self.order[index] if self.order is not None and cut and self.has_records(index) else None
 
@@ -297,6 +307,9 @@ class _Loading:
         gate = self.weights[blk + "ffn_gate.weight"] if spec.ffn.gated else None
         up = self.weights[blk + "ffn_up.weight"]
         down, records, order = self.down(blk), self.has_records(index), self.order_of(index)
+        if self.movable is not None and order is not None:
+            matrices = [up, down] if gate is None else [gate, up, down]
+            return self.movable_parts(index, matrices, order, self.movable)
         parts: list[Later[Neurons]] = []
         for tier, start, stop in slices(seat, spec.n_ff):
             self.device(tier)
@@ -320,6 +333,48 @@ class _Loading:
             bias = f"{blk}ffn_up.bias" if spec.ffn_bias else None
             parts.append(partial(self.resident, tier, rows, (start, stop), slots, records, bias))
         return lambda: FeedForward.of(self.device(seat.home), [part() for part in parts], order)
+
+    def movable_parts(
+        self, index: int, matrices: Sequence[Weight | Source], order: Orders, movable: Movable
+    ) -> Later[FeedForward]:
+        """Queue a layer's neurons into slots of their tiers, from which they can be moved.
+
+        Raises:
+            UsageError: neurons of this network have biases, which would have to move along.
+        """
+        spec, seat = self.spec, self.seats.layers[index]
+        if spec.ffn_bias:
+            raise UsageError(f"{spec.name} has a bias for each neuron, and these cannot move; leave --drift out")
+        likes = [m.like if isinstance(m, Source) else m for m in matrices]
+        tiers = slices(seat, spec.n_ff)
+        on_disk = self.store is not None
+        fast, slow = movable.slots(Tier.VRAM, likes), None if on_disk else movable.slots(Tier.RAM, likes)
+        at, cold = np.full(spec.n_ff, -1, np.int32), None
+        for tier, start, stop in tiers:
+            slots = fast if tier is Tier.VRAM else slow
+            if tier is Tier.DISK or slots is None:
+                gate = likes[0] if len(likes) == 3 else None
+                stored = isinstance(matrices[-1], Weight)
+                records = Records(index, gate, likes[-2], likes[-1], stored, spec.ffn, order, start, stop)
+                cold = partial(self.on_disk, require_store(self.store, stop - start), records, None)
+                continue
+            first = slots.rooms[0].rows
+            at[start:stop] = np.arange(first, first + stop - start)
+            for matrix, room in zip(matrices, slots.rooms, strict=True):
+                rows = order[start:stop]
+                self.allocator.queue(matrix, tier, Purpose.FFN, rows=rows, priority=NEURONS, room=room)
+
+        def build() -> FeedForward:
+            on_disk = None if cold is None else cold()
+            assert on_disk is None or isinstance(on_disk, DiskNeurons)
+            scored = self.scored[index] if self.scored else None
+            placed = None if scored is None else (scored[0], scored[1].array)
+            layer = MovableLayer(spec.ffn, order, seat.hot, at, fast, slow, on_disk, scored=placed)
+            layer.ffn = FeedForward.of(self.device(seat.home), layer.parts(), order)
+            movable.layers.append(layer)
+            return layer.ffn
+
+        return build
 
     def on_disk(self, store: NeuronStore, records: Records, bias: str | None) -> Neurons:
         if bias is not None:

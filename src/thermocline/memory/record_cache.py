@@ -29,6 +29,11 @@ class Uses:
     asked: int = 0
     found: int = 0
 
+    @property
+    def share(self) -> float:
+        """Share of what was asked for that was there, 0 where nothing was asked for."""
+        return self.found / self.asked if self.asked else 0.0
+
 
 class RecordCache:
     """Slots that hold records of several layers. `rows[layer]` (int32) is each record's slot, -1 for none."""
@@ -47,6 +52,23 @@ class RecordCache:
         """The number of a new layer of so many records, none of which is in memory."""
         self.rows.append(np.full(records, -1, np.int32))
         return len(self.rows) - 1
+
+    def renumber(self, layer: int, new: Ints, records: int) -> None:
+        """A layer has other `records`: `new` is the number that each old one has from now on, -1 where it is gone."""
+        old = self.rows[layer]
+        held = np.flatnonzero(old >= 0)
+        gone, kept = held[new[held] < 0], held[new[held] >= 0]
+        self._layer[old[gone]] = -1
+        self._free.extend(old[gone].tolist())
+        self.rows[layer] = np.full(records, -1, np.int32)
+        self.rows[layer][new[kept]] = old[kept]
+        self._record[old[kept]] = new[kept]
+
+    def rate(self, layer: int, heat: npt.NDArray[np.float64]) -> None:
+        """Score a layer's records as if each had been used as often as `heat` says for ever."""
+        rows = self.rows[layer]
+        held = np.flatnonzero(rows >= 0)
+        self._score[rows[held]] = self._weight * heat[held] / (1 - 2.0 ** (-1 / HALF_LIFE))
 
     def step(self) -> None:
         """A token later: uses from now on count more than those before."""

@@ -65,6 +65,7 @@ class Tally:
     """What the layers of one step did: work by device, and what went from one device to another.
 
     With `timed`, `seconds` adds up by component; the sides' own times overlap, the FFN's is what passed on the clock.
+    `busy` is how long each tier's device computed, waiting for what is read from disk included.
     """
 
     timed: bool = False
@@ -72,18 +73,27 @@ class Tally:
     crossings: int = 0
     crossed_bytes: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
+    busy: dict[Tier, float] = field(default_factory=dict)
 
     def clear(self) -> None:
         """Before a step."""
         self.work.clear()
         self.crossings = self.crossed_bytes = 0
         self.seconds.clear()
+        self.busy.clear()
 
-    def lap(self, name: str, since: float) -> float:
-        """Add the time since `since` to a component; returns now."""
+    def lap(self, name: str, since: float, device: Device | None = None) -> float:
+        """Add the time since `since` to a component, and to what `device` computed; returns now."""
         now = time.perf_counter()
-        self.seconds[name] = self.seconds.get(name, 0.0) + now - since
+        self.spend(name, now - since, device)
         return now
+
+    def spend(self, name: str, seconds: float, device: Device | None = None) -> None:
+        """The same for seconds."""
+        if name:
+            self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+        if device is not None:
+            self.busy[device.tier] = self.busy.get(device.tier, 0.0) + seconds
 
     def carry(self, source: Device, array: Array, target: Device, out: Array) -> None:
         """Copy an array of one device into an array of another."""
@@ -100,12 +110,12 @@ class _Side:
     parts: tuple[tuple[int, Neurons], ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class FeedForward:
     """The parts of a layer's FFN, hottest first; together they are all neurons of the order, each once.
 
     `home` is the device of the residual stream. `order` is the file's number of each neuron of the order, None where
-    they are the same.
+    they are the same. Between two steps a layer may be cut anew.
     """
 
     home: Device
@@ -124,6 +134,12 @@ class FeedForward:
         bounds = np.array([parts[0].start, *(part.stop for part in parts)], np.int32)
         alone = parts[0] if len(parts) == 1 and parts[0].device is home else None
         return cls(home, tuple(parts), order, tuple(sides), bounds, alone)
+
+    def cut_anew(self, parts: Sequence[Neurons], order: Ints) -> None:
+        """Go on with other parts, or the same neurons in another order."""
+        new = FeedForward.of(self.home, parts, order)
+        self.parts, self.order = new.parts, new.order
+        self._sides, self._bounds, self._alone = new._sides, new._bounds, new._alone
 
     def run(
         self, views: Views, workspace: Workspace, active: ActiveSet, *, skip_zeros: bool, tally: Tally, hidden: bool
@@ -147,7 +163,7 @@ class FeedForward:
                 work = part.ffn(views.normed, cut, views.x, skip_zeros=skip_zeros, hidden=into)
                 tally.work.append((part, work))
             if tally.timed:
-                tally.lap(_name(self.home), began)
+                tally.lap(_name(self.home), began, self.home)
             return
         self._together(views, workspace, cuts, skip_zeros, tally, hidden)
 
@@ -163,6 +179,18 @@ class FeedForward:
             return whole
         named = np.empty_like(whole)
         named[:, self.order] = whole
+        return named
+
+    def fired(self, workspace: Workspace, tokens: int) -> npt.NDArray[np.int64]:
+        """For how many of the tokens each neuron was not zero (n_ff), by the file's numbers, as `run` left it."""
+        counts = np.empty(int(self._bounds[-1]), np.int64)
+        for part in self.parts:
+            views = workspace.on(part.device.tier).views(tokens)
+            counts[part.start : part.stop] = np.count_nonzero(part.device.ops.to_host(_slice(views, part)), axis=0)
+        if self.order is None:
+            return counts
+        named = np.empty_like(counts)
+        named[self.order] = counts
         return named
 
     def named(self, active: ActiveSet) -> ActiveSet:
@@ -235,8 +263,7 @@ class FeedForward:
         if tally.timed:
             tally.lap("crossing", merging - crossing)
             for side in self._sides:
-                name = _name(side.device)
-                tally.seconds[name] = tally.seconds.get(name, 0.0) + side.device.seconds
+                tally.spend(_name(side.device), side.device.seconds, side.device)
 
 
 def _name(device: Device) -> str:

@@ -76,6 +76,13 @@ class SelectionObserver(Observer, Protocol):
         """Between the two calls of `Observer`: the neurons that are computed, ALL where nothing was predicted."""
 
 
+class Counter(Protocol):
+    """Counts what fires in a step."""
+
+    def ffn_fired(self, layer: int, fired: npt.NDArray[np.int64]) -> None:
+        """After a layer's FFN: for how many tokens each neuron was not zero (n_ff)."""
+
+
 @dataclass(frozen=True, slots=True)
 class LayerPredictor:
     """A layer's placed predictor: `Ops.predict` scores the residual stream before the FFN's norm.
@@ -227,17 +234,20 @@ class Transformer:
         outputs: Outputs = Outputs.LAST,
         observer: Observer | None = None,
         tally: Tally | None = None,
+        counter: Counter | None = None,
     ) -> StepResult:
         """Run `tokens` (T), which are the segments' tokens one after another, and extend their caches.
 
         Logits come for every token, or for the last of each segment, in order, or not at all (0 rows). `tally` is
-        cleared, and tells afterwards what the step did.
+        cleared, and tells afterwards what the step did. `observer` and `counter` want an observed workspace.
 
         Raises:
             ContextError: a segment goes beyond its cache or beyond the table of rotations.
             UsageError: tokens, segments or workspace do not fit one another.
         """
-        positions = self._check(tokens, segments, workspace, outputs, observer)
+        positions = self._check(
+            tokens, segments, workspace, outputs, watched=observer is not None or counter is not None
+        )
         tally = Tally() if tally is None else tally
         tally.clear()
         n, here = len(tokens), self.entry
@@ -250,8 +260,8 @@ class Transformer:
                 here = layer.device
             self._attend(index, layer, views, positions, segments)
             if tally.timed:
-                clock = tally.lap("attention", clock)
-            self._feed_forward(index, layer, views, workspace, observer, tally)
+                clock = tally.lap("attention", clock, layer.device)
+            self._feed_forward(index, layer, views, workspace, tally, observer, counter)
             if tally.timed:
                 clock = tally.lap("ffn", clock)
         for segment in segments:
@@ -260,7 +270,7 @@ class Transformer:
             views = _moved(views, here, self.exit, workspace, tally)
         logits = self._logits(views, segments, workspace, outputs)
         if tally.timed:
-            tally.lap("head", clock)
+            tally.lap("head", clock, self.exit)
         return StepResult(logits, *_summed(tally))
 
     def record(self, token: Array | None, position: Array, cache: SequenceCache, workspace: Workspace) -> Array:
@@ -276,7 +286,7 @@ class Transformer:
             self._embed(token, position, views)
         for index, layer in enumerate(self.layers):
             self._attend(index, layer, views, position, segments)
-            self._feed_forward(index, layer, views, workspace, None, tally)
+            self._feed_forward(index, layer, views, workspace, tally)
         return self._logits(views, segments, workspace, Outputs.LAST)
 
     def _embed(self, tokens: npt.NDArray[np.int32], positions: npt.NDArray[np.int32], views: Views) -> None:
@@ -329,8 +339,9 @@ class Transformer:
         layer: Layer,
         views: Views,
         workspace: Workspace,
-        observer: Observer | None,
         tally: Tally,
+        observer: Observer | None = None,
+        counter: Counter | None = None,
     ) -> None:
         active = self._select(layer, views, workspace, tally, observer is not None)
         if layer.ffn_norm is not None:
@@ -341,12 +352,14 @@ class Transformer:
                 observer.ffn_active(index, layer.ffn.named(active))
         if self.spec.parallel:
             self._add_attention(layer, views)
-        skip, watched = self.mode is not Mode.DENSE, observer is not None
+        skip, watched = self.mode is not Mode.DENSE, observer is not None or counter is not None
         layer.ffn.run(views, workspace, active, skip_zeros=skip, tally=tally, hidden=watched)
         if layer.down_bias is not None:
             layer.device.ops.add(views.x, layer.down_bias)
         if observer is not None:
             observer.ffn_hidden(index, layer.ffn.gather(workspace, len(views.x)))
+        if counter is not None:
+            counter.ffn_fired(index, layer.ffn.fired(workspace, len(views.x)))
 
     def _select(self, layer: Layer, views: Views, workspace: Workspace, tally: Tally, to_host: bool) -> ActiveSet:
         """The neurons to compute: those that the predictor selects for any token, or all.
@@ -359,9 +372,11 @@ class Transformer:
         there = views
         if predictor.device is not layer.device:
             there = _moved(views, layer.device, predictor.device, workspace, tally)
-        ops = predictor.device.ops
+        ops, began = predictor.device.ops, time.perf_counter() if tally.timed else 0.0
         ops.predict(there.x, predictor.fc1, predictor.fc2, there.scores)
         active = ops.select(there.scores, predictor.threshold, there.active)
+        if tally.timed:
+            tally.lap("predictor", began, predictor.device)
         if to_host or predictor.device is not layer.device or len(layer.ffn.parts) > 1:
             return ActiveSet(ops.to_host(active.indices))
         return active
@@ -391,7 +406,8 @@ class Transformer:
         segments: Sequence[Segment],
         workspace: Workspace,
         outputs: Outputs,
-        observer: Observer | None,
+        *,
+        watched: bool,
     ) -> npt.NDArray[np.int32]:
         """Refuse what would read or write outside an array; the positions of the tokens (T)."""
         n = len(tokens)
@@ -402,7 +418,7 @@ class Transformer:
             raise UsageError(f"{wanted} rows of logits do not fit a workspace of {workspace.max_outputs}")
         if sum(s.count for s in segments) != n or any(s.count < 1 for s in segments):
             raise UsageError(f"segments of {[s.count for s in segments]} tokens do not divide a step of {n}")
-        if observer is not None and workspace.hidden is None:
+        if watched and workspace.hidden is None:
             raise UsageError("an observer needs a workspace made with observed=True")
         if n <= self.scored and not self._has_scores(workspace, n):
             raise UsageError(f"mode predicted needs a workspace made with scored={self.scored}")

@@ -53,9 +53,16 @@ class Choices:
 
 
 def choices_of(
-    problem: Problem, *, disk: bool, trunk: bool = False, vram: bool, prompt_weight: float = 1.0, tied: Tier | None
+    problem: Problem,
+    *,
+    disk: bool,
+    trunk: bool = False,
+    vram: bool,
+    prompt_weight: float = 1.0,
+    tied: Tier | None,
+    homes_of: Placement | None = None,
 ) -> Choices:
-    """All options of a problem.
+    """All options of a problem; with `homes_of` those that leave everything but depths where that placement has it.
 
     `disk` and `vram` say whether these tiers may be used, `trunk` whether parts of the trunk may be on disk too.
     `prompt_weight` multiplies the time of prefill.
@@ -78,10 +85,22 @@ def choices_of(
                     (v if home is Tier.VRAM else r)[part, h, 0] = (0 if tied and part == 0 else size) + positions
         for layer in range(f.n_layer):
             _layer(problem, layer, homes, h, (predictor[h], hot, warm), prompt_weight, seconds, v, r)
+    if homes_of is not None:
+        _keep_homes(homes_of, homes, predictor, problem.mode, seconds)
     edges = [[_edge(problem, a, b, prompt_weight) for b in homes] for a in homes]
     starts = np.flatnonzero(np.diff(hot, prepend=-1) != 0)
     limits = (problem.room(Tier.VRAM) if vram else 0, problem.room(Tier.RAM))
     return Choices(homes, seconds, v, r, np.array(edges), starts, predictor, hot, warm, limits)
+
+
+def _keep_homes(placement: Placement, homes: tuple[Tier, ...], predictor: Ints, mode: FfnMode, seconds: Floats) -> None:
+    """Leave no option that moves anything but neurons."""
+    ends = (placement.embedding, *(layer.home for layer in placement.layers), placement.head)
+    for part, kept in enumerate(ends):
+        seconds[part, [h for h, home in enumerate(homes) if home is not kept]] = np.inf
+    if mode is FfnMode.PREDICTED:
+        for layer, place in enumerate(placement.layers):
+            seconds[layer + 1][predictor != homes.index(place.predictor)] = np.inf
 
 
 def _grid(problem: Problem, homes: tuple[Tier, ...], disk: bool) -> tuple[Ints, Ints, Ints]:

@@ -19,6 +19,9 @@ from thermocline.placement.footprint import Footprint
 from thermocline.placement.ledger import Demand, Ledger, Purpose
 from thermocline.placement.workload import Overheads, Workload
 
+MOVING_BYTES = 1 << 20
+"""Of RAM: what records pass through that change places while a model runs."""
+
 
 class LayerPlace(NamedTuple):
     """Where one layer lives: `home` of attention and cache, the predictor's tier, depths in clusters.
@@ -48,7 +51,8 @@ class Problem:
     """A model to be placed on a machine for a workload.
 
     `budgets` are bytes of VRAM and RAM; a tier that is not named may be used whole. `temperatures` is
-    (n_layer, n_ff), hottest first, or None for unknown (see `CostModel`).
+    (n_layer, n_ff), hottest first, or None for unknown (see `CostModel`). `watched` says that somebody counts what
+    fires, for which activations are kept, and may move neurons.
 
     Raises:
         UsageError: a budget is not a whole number of bytes or names a tier without one.
@@ -62,6 +66,7 @@ class Problem:
     budgets: Mapping[Tier, int] = field(default_factory=dict)
     overheads: Overheads = field(default_factory=Overheads)
     cluster: int = LARGEST_CLUSTER
+    watched: bool = False
 
     def __post_init__(self) -> None:
         for tier in self.budgets:
@@ -89,7 +94,7 @@ class Problem:
         """What a tier takes beside weights and cache as soon as anything is computed there."""
         f, w, o = self.footprint, self.workload, self.overheads
         tokens = max(min(w.ubatch, w.context), w.batch)
-        token = 4 * (2 * f.n_embd + 4 * f.n_q + f.n_ff * (1 + f.gated))
+        token = 4 * (2 * f.n_embd + 4 * f.n_q + f.n_ff * (1 + f.gated + self.watched))
         outputs = 4 * w.batch * (f.n_embd + f.n_vocab)
         # Products over many tokens unpack one matrix at a time on the GPU.
         unpacked = 2 * f.n_ff * f.n_embd if tier is Tier.VRAM and o.unpacks else 0
@@ -99,8 +104,9 @@ class Problem:
             Demand(tier, Purpose.ACTIVATIONS, size, "--ubatch-size", tokens, token),
             Demand(tier, Purpose.MARGIN, o.margin_vram if tier is Tier.VRAM else o.margin_ram),
         ]
+        moving = MOVING_BYTES if self.watched and tier is Tier.RAM else 0
         if self.machine.gpu is not None or self.machine.disk is not None:
-            demands.append(Demand(tier, Purpose.STAGING, o.staging))
+            demands.append(Demand(tier, Purpose.STAGING, o.staging + moving))
         if tier is Tier.VRAM:
             demands.append(Demand(tier, Purpose.GRAPHS, o.graphs))
         return demands

@@ -67,6 +67,23 @@ def solve(problem: Problem, method: Method = Method.GREEDY) -> Solution:
     return _within(problem, method, target)
 
 
+def solve_depths(problem: Problem, placement: Placement) -> Placement:
+    """The placement with the depths that are fastest for the problem; all else stays where it is.
+
+    Raises:
+        BudgetError: it does not fit.
+    """
+    vram = problem.machine.gpu is not None and problem.room(Tier.VRAM) > 0
+    disk = any(layer.warm < problem.cost.clusters for layer in placement.layers)
+    trunk = Tier.DISK in (placement.embedding, placement.head, *(layer.home for layer in placement.layers))
+    tied = placement.head if problem.footprint.tied else None
+    choices = choices_of(problem, disk=disk, trunk=trunk, vram=vram, tied=tied, homes_of=placement)
+    found = _best(choices, Method.GREEDY)
+    if found is None:
+        raise _nothing_fits(problem, vram)
+    return choices.placement(found[0].homes, found[0].options)
+
+
 def first_token_ms(problem: Problem, placement: Placement) -> float:
     """Predicted milliseconds until the first token: the prompt's passes and one step."""
     decode, *rest = problem.cost.phases

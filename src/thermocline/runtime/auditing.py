@@ -87,6 +87,7 @@ def audit_predictor(
     corpus = find_texts(texts).shuffled()
     spec = family_of(source).spec(source)
     window = settings.ctx_size or min(spec.n_ctx_train, WINDOW)
+    settings.require_unwatched("audit")
     loaded = load_model(source, replace(settings, ctx_size=window, mode=Mode.PREDICTED))
     if notice is not None:
         for line in loaded.notices:

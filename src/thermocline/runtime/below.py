@@ -6,17 +6,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
 from thermocline.activity.order import Order
 from thermocline.errors import ModelFormatError, OutputError, UsageError, printable
 from thermocline.files.source import ModelSource
 from thermocline.files.weight import Weight
-from thermocline.hardware.machine import Disk, Tier
+from thermocline.hardware.machine import Disk, ReadCurve, Tier
 from thermocline.hardware.reader import ReadStats
 from thermocline.memory.arena import Memory
 from thermocline.memory.bundle import Bundle, bundle_path, layer_matrices, read_bundle, write_bundle
 from thermocline.memory.disk_store import IN_FLIGHT, LARGEST_READ, DiskStore, Way
+from thermocline.memory.record_cache import Uses
 from thermocline.memory.streamed import STREAMING_BYTES, StreamingOps
 from thermocline.model.families import family_of
 from thermocline.placement.ledger import Purpose
@@ -29,13 +28,24 @@ Tell = Callable[[str], None] | None
 @dataclass(slots=True)
 class Below:
     """What serves the tiers below RAM: None where nothing is on disk. `seats` are the plan's as they are carried out:
-    neurons of RAM and of disk are one slice, whose hottest records are in memory.
+    neurons of RAM and of disk are one slice, whose hottest records are in memory. `curve` is how fast the disk is.
     """
 
     seats: Seats | None
     store: DiskStore | None = None
     streaming: StreamingOps | None = None
     notices: list[str] = field(default_factory=list)
+    curve: ReadCurve | None = None
+
+    @property
+    def reads(self) -> bool:
+        """Whether anything is on disk."""
+        return self.store is not None or self.streaming is not None
+
+    @property
+    def uses(self) -> Uses:
+        """Records asked for, and those of them that were in memory, so far."""
+        return Uses() if self.store is None else self.store.uses
 
     @property
     def stats(self) -> ReadStats:
@@ -45,11 +55,8 @@ class Below:
 
     def warm_up(self, order: Order | None) -> None:
         """Have the hottest records in memory, where it is known which they are."""
-        if self.store is None or order is None:
-            return
-        heat = np.empty(order.temperature.shape)
-        np.put_along_axis(heat, order.order.astype(np.intp), order.temperature, axis=1)
-        self.store.warm_up(heat)
+        if self.store is not None and order is not None:
+            self.store.warm_up(order.by_number)
 
     def close(self) -> None:
         """Let go of the files."""
@@ -63,8 +70,10 @@ def streams(plan: Plan) -> bool:
     return Tier.DISK in (plan.embedding, plan.head, *(layer.home for layer in plan.layers))
 
 
-def below(source: ModelSource, plan: Plan | None, memory: Memory, disk: Disk | None, tell: Tell = None) -> Below:
-    """Set up what a plan leaves on disk.
+def below(
+    source: ModelSource, plan: Plan | None, memory: Memory, disk: Disk | None, tell: Tell = None, moving: int = 0
+) -> Below:
+    """Set up what a plan leaves on disk. `moving` bytes of what it has for staging are somebody else's.
 
     Raises:
         BudgetError: there is no room for what is read.
@@ -72,8 +81,9 @@ def below(source: ModelSource, plan: Plan | None, memory: Memory, disk: Disk | N
     """
     if plan is None:
         return Below(None)
-    ops, found = memory.host.ops, Below(plan)
-    taken = IN_FLIGHT * LARGEST_READ
+    curve = None if disk is None else disk.curve
+    ops, found = memory.host.ops, Below(plan, curve=curve)
+    taken = IN_FLIGHT * LARGEST_READ + moving
     if isinstance(ops, StreamingOps):
         ops.reserve(memory)
         found.streaming = ops
@@ -84,7 +94,7 @@ def below(source: ModelSource, plan: Plan | None, memory: Memory, disk: Disk | N
     warm = sum((layer.warm - layer.hot) * layer.record_bytes for layer in plan.layers)
     staging = sum(size for tier, purpose, size in plan.demands if (tier, purpose) == (Tier.RAM, Purpose.STAGING))
     room = warm + max(staging - taken, 0)
-    found.store = DiskStore(memory, room, Way.of(None if disk is None else disk.curve), bundle=bundle)
+    found.store = DiskStore(memory, room, Way.of(curve), bundle=bundle)
     seats = tuple(LayerSeat(layer.home, layer.hot, layer.hot, layer.predictor) for layer in plan.layers)
     found.seats = Seating(plan.embedding, plan.head, seats)
     return found

@@ -8,7 +8,10 @@ import numpy as np
 
 from thermocline.config import Mode
 from thermocline.errors import ContextError, UsageError
+from thermocline.hardware.machine import ReadCurve
 from thermocline.placement.plan import Plan
+from thermocline.runtime.below import Below
+from thermocline.runtime.drift import Moved, Watch
 from thermocline.runtime.sequence import Logits, Sequence
 from thermocline.runtime.split import Account
 from thermocline.runtime.traffic import Traffic
@@ -25,10 +28,24 @@ class Engine:
         width: logits that belong to tokens; the rest of a row is padding and never looked at.
         mode: how the FFN is computed, for reports.
         plan: what places it on several devices; None for one.
+        watch: what counts what fires, and moves neurons between two generations; None where nobody does.
+        below: what is read from disk.
     """
 
-    def __init__(self, sequence: Sequence, traffic: Traffic, width: int, mode: Mode, plan: Plan | None = None) -> None:
+    def __init__(
+        self,
+        sequence: Sequence,
+        traffic: Traffic,
+        width: int,
+        mode: Mode,
+        plan: Plan | None = None,
+        watch: Watch | None = None,
+        below: Below | None = None,
+    ) -> None:
         self.plan = plan
+        self._below = below if below is not None and below.reads else None
+        self.watch = watch
+        self.moved: Moved | None = None
         self.account = Account()
         self.traffic = traffic
         self.mode = mode
@@ -40,6 +57,11 @@ class Engine:
         self._held: list[int] = []
         self._token = np.zeros(1, np.int32)
         self._generation = 0
+
+    @property
+    def curve(self) -> ReadCurve | None:
+        """How fast the disk is that neurons are read from, None where none are or that was not measured."""
+        return None if self._below is None else self._below.curve
 
     def room(self, prompt: Listing[int], max_tokens: int = -1) -> int:
         """How many tokens may follow `prompt`: `max_tokens` (-1: no wish), or what the context leaves.
@@ -62,6 +84,7 @@ class Engine:
         self._generation += 1
         self.bytes_read, self.fired, self.selected = 0.0, 0, 0
         self.account = Account()
+        self.moved = None if self.watch is None else self.watch.between()
         return self._generation
 
     def prefill(self, prompt: Listing[int], *, reuse: bool) -> tuple[Logits, int]:
@@ -78,6 +101,8 @@ class Engine:
             stop = min(start + self._sequence.ubatch, len(tokens))
             step = self._sequence.step(tokens[start:stop], start, logits=stop == len(tokens))
             self._held.extend(prompt[start:stop])
+            if self.watch is not None:
+                self.watch.counts.end_step(stop - start)
             start = stop
             if step.logits is not None:
                 return step.logits[: self.width], cached
@@ -92,13 +117,19 @@ class Engine:
             raise UsageError("another generation was started on this model; finish one before starting the next")
         position = len(self._held)
         self._token[0] = token
+        if self._below is not None:
+            self.account.disk.begin(self._below.stats, self._below.uses)
         step = self._sequence.step(self._token, position, logits=True)
         self._held.append(token)
+        if self.watch is not None:
+            self.watch.counts.end_step(1)
         self.bytes_read += self.traffic.step(step.work, position)
         self.fired += step.work.fired
         self.selected += max(step.work.gate_rows, step.work.up_rows)
         if self.plan is not None:
             self.account.add(self._sequence.tally, step.hot, self.traffic.hot(step.hot, position))
+        if self._below is not None:
+            self.account.disk.end(self._below.stats, self._below.uses)
         assert step.logits is not None
         return step.logits[: self.width]
 

@@ -9,6 +9,7 @@ from enum import StrEnum
 
 from thermocline.config import SamplingSettings
 from thermocline.errors import ThermoclineError
+from thermocline.runtime.drift import Moved
 from thermocline.runtime.engine import Engine
 from thermocline.runtime.report import RunReport
 from thermocline.runtime.sampler import Sampler
@@ -89,6 +90,7 @@ class Stream:
         self._prompt_seconds = self._first_seconds = self._decode_seconds = 0.0
         self._bytes_read, self._fired, self._selected = 0.0, 0, 0
         self._spent = engine.account
+        self._moved: Moved | None = None
         self._items = self._run()
 
     def __iter__(self) -> Iterator[Item]:
@@ -127,6 +129,7 @@ class Stream:
             load_seconds=self._load_seconds,
             seed=self._sampler.seed,
             split=self._split(),
+            moved=self._moved,
         )
 
     def _split(self) -> SplitReport | None:
@@ -134,7 +137,12 @@ class Stream:
         if plan is None:
             return None
         return split_report(
-            plan, self._spent, fired=self._fired, bytes_read=self._bytes_read, seconds=self._decode_seconds
+            plan,
+            self._spent,
+            fired=self._fired,
+            bytes_read=self._bytes_read,
+            seconds=self._decode_seconds,
+            curve=self._engine.curve,
         )
 
     def collect(self) -> Generation:
@@ -152,6 +160,7 @@ class Stream:
     def _run(self) -> Generator[Item, None, None]:
         engine = self._engine
         ticket = engine.begin()
+        self._moved = engine.moved
         try:
             began = time.perf_counter()
             logits, self._cached = engine.prefill(self._prompt, reuse=self._reuse)

@@ -6,9 +6,10 @@ import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from thermocline.activity.predictor import MOST_TOKENS
-from thermocline.config import CacheType, DeviceKind, LoadSettings
+from thermocline.config import CacheType, DeviceKind, LoadSettings, Mode
 from thermocline.errors import BudgetError, OutputError, UsageError
 from thermocline.files.source import ModelSource
 from thermocline.hardware.cores import find_cores
@@ -17,6 +18,7 @@ from thermocline.hardware.memory import find_memory
 from thermocline.memory.arena import Make, make_array
 from thermocline.memory.kv_cache import KVCache, kv_bytes
 from thermocline.memory.loader import LoadReport, first_bytes, load_transformer
+from thermocline.memory.movable import Movable
 from thermocline.memory.residence import Reading
 from thermocline.model.families import family_of
 from thermocline.model.network import Transformer
@@ -25,6 +27,8 @@ from thermocline.model.workspace import workspace_bytes
 from thermocline.placement.budget import size_text
 from thermocline.placement.ledger import Purpose
 from thermocline.placement.plan import Plan
+from thermocline.runtime.counting import FiringCounts, require_addable
+from thermocline.runtime.drift import Watch, drift_of
 from thermocline.runtime.engine import Engine
 from thermocline.runtime.placing import Placing, place, require_device
 from thermocline.runtime.prediction import Prediction, choose_prediction
@@ -54,15 +58,24 @@ class LoadedModel:
     seconds: float
     prediction: Prediction
     placing: Placing
+    fingerprint: str
 
     def close(self) -> None:
-        """Give the memory back and let go of the devices. What the last generation measured is kept for --replan."""
+        """Give the memory back and let go of the devices. What the last generation measured is kept for --replan, and
+        what fired where it was to be counted.
+
+        Raises:
+            OutputError: the counts could not be written; all the rest is done.
+        """
         plan = self.placing.plan
         measured = None if plan is None else measured_of(plan, self.engine.account)
         if plan is not None and measured is not None:
             with contextlib.suppress(OutputError):  # a home that cannot be written only means that nothing is kept
                 remember(plan, measured)
         self.placing.close()
+        watch, self.engine.watch = self.engine.watch, None
+        if watch is not None:
+            watch.keep(self.fingerprint, self.transformer.spec.name, self.transformer.mode.value)
 
 
 def load_model(
@@ -98,12 +111,14 @@ def load_model(
     weights = family.weights(source, spec)
     prediction = choose_prediction(source, spec, first_bytes(spec, weights), settings)
     threads = settings.threads or find_cores().threads
+    watch = _watch(source, spec, prediction.mode, settings)
     placing = place(source, settings, threads, make=make, tell=tell)
     plan, memory = placing.plan, placing.memory
+    movable = Movable(memory) if settings.drift is not None and Tier.VRAM in memory.devices else None
     try:
         if plan is None:
             scored = MOST_TOKENS if prediction.predictor is not None else 0
-            n_ctx, notices = _context(spec, settings, scored=scored)
+            n_ctx, notices = _context(spec, settings, scored=scored, observed=watch is not None)
             ubatch = settings.ubatch
         else:
             require_device(plan, memory)
@@ -120,6 +135,7 @@ def load_model(
             seats=placing.below.seats,
             order=None if placing.order is None else placing.order.order,
             store=placing.below.store,
+            movable=movable,
         )
         _check_cache_types(transformer, settings)
         if tell is not None and placing.below.store is not None:
@@ -135,7 +151,11 @@ def load_model(
             notices = [*notices, *more, *([shrunk] if shrunk else [])]
             over = excess(memory)
         else:
-            sequence, over = TransformerSequence(transformer, cache, ubatch, scratch, timed=plan is not None), 0
+            counts = None if watch is None else watch.counts
+            sequence = TransformerSequence(transformer, cache, ubatch, scratch, timed=plan is not None, counter=counts)
+            over = 0
+        if watch is not None and settings.drift is not None:
+            watch.drift = drift_of(placing, movable, watch.counts, prediction.predictor, settings.drift)
         placing.claim_scratch()
     except BaseException:
         placing.close()
@@ -147,12 +167,44 @@ def load_model(
         why = f"the GPU held {size_text(over)} more than its budget of {size_text(budget)}: planned again for that less"
         return load_model(source, smaller, progress, make=make, tell=tell, shrunk=why)
     traffic = traffic_of(spec, weights, settings.cache_type_k, settings.cache_type_v, report.predictor_bytes, plan)
-    engine = Engine(sequence, traffic, tokenizer.size, transformer.mode, plan)
+    engine = Engine(sequence, traffic, tokenizer.size, transformer.mode, plan, watch, placing.below)
     said = [*source.warnings, *tokenizer.warnings, *prediction.notices, *placing.notices, *notices]
     # What a plan's making has to say of the predictor was said before.
     notices = list(dict.fromkeys([*said, *_load_notices(report)]))
     seconds = time.perf_counter() - began
-    return LoadedModel(engine, tokenizer, transformer, report, threads, tuple(notices), seconds, prediction, placing)
+    return LoadedModel(
+        engine,
+        tokenizer,
+        transformer,
+        report,
+        threads,
+        tuple(notices),
+        seconds,
+        prediction,
+        placing,
+        source.fingerprint,
+    )
+
+
+def _watch(source: ModelSource, spec: ModelSpec, mode: Mode, settings: LoadSettings) -> Watch | None:
+    """What counts what fires, if the settings ask for it.
+
+    Raises:
+        UsageError: nothing can be counted, or it would help nobody.
+        FingerprintError, ModelFormatError: the file to count in is of another model or no activity.
+    """
+    if not settings.watched:
+        return None
+    if settings.device is DeviceKind.CUDA:
+        raise UsageError("a GPU's step is replayed as it was captured: leave --drift and --count-activity out")
+    if not spec.ffn.sparse:
+        raise UsageError(f"every neuron fires with {spec.ffn.activation}: leave --drift and --count-activity out")
+    if settings.drift is not None and mode is Mode.DENSE:
+        raise UsageError("mode dense computes all neurons alike, so that none has a better place: leave --drift out")
+    path = None if settings.count_activity is None else Path(settings.count_activity)
+    if path is not None:
+        require_addable(path, source.fingerprint, spec.name)
+    return Watch(FiringCounts(spec.n_layer, spec.n_ff), None, path)
 
 
 def _check_cache_types(transformer: Transformer, settings: LoadSettings) -> None:
@@ -180,7 +232,7 @@ def _planned_context(spec: ModelSpec, settings: LoadSettings, plan: Plan) -> lis
     return [f"planned for a context of {context} tokens of the model's {spec.n_ctx_train}; choose with --ctx-size"]
 
 
-def _context(spec: ModelSpec, settings: LoadSettings, *, scored: int) -> tuple[int, list[str]]:
+def _context(spec: ModelSpec, settings: LoadSettings, *, scored: int, observed: bool) -> tuple[int, list[str]]:
     """The context length, and what there is to say about it.
 
     Raises:
@@ -191,7 +243,8 @@ def _context(spec: ModelSpec, settings: LoadSettings, *, scored: int) -> tuple[i
         spec.rope.rotary_dim if spec.rope is not None else 0
     )
     memory = find_memory()
-    free = min(memory.available, memory.usable) - workspace_bytes(spec, settings.ubatch, 1, scored=scored)
+    scratch = workspace_bytes(spec, settings.ubatch, 1, scored=scored, observed=observed)
+    free = min(memory.available, memory.usable) - scratch
     if not settings.ctx_size:
         chosen = max(1, int(free * CACHE_SHARE) // position)
         if wanted <= chosen:

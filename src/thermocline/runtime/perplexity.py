@@ -94,6 +94,7 @@ def measure_perplexity(
         raise UsageError(
             f"chunks of {n_ctx} tokens with a stride of {stride}; allowed: 4 or more, and a smaller stride"
         )
+    settings.require_unwatched("perplexity")
     loaded = load_model(source, replace(settings, ctx_size=n_ctx))
     if notice is not None:
         for line in loaded.notices:

@@ -18,7 +18,7 @@ from thermocline.ops.factory import interpreted, make_gpu, make_ops
 from thermocline.placement.ledger import Demand, Purpose
 from thermocline.placement.plan import Plan, Status, check_plan, make_plan
 from thermocline.placement.plan_file import load_plan
-from thermocline.placement.problem import Problem
+from thermocline.placement.problem import MOVING_BYTES, Problem
 from thermocline.runtime.below import Below, below, streams
 from thermocline.runtime.planning import AUTO, PlanSettings, find_order, problem_of, stand_in
 from thermocline.runtime.split import recall
@@ -29,13 +29,18 @@ KERNELS = (Purpose.ACTIVATIONS, Purpose.STAGING, Purpose.GRAPHS, Purpose.MARGIN)
 
 @dataclass(frozen=True, slots=True)
 class Placing:
-    """The devices with their memory, and the plan that fills it; None where everything is in RAM, unbudgeted."""
+    """The devices with their memory, and the plan that fills it; None where everything is in RAM, unbudgeted.
+
+    `problem` is what the plan solves; `stands_in` says that its device is part of RAM.
+    """
 
     memory: Memory
     plan: Plan | None
     order: Order | None
     notices: tuple[str, ...]
     below: Below
+    problem: Problem | None = None
+    stands_in: bool = False
 
     def close(self) -> None:
         """Give the memory back and let go of devices and files; twice does no harm."""
@@ -86,6 +91,8 @@ def place(
             notices.append("the activity is not needed: everything is in RAM, and nothing is split")
         if settings.replan:
             notices.append("--replan does nothing: everything is in RAM, and there is no plan")
+        if settings.drift is not None:
+            notices.append("--drift does nothing: everything is in RAM, and no neuron has a better place")
         host = Host(make_ops(settings.ops, threads, settings.isa))
         return Placing(Memory({Tier.RAM: host}, {}, make), None, None, tuple(notices), Below(None))
     wanted = load_plan(settings.plan) if settings.plan is not None else None
@@ -100,11 +107,12 @@ def place(
     }
     memory = Memory(_devices(kind, settings, threads, plan), budgets, make)
     try:
-        lower = below(source, plan, memory, problem.machine.disk, tell)
+        moving = MOVING_BYTES if settings.watched else 0
+        lower = below(source, plan, memory, problem.machine.disk, tell, moving)
     except BaseException:
         memory.close()
         raise
-    return Placing(memory, plan, order, (*notices, *more, *why, *lower.notices), lower)
+    return Placing(memory, plan, order, (*notices, *more, *why, *lower.notices), lower, problem, _stands_in(kind))
 
 
 def _device(settings: LoadSettings) -> DeviceKind:

@@ -123,19 +123,23 @@ def stand_in(problem: Problem, activity: str | None, method: Method = Method.GRE
     try: so the solver is told of a memory some times as fast as RAM, beside which the CPU has all of its own, and of
     crossings that cost nothing.
     """
+    found = solve(as_for_a_gpu(problem), method)
+    seconds = problem.seconds(found.placement)
+    note = f"placed as for a device {LIKE_A_GPU} times as fast as RAM; the times are those of the emulated one"
+    # What bounds the faster machine bounds this one.
+    bound = min(found.bound, seconds)
+    return plan_of(problem, Solution(found.placement, seconds, bound, found.method, (*found.notes, note)), activity)
+
+
+def as_for_a_gpu(problem: Problem) -> Problem:
+    """The problem with the memory of a GPU in the place of the emulated device's; see `stand_in`."""
     machine = problem.machine
     if machine.gpu is None:
         raise UsageError(f"{machine.name} has no emulated device")
     rate = LIKE_A_GPU * machine.cpu.bandwidth
     gpu = replace(machine.gpu, bandwidth=rate, bandwidth_busy=rate, flops=LIKE_A_GPU * machine.cpu.flops, launch=0.0)
     cpu = replace(machine.cpu, bandwidth_busy=machine.cpu.bandwidth)  # a GPU leaves the CPU its memory
-    faster = replace(machine, cpu=cpu, gpu=gpu, crossing=0.0, link=rate)
-    found = solve(replace(problem, machine=faster), method)
-    seconds = problem.seconds(found.placement)
-    note = f"placed as for a device {LIKE_A_GPU} times as fast as RAM; the times are those of the emulated one"
-    # What bounds the faster machine bounds this one.
-    bound = min(found.bound, seconds)
-    return plan_of(problem, Solution(found.placement, seconds, bound, found.method, (*found.notes, note)), activity)
+    return replace(problem, machine=replace(machine, cpu=cpu, gpu=gpu, crossing=0.0, link=rate))
 
 
 def problem_of(
@@ -174,6 +178,7 @@ def problem_of(
         budgets,
         overheads,
         LARGEST_CLUSTER,
+        load.watched,
     )
     problem, shorter = _with_short_passes(problem)
     return problem, order, (*prediction.notices, *notices, *shorter)
@@ -272,7 +277,7 @@ def import_gpu_index(planned: Planned, path: str | Path) -> Planned:
             mask.astype(np.int32), empty if bucket is None else bucket, known, str(path)
         )
         depths.append(depth)
-    heat = np.zeros(order.shape) if old is None else np.take_along_axis(_by_number(old), order.astype(np.intp), axis=1)
+    heat = np.zeros(order.shape) if old is None else np.take_along_axis(old.by_number, order.astype(np.intp), axis=1)
     new = Order(f.fingerprint, f.name, old.by, old.tokens, order, heat) if old is not None else None
     # Depths of an index are no whole clusters: price it in single steps that all of them are multiples of.
     step = int(np.gcd.reduce([*depths, LARGEST_CLUSTER])) or LARGEST_CLUSTER
@@ -304,13 +309,6 @@ def export_gpu_index(plan: Plan, order: Order | None, path: str | Path) -> int:
         masks.append(to_gpu_index(ids, hot)[0])
     held = sum(layer.hot * layer.record_bytes for layer in plan.layers)
     return write_gpu_index(path, masks, held)
-
-
-def _by_number(order: Order) -> Any:
-    """Temperatures by the file's numbers."""
-    heat = np.empty_like(order.temperature)
-    np.put_along_axis(heat, order.order.astype(np.intp), order.temperature, axis=1)
-    return heat
 
 
 def _in_two(heat: Any, depths: list[int]) -> Any:
@@ -356,7 +354,12 @@ def _temperatures(order: Order | None, footprint: Footprint, mode: FfnMode, pred
     wanted = (footprint.n_layer, footprint.n_ff)
     if order.order.shape != wanted:
         raise UsageError(f"an activity of {order.order.shape} (layers, neurons) does not fit a model of {wanted}")
-    heat = -np.sort(-order.temperature, axis=1)
+    return computed(order.temperature, mode, predictor)
+
+
+def computed(temperatures: Any, mode: FfnMode, predictor: Predictor | None) -> Any:
+    """How often neurons that fire so often are computed, hottest first (n_layer, n_ff); see `_temperatures`."""
+    heat = -np.sort(-temperatures, axis=1)
     shares = None if predictor is None else predictor.active_shares
     if mode is not FfnMode.PREDICTED or shares is None:
         return heat

@@ -53,6 +53,7 @@ def profile_model(
             "say with --threshold from which magnitude on one does"
         )
     window = settings.ctx_size or min(spec.n_ctx_train, WINDOW)
+    settings.require_unwatched("profile")
     loaded = load_model(source, replace(settings, ctx_size=window, mode=_mode(settings.mode, spec)))
     if notice is not None:
         for line in loaded.notices:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from thermocline.runtime.drift import Moved
 from thermocline.runtime.split import SplitReport
 
 
@@ -15,7 +16,8 @@ class RunReport:
     `cached_tokens` of the prompt were already in the KV cache. `decode_tokens` are the tokens after the first,
     each of which took one step. `bytes_read` and `fired` (neurons, all layers) sum over these steps, and so does
     `selected`: neurons of which at least the first row was read. `predictor_bytes` are what the predictor adds to
-    the bytes of a step, 0 where the mode is not predicted. `split` tells of a run by a plan.
+    the bytes of a step, 0 where the mode is not predicted. `split` tells of a run by a plan, `moved` of neurons that
+    changed places before it.
     """
 
     prompt_tokens: int
@@ -34,6 +36,7 @@ class RunReport:
     load_seconds: float
     seed: int
     split: SplitReport | None = None
+    moved: Moved | None = None
 
     @property
     def prompt_rate(self) -> float:
@@ -75,7 +78,8 @@ class RunReport:
 
     def lines(self) -> list[str]:
         """For people: a line, and more about a run by a plan."""
-        return [self.line(), *(self.split.lines() if self.split is not None else ())]
+        moved = () if self.moved is None else (self.moved.line(),)
+        return [self.line(), *(self.split.lines() if self.split is not None else ()), *moved]
 
     def line(self) -> str:
         """One line for people."""

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from thermocline.hardware.machine import Tier
 from thermocline.memory.kv_cache import KVCache
 from thermocline.model.feed_forward import NOTHING, Tally
-from thermocline.model.network import Outputs, Segment, Transformer
+from thermocline.model.network import Counter, Outputs, Segment, Transformer
 from thermocline.ops.contract import Arrays, FfnWork
 
 Tokens = npt.NDArray[np.int32]
@@ -51,18 +51,23 @@ class TransformerSequence:
         arrays: Mapping[Tier, Arrays] | None = None,
         *,
         timed: bool = False,
+        counter: Counter | None = None,
     ) -> None:
+        """`arrays` make the workspace; `counter` is told what fires in every step."""
         self.n_ctx = min(cache.n_ctx, transformer.n_ctx)
         self.n_vocab = transformer.spec.n_vocab
         self.ubatch = min(ubatch, self.n_ctx)
         self.tally = Tally(timed=timed)
         self._transformer = transformer
         self._cache = cache
-        self._workspace = transformer.workspace(self.ubatch, 1, arrays=arrays)
+        self._counter = counter
+        self._workspace = transformer.workspace(self.ubatch, 1, observed=counter is not None, arrays=arrays)
 
     def step(self, tokens: Tokens, start: int, *, logits: bool) -> Step:
         """See the protocol."""
         outputs = Outputs.LAST if logits else Outputs.NONE
         segment = Segment(self._cache, start, len(tokens))
-        result = self._transformer.step(tokens, (segment,), self._workspace, outputs, tally=self.tally)
+        result = self._transformer.step(
+            tokens, (segment,), self._workspace, outputs, tally=self.tally, counter=self._counter
+        )
         return Step(self._transformer.ops.to_host(result.logits)[0] if logits else None, result.work, result.hot)

@@ -12,7 +12,9 @@ from typing import Any
 from thermocline.errors import OutputError
 from thermocline.files.atomic import atomic_write
 from thermocline.hardware.cache import home
-from thermocline.hardware.machine import Machine, Processor
+from thermocline.hardware.machine import Machine, Processor, ReadCurve, Tier
+from thermocline.hardware.reader import ReadStats
+from thermocline.memory.record_cache import Uses
 from thermocline.model.feed_forward import Tally
 from thermocline.ops.contract import FfnWork
 from thermocline.placement.plan import Plan
@@ -27,6 +29,26 @@ LARGEST = 1 << 16
 
 
 @dataclass(slots=True)
+class DiskAccount:
+    """What decode steps read from disk, and the records that they asked for."""
+
+    read: ReadStats = field(default_factory=ReadStats)
+    asked: int = 0
+    found: int = 0
+    _start: tuple[ReadStats, Uses] = field(default_factory=lambda: (ReadStats(), Uses()))
+
+    def begin(self, stats: ReadStats, uses: Uses) -> None:
+        """Before a step."""
+        self._start = stats, uses
+
+    def end(self, stats: ReadStats, uses: Uses) -> None:
+        """After it."""
+        self.read += stats.since(self._start[0])
+        self.asked += uses.asked - self._start[1].asked
+        self.found += uses.found - self._start[1].found
+
+
+@dataclass(slots=True)
 class Account:
     """Sums over the decode steps of one generation."""
 
@@ -36,6 +58,8 @@ class Account:
     crossings: int = 0
     crossed_bytes: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
+    busy: dict[Tier, float] = field(default_factory=dict)
+    disk: DiskAccount = field(default_factory=DiskAccount)
 
     def add(self, tally: Tally, hot: FfnWork, hot_bytes: float) -> None:
         """One step more."""
@@ -46,6 +70,8 @@ class Account:
         self.crossed_bytes += tally.crossed_bytes
         for name, seconds in tally.seconds.items():
             self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+        for tier, seconds in tally.busy.items():
+            self.busy[tier] = self.busy.get(tier, 0.0) + seconds
 
     def mean_ms(self, *names: str) -> float:
         """Milliseconds of a step that components took together."""
@@ -62,10 +88,51 @@ class Component:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DiskReport:
+    """What `steps` decode steps, which took `seconds`, read from disk: requests, bytes, and seconds of waiting for any.
+
+    `found` of `asked` records of the disk tier were in memory. `fastest` is the bytes/s that random reads as large as
+    these reach alone, by what was measured of the disk; 0 where nothing was.
+    """
+
+    steps: int
+    seconds: float
+    requests: int
+    nbytes: int
+    busy: float
+    asked: int
+    found: int
+    fastest: float
+
+    @property
+    def rate(self) -> float:
+        """Bytes/s while something was in flight."""
+        return self.nbytes / self.busy if self.busy else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        return {name: getattr(self, name) for name in self.__slots__} | {"rate": self.rate}
+
+    def line(self) -> str:
+        """For people."""
+        line = (
+            f"disk {self.nbytes / self.steps / 1e6:.1f} MB a token in {self.requests / self.steps:,.0f} reads at "
+            f"{self.rate / 1e6:,.0f} MB/s, in flight {self.busy / self.seconds:.0%} of the time"
+        )
+        if self.fastest:
+            line += f" · random reads as large as these reach {self.fastest / 1e6:,.0f} MB/s here"
+        if self.asked:
+            line += f" · {self.found / self.asked:.1%} of the wanted neurons of the disk tier were in memory"
+        return line
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SplitReport:
     """A generation over several devices. Bytes are sums over its `steps` decode steps, as are crossings.
 
     `hot_fired` of `fired` neurons were computed beside VRAM. The components "ffn hot" and "ffn cold" overlap.
+    `vram_busy` and `ram_busy` are seconds that the two sides computed, 0 where that was not measured; RAM's hold the
+    waiting for the disk. `disk` is None where nothing is there.
     """
 
     steps: int
@@ -73,10 +140,13 @@ class SplitReport:
     hot_fired: int
     vram_bytes: float
     ram_bytes: float
+    vram_busy: float
+    ram_busy: float
     seconds: float
     crossings: int
     crossed_bytes: int
     components: tuple[Component, ...]
+    disk: DiskReport | None = None
 
     @property
     def hot_share(self) -> float:
@@ -97,28 +167,34 @@ class SplitReport:
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, for JSON."""
-        names = ("steps", "hot_share", "vram_bytes", "ram_bytes", "crossings", "crossed_bytes", "off")
+        names = ("steps", "hot_share", "vram_bytes", "ram_bytes", "vram_busy", "ram_busy", "crossings",
+                 "crossed_bytes", "off")  # fmt: skip
         return {name: getattr(self, name) for name in names} | {
+            "disk": None if self.disk is None else self.disk.as_dict(),
             "components": [
                 {"name": c.name, "predicted_ms": c.predicted_ms, "measured_ms": c.measured_ms} for c in self.components
-            ]
+            ],
         }
 
     def lines(self) -> list[str]:
         """For people: what each tier did, the components, and a warning where the cost model was off."""
         if not self.steps:
             return []
-        tiers = [("VRAM", self.vram_bytes), ("RAM", self.ram_bytes)]
+        tiers = [("VRAM", self.vram_bytes, self.vram_busy), ("RAM", self.ram_bytes, self.ram_busy)]
         reads = ", ".join(
-            f"{name} {size / self.steps / 1e6:.1f} MB a token at {size / self.seconds / 1e9:.1f} GB/s"
-            for name, size in tiers
+            f"{name} {size / self.steps / 1e6:.1f} MB a token at {size / (busy or self.seconds) / 1e9:.1f} GB/s"
+            + (f" in {busy / self.seconds:.0%} of the time" if busy else "")
+            for name, size, busy in tiers
+            if size
         )
         crossed = f"{self.crossings / self.steps:.0f} crossings a token ({self.crossed_bytes / self.steps:,.0f} bytes)"
         shown = ", ".join(f"{c.name} {c.predicted_ms:.3g} / {c.measured_ms:.3g}" for c in self.components)
-        lines = [
-            f"{self.hot_share:.1%} of the active neurons were hot · {reads} · {crossed}",
-            f"ms a token, predicted / measured: {shown}",
-        ]
+        lines = [f"{self.hot_share:.1%} of the active neurons were hot · {reads} · {crossed}"]
+        if not self.vram_bytes:
+            lines = [reads]
+        if self.disk is not None:
+            lines.append(self.disk.line())
+        lines.append(f"ms a token, predicted / measured: {shown}")
         if abs(self.off) > LOUD:
             faster = "slower" if self.off > 0 else "faster"
             lines.append(
@@ -128,8 +204,10 @@ class SplitReport:
         return lines
 
 
-def split_report(plan: Plan, account: Account, *, fired: int, bytes_read: float, seconds: float) -> SplitReport:
-    """The report of a generation whose decode steps took `seconds` and read `bytes_read`."""
+def split_report(
+    plan: Plan, account: Account, *, fired: int, bytes_read: float, seconds: float, curve: ReadCurve | None = None
+) -> SplitReport:
+    """The report of a generation whose decode steps took `seconds` and read `bytes_read`; `curve` is the disk's."""
     layers = plan.layers
     attention = sum(layer.attention_ms for layer in layers)
     total = sum(layer.total_ms for layer in layers)
@@ -148,10 +226,30 @@ def split_report(plan: Plan, account: Account, *, fired: int, bytes_read: float,
         hot_fired=account.hot_fired,
         vram_bytes=account.hot_bytes,
         ram_bytes=bytes_read - account.hot_bytes,
+        vram_busy=account.busy.get(Tier.VRAM, 0.0),
+        ram_busy=account.busy.get(Tier.RAM, 0.0),
         seconds=seconds,
         crossings=account.crossings,
         crossed_bytes=account.crossed_bytes,
         components=components,
+        disk=_disk_report(account, seconds, curve),
+    )
+
+
+def _disk_report(account: Account, seconds: float, curve: ReadCurve | None) -> DiskReport | None:
+    disk, steps = account.disk, account.steps
+    if not steps or not (disk.read.requests or disk.asked):
+        return None
+    size = disk.read.nbytes / max(disk.read.requests, 1)
+    return DiskReport(
+        steps=steps,
+        seconds=seconds,
+        requests=disk.read.requests,
+        nbytes=disk.read.nbytes,
+        busy=disk.read.busy,
+        asked=disk.asked,
+        found=disk.found,
+        fastest=0.0 if curve is None or not size else curve.bandwidth(size),
     )
 
 

@@ -60,6 +60,7 @@ def train_predictor(
         counted.require_model(source.fingerprint, spec.name)
     window = load.ctx_size or min(spec.n_ctx_train, WINDOW)
     mode = Mode.EXACT if load.mode is Mode.AUTO else load.mode
+    load.require_unwatched("train-predictor")
     loaded = load_model(source, replace(load, ctx_size=window, mode=mode))
     if notice is not None:
         for line in loaded.notices:
