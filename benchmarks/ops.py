@@ -26,7 +26,7 @@ import numpy.typing as npt
 from benchmarks.machine import Probe, arithmetic_peaks, facts
 from benchmarks.synthetic import SHAPES, Shape
 from benchmarks.tables import print_table, write_results
-from thermocline.files.formats import BY_NAME, F32, BlockFormat
+from thermocline.files.formats import BY_NAME, F16, F32, Q8_0, BlockFormat
 from thermocline.files.quantize import quantize
 from thermocline.files.weight import Weight
 from thermocline.hardware.cores import find_cores
@@ -43,6 +43,10 @@ PATTERN = 256
 BATCH = 512
 SHARES = (0.1, 0.2, 0.5, 1.0)
 CONTEXTS = (512, 2048, 8192, 32768)
+GROUPED = ((32, 8), (16, 2))
+"""Heads and the heads of keys and values that they share, beside those of the shape."""
+HEAD = 128
+"""Numbers of a head."""
 SLICE = 0.04
 """Seconds of calls between two probes."""
 RANK = 512
@@ -147,31 +151,32 @@ class Bench:
         yield Case("predict", fmt.name, f"rank {RANK}", calls, moved, 2.0 * RANK * (s.n_embd + s.n_ff))
 
     def attention(self) -> Iterator[Case]:
-        """Decode and prefill over a cache in F16."""
+        """Decode over caches in F16 and Q8_0, with heads of their own keys and with groups that share them; prefill."""
         s = self.shape
-        width = s.n_head_kv * s.head_dim
-        for context in CONTEXTS:
-            each = 4 * width * context
-            ring = [
-                KVLayer(*(self._halves(s.n_head_kv, context, s.head_dim) for _ in range(2)))
-                for _ in range(max(2, RING // each))
-            ]
-            yield self._attention(ring, 1, context - 1, each)
-            if context in (2048, 8192):
-                yield self._attention(ring, BATCH, context - BATCH, each)
+        for fmt, (heads, kv_heads) in itertools.product((F16, Q8_0), ((s.n_head, s.n_head_kv), *GROUPED)):
+            for context in CONTEXTS:
+                each = 2 * kv_heads * context * fmt.row_bytes(HEAD)
+                ring = [
+                    KVLayer(*(self._cache(kv_heads, context, fmt) for _ in range(2)))
+                    for _ in range(max(2, RING // each))
+                ]
+                yield self._attention(ring, fmt, heads, 1, context - 1, each)
+                if context in (2048, 8192) and (heads, kv_heads) not in GROUPED:
+                    yield self._attention(ring, fmt, heads, BATCH, context - BATCH, each)
 
-    def _attention(self, ring: list[KVLayer], tokens: int, start: int, moved: int) -> Case:
-        s = self.shape
-        q, out = self._normal(tokens, s.n_head, s.head_dim), np.zeros((tokens, s.n_head, s.head_dim), np.float32)
-        k, v = (self._normal(tokens, s.n_head_kv, s.head_dim) for _ in range(2))
-        scale = s.head_dim**-0.5
-        calls = tuple(partial(self.ops.attention, q, k, v, c, start, scale, 0, out) for c in ring)
+    def _attention(
+        self, ring: list[KVLayer], fmt: BlockFormat, heads: int, tokens: int, start: int, moved: int
+    ) -> Case:
+        kv_heads = len(ring[0].keys)
+        q, out = self._normal(tokens, heads, HEAD), np.zeros((tokens, heads, HEAD), np.float32)
+        k, v = (self._normal(tokens, kv_heads, HEAD) for _ in range(2))
+        calls = tuple(partial(self.ops.attention, q, k, v, c, start, HEAD**-0.5, 0, out) for c in ring)
         seen = tokens * start + tokens * (tokens + 1) // 2
-        size = f"{s.n_head}/{s.n_head_kv} heads, {start + tokens} keys"
-        operations = 4.0 * seen * s.n_head * s.head_dim
+        size = f"{heads}/{kv_heads} heads, {start + tokens} keys"
+        operations = 4.0 * seen * heads * HEAD
         if tokens == 1:
-            return Case("attention", "F16", size, calls, moved, operations)
-        return Case(f"attention of {tokens}", "F16", size, calls, moved, operations, arithmetic=True)
+            return Case("attention", fmt.name, size, calls, moved, operations)
+        return Case(f"attention of {tokens}", fmt.name, size, calls, moved, operations, arithmetic=True)
 
     def small(self) -> Iterator[Case]:
         """What is bound by neither memory nor arithmetic."""
@@ -207,9 +212,10 @@ class Bench:
     def _normal(self, *shape: int) -> Floats:
         return self.rng.standard_normal(shape, dtype=np.float32)
 
-    def _halves(self, *shape: int) -> npt.NDArray[np.float16]:
-        pattern = self.rng.standard_normal(1 << 16).astype(np.float16)
-        return np.resize(pattern, shape)
+    def _cache(self, kv_heads: int, context: int, fmt: BlockFormat) -> npt.NDArray[np.generic]:
+        """Keys or values as a cache holds them: numbers in F16, bytes in Q8_0."""
+        rows = np.resize(quantize(self._normal(PATTERN, HEAD), fmt), (kv_heads, context, fmt.row_bytes(HEAD)))
+        return rows.view(np.float16) if fmt is F16 else rows
 
     def _ring(
         self, fmt: BlockFormat, rows: int, columns: int, size: int = RING, *, positive: bool = False

@@ -17,6 +17,8 @@ constexpr int64_t kWidenQueries = 8;  // from here on half keys and values are w
 // Up to so many tokens the chunks of one head are shared among workers; a longer batch has work enough in its
 // blocks.
 constexpr int64_t kSplitTokens = 4;
+constexpr int64_t kAhead = 8192;  // bytes of keys or values that are fetched before they are used
+constexpr int64_t kLine = 64;     // bytes of a cache line
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 
 // The softmax sums of some queries over some keys.
@@ -24,6 +26,45 @@ struct Sums {
   float* acc;     // (queries, head_dim): sum of exp(score - most) * value
   float* most;    // (queries)
   float* weight;  // (queries): sum of exp(score - most)
+};
+
+// What a worker reads one after another, of which it fetches some ahead of their use.
+class Stream {
+ public:
+  struct Piece {
+    const uint8_t* data;
+    int64_t bytes;
+  };
+
+  // The first kAhead bytes were fetched while what came before was used.
+  Stream(const Piece& keys, const Piece& values, const Piece& next) : pieces_{keys, values, next} {
+    step<false>(kAhead);
+  }
+
+  // As much again is about to be used.
+  void fetch(int64_t bytes) { step<true>(bytes); }
+
+ private:
+  template <bool Fetch>
+  void step(int64_t bytes) {
+    while (bytes > 0 && piece_ < 3) {
+      const Piece& piece = pieces_[piece_];
+      const int64_t end = std::min(piece.bytes, at_ + bytes);
+      bytes -= end - at_;
+      if constexpr (Fetch) {
+        for (const uint8_t* line = piece.data + at_; line < piece.data + end; line += kLine)
+          __builtin_prefetch(line);
+      }
+      at_ = end;
+      if (at_ < piece.bytes) return;
+      at_ = 0;
+      ++piece_;
+    }
+  }
+
+  const Piece pieces_[3];
+  int piece_ = 0;
+  int64_t at_ = 0;
 };
 
 class Attention {
@@ -148,8 +189,17 @@ class Attention {
     return {reinterpret_cast<const uint8_t*>(wide), dim_ * 4, nullptr};
   }
 
+  // The keys or the values of an item of the decode path.
+  Stream::Piece piece(const Cache& cache, int64_t item) const {
+    if (item >= job_.kv_heads * chunks_) return {nullptr, 0};
+    const int64_t from = std::max((first_chunk_ + item % chunks_) * kChunk, visible_from(0));
+    const int64_t to = std::min((first_chunk_ + item % chunks_ + 1) * kChunk, job_.start + job_.tokens);
+    return {cache.row(item / chunks_, from), (to - from) * cache.row_bytes};
+  }
+
   // The sums of tokens t0 .. t1 over the keys that they see in one chunk.
-  void attend(int64_t head, int64_t t0, int64_t t1, int64_t chunk, float* scratch, const Sums& sums) {
+  void attend(int64_t head, int64_t t0, int64_t t1, int64_t chunk, float* scratch, const Sums& sums,
+              Stream* stream = nullptr) {
     const int64_t queries = (t1 - t0) * group_;
     float* q = scratch;
     float* scores = q + block_tokens_ * group_ * dim_;
@@ -165,11 +215,21 @@ class Attention {
     const int64_t steps = (to - base + kStep - 1) / kStep * kStep;
 
     Format format = job_.keys.format;
-    const Rows keys = format == kQ8_0 ? Rows{job_.keys.row(head, from), job_.keys.row_bytes, nullptr}
-                                      : rows(job_.keys, head, from, to, queries, wide, &format);
+    const Rows keys = format == kQ8_0 || stream
+                          ? Rows{job_.keys.row(head, from), job_.keys.row_bytes, nullptr}
+                          : rows(job_.keys, head, from, to, queries, wide, &format);
     const Tokens tokens = tokens_of(q, queries, wide + kChunk * dim_);
     const DotJob dots{keys, dim_, tokens, scores + (from - base), kChunk, nullptr, false};
-    context_.kernels.dot[format](dots, 0, to - from, 0, queries);
+    if (stream) {
+      const auto few = context_.kernels.attend.score[format];
+      const auto dot = few ? few : context_.kernels.dot[format];
+      for (int64_t k = 0; k < to - from; k += kStep) {
+        stream->fetch(kStep * keys.row_bytes);
+        dot(dots, k, std::min(k + kStep, to - from), 0, queries);
+      }
+    } else {
+      context_.kernels.dot[format](dots, 0, to - from, 0, queries);
+    }
     for (int64_t i = 0; i < queries; ++i) {
       const int64_t t = t0 + i / group_;
       float* row = scores + i * kChunk;
@@ -178,6 +238,16 @@ class Attention {
       std::fill(row, row + first, kNone);
       std::fill(row + last, row + steps, kNone);
       sums.weight[i] = context_.kernels.softmax_part(row, steps, job_.scale, &sums.most[i]);
+    }
+    if (stream) {
+      const Rows values{job_.values.row(head, from), job_.values.row_bytes, nullptr};
+      const AxpyJob add{values, nullptr, scores + (from - base), kChunk, sums.acc, dim_};
+      for (int64_t k = 0; k < to - from; k += kStep) {
+        stream->fetch(kStep * values.row_bytes);
+        context_.kernels.attend.mix[job_.values.format](add, k, std::min(k + kStep, to - from), 0, queries,
+                                                        dim_);
+      }
+      return;
     }
     const Rows values = rows(job_.values, head, from, to, queries, wide, &format);
     const AxpyJob add{values, nullptr, scores + (from - base), kChunk, sums.acc, dim_};
@@ -208,7 +278,9 @@ class Attention {
   void attend_chunk(int64_t item, float* scratch) {
     const int64_t head = item / chunks_, chunk = first_chunk_ + item % chunks_;
     gather(head, 0, job_.tokens, scratch);
-    attend(head, 0, job_.tokens, chunk, scratch, sums_at(parts_ + item * sums_size_));
+    Stream stream(piece(job_.keys, item), piece(job_.values, item), piece(job_.keys, item + team_.size()));
+    attend(head, 0, job_.tokens, chunk, scratch, sums_at(parts_ + item * sums_size_),
+           dim_ % kAttendColumns == 0 ? &stream : nullptr);
   }
 
   void merge_chunks(int64_t head, float* scratch) {

@@ -10,9 +10,14 @@ struct Level {
   bool available;
 };
 
+Kernels whole(Kernels kernels, const AttendKernels& attend) {
+  kernels.attend = attend;
+  return kernels;
+}
+
 #ifdef THERMOCLINE_X86
 Kernels with_bf16() {
-  Kernels kernels = kAvx512Kernels;
+  Kernels kernels = whole(kAvx512Kernels, kAvx512Attend);
   kernels.name = "avx512bf16";
   kernels.panel[kBF16] = kAvx512Bf16Kernels.panel;
   kernels.round_tokens = kAvx512Bf16Kernels.round_tokens;
@@ -21,6 +26,7 @@ Kernels with_bf16() {
 #endif
 
 std::vector<Level> levels() {
+  static const Kernels baseline = whole(kBaselineKernels, kBaselineAttend);
 #ifdef THERMOCLINE_X86
   __builtin_cpu_init();
   const bool avx2 =
@@ -28,13 +34,15 @@ std::vector<Level> levels() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vnni");
+  static const Kernels with_avx2 = whole(kAvx2Kernels, kAvx2Attend);
+  static const Kernels with_avx512 = whole(kAvx512Kernels, kAvx512Attend);
   static const Kernels bf16 = with_bf16();
-  return {{&kBaselineKernels, true},
-          {&kAvx2Kernels, avx2},
-          {&kAvx512Kernels, avx512},
+  return {{&baseline, true},
+          {&with_avx2, avx2},
+          {&with_avx512, avx512},
           {&bf16, avx512 && __builtin_cpu_supports("avx512bf16")}};
 #else
-  return {{&kBaselineKernels, true}};
+  return {{&baseline, true}};
 #endif
 }
 

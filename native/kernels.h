@@ -84,6 +84,17 @@ struct ListJob {
   const float* h;
 };
 
+// For the few queries of a decode step, which meet every key and value of the cache once.
+struct AttendKernels {
+  // What dot gives, to the bit, where rows follow each other and there is neither bias nor add. Columns are a
+  // multiple of kAttendColumns, as below. Null where dot is as fast.
+  void (*score[kFormats])(const DotJob& job, int64_t r0, int64_t r1, int64_t t0, int64_t t1);
+  // What axpy gives, to the bit, where rows follow each other and are taken in order.
+  void (*mix[kFormats])(const AxpyJob& job, int64_t k0, int64_t k1, int64_t t0, int64_t t1, int64_t columns);
+};
+
+constexpr int64_t kAttendColumns = 16;
+
 enum Activation : int { kSilu = 0, kRelu = 1, kRelu2 = 2, kGelu = 3 };
 
 struct Kernels {
@@ -126,12 +137,15 @@ struct Kernels {
   void (*to_half)(const float* x, uint8_t* out, int64_t n);
   // A value that depends on all bytes, so that reading them cannot be optimised away.
   uint64_t (*checksum)(const uint8_t* data, int64_t n);
+  AttendKernels attend = {};
 };
 
 extern const Kernels kBaselineKernels;
+extern const AttendKernels kBaselineAttend;
 #ifdef THERMOCLINE_X86
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
+extern const AttendKernels kAvx2Attend, kAvx512Attend;
 // What a CPU with AVX512-BF16 does otherwise.
 struct Bf16Kernels {
   PanelKernels panel;
