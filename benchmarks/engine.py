@@ -10,7 +10,9 @@ import numpy as np
 
 from thermocline.config import CacheType, LoadSettings, Mode, SamplingSettings
 from thermocline.files.companion import companion
+from thermocline.files.formats import F16, F32, Q8_0
 from thermocline.files.open import open_model
+from thermocline.files.quantize import quantize
 from thermocline.files.sidecar import SidecarKind
 from thermocline.memory.kv_cache import KVCache
 from thermocline.model.families import family_of
@@ -19,6 +21,8 @@ from thermocline.runtime.loading import LoadedModel, load_model
 from thermocline.runtime.sampler import Sampler
 from thermocline.runtime.sequence import TransformerSequence
 
+STORED = {"float32": F32, "float16": F16, "uint8": Q8_0}
+"""What a cache's arrays hold."""
 FREE = SamplingSettings(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=1)
 
 
@@ -79,12 +83,13 @@ class Ours:
     def fill_cache(self) -> None:
         """Random numbers for all that was ever cached."""
         rng = np.random.default_rng(1)
-        pattern = rng.standard_normal(1 << 20).astype(np.float16)
+        values = rng.standard_normal((4096, self.model.transformer.spec.head_dim), np.float32)
         for layer in self.cache.layers:
             for array in (layer.keys, layer.values):
-                part = array.reshape(-1)
-                for at in range(0, part.size, pattern.size):
-                    part[at : at + pattern.size] = pattern[: part.size - at]
+                rows = quantize(values, STORED[array.dtype.name]).view(array.dtype)
+                part = array.reshape(-1, array.shape[-1])
+                for at in range(0, len(part), len(rows)):
+                    part[at : at + len(rows)] = rows[: len(part) - at]
 
     @property
     def dense_bytes(self) -> float:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from thermocline.errors import UsageError
 from thermocline.memory.kv_cache import KVCache, kv_bytes, kv_bytes_per_token
 from thermocline.model.families import family_of
 from thermocline.model.spec import ModelSpec
+from thermocline.ops.cpu import CpuOps
 from thermocline.ops.reference import ReferenceOps
 
 OPS = ReferenceOps()
@@ -60,3 +63,19 @@ def test_truncate_and_clear(spec: ModelSpec) -> None:
 def test_an_empty_context_is_refused(spec: ModelSpec) -> None:
     with pytest.raises(UsageError, match="a context of 0 tokens"):
         KVCache(spec, OPS, 0)
+
+
+def test_a_cache_takes_memory_as_it_fills(spec: ModelSpec) -> None:
+    """A position takes a page of every head's region, not what a huge page is."""
+    spec = replace(spec, n_head=8, n_head_kv=8)
+    n_ctx = (4 << 20) // (2 * spec.head_dim)
+    cache = KVCache(spec, CpuOps(1), n_ctx)
+    before = resident_bytes()
+    for layer in cache.layers:
+        layer.keys[:, n_ctx // 2] = layer.values[:, n_ctx // 2] = 1
+    assert resident_bytes() - before < 1 << 20
+    assert cache.nbytes >= 64 << 20
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE

@@ -100,3 +100,13 @@ def test_bytes_of_blocks_are_never_taken_for_infinities(ops):
 
 def test_check_finite_of_nothing(ops, weight):
     assert ops.check_finite(ops.place(weight(np.empty((0, 32), np.float32), F32))) == -1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "uint8"])
+def test_an_array_begins_where_a_cache_line_does(ops, dtype):
+    for shape in [(3, 5), (0, 4), (700, 1000)]:
+        array = ops.array(shape, dtype)
+        assert array.shape == shape
+        assert array.dtype == dtype
+        assert array.ctypes.data % 64 == 0
+        assert not array.any()

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from thermocline.config import CacheType
 from thermocline.errors import UsageError
 from thermocline.files.formats import F16, F32, Q8_0
+from thermocline.memory.residence import in_small_pages
 from thermocline.model.spec import ModelSpec
 from thermocline.ops.contract import Array, Arrays, KVLayer
 
@@ -64,7 +67,10 @@ class KVCache:
         def rows(maker: Arrays, cache_type: CacheType) -> Array:
             size = row_bytes(spec, cache_type)
             width = size if cache_type is CacheType.Q8_0 else spec.head_dim
-            return maker.array((spec.n_head_kv, n_ctx, width), DTYPES[cache_type])
+            array = maker.array((spec.n_head_kv, n_ctx, width), DTYPES[cache_type])
+            if isinstance(array, np.ndarray):
+                in_small_pages(array)
+            return array
 
         self.layers = tuple(KVLayer(rows(maker, type_k), rows(maker, type_v)) for maker in makers)
         self.n_ctx = n_ctx

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ from thermocline.files.formats import BlockFormat
 from thermocline.files.weight import Bytes, Weight
 from thermocline.ops.contract import Activation, ActiveSet, Array, FfnWork, KVLayer, Matrix, NeuronBlock
 
+LINE = 64
+"""Bytes of a cache line, and of the widest vectors: those that cross two lines are read twice."""
 LEVELS = ("baseline", "avx2", "avx512", "avx512bf16")
 """Every level that kernels exist for, weakest first."""
 
@@ -70,8 +73,11 @@ class CpuOps:
         return _native.Matrix(weight.data, weight.format.ggml_type, weight.rows, weight.columns)
 
     def array(self, shape: tuple[int, ...], dtype: str = "float32") -> Array:
-        """A zeroed numpy array."""
-        return np.zeros(shape, dtype=dtype)
+        """A zeroed numpy array that begins where a cache line does."""
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        room = np.zeros(size + LINE, np.uint8)
+        start = -room.ctypes.data % LINE
+        return room[start : start + size].view(dtype).reshape(shape)
 
     def upload(self, values: npt.NDArray[Any], out: Array) -> None:
         """See the contract."""
