@@ -186,7 +186,7 @@ class Bench:
         yield Case("rms_norm", "F32", str(s.n_embd), (lambda: self.ops.rms_norm(x, ones, 1e-5, out),), 12 * s.n_embd)
         heads = self._normal(1, s.n_head, s.head_dim)
         table, at = np.ones((1, 2, s.head_dim // 2), np.float32), np.zeros(1, np.int32)
-        rope = (lambda: self.ops.rope(heads, table, at, interleaved=True),)
+        rope = (lambda: self.ops.rope((heads,), table, at, interleaved=True),)
         yield Case("rope", "F32", f"{s.n_head}x{s.head_dim}", rope, 8 * s.n_embd)
         scores, indices = self._normal(1, s.n_ff), np.zeros(s.n_ff, np.int32)
         yield Case("select", "F32", str(s.n_ff), (lambda: self.ops.select(scores, 1.28, indices),), 4 * s.n_ff)

@@ -78,12 +78,16 @@ def test_rope_agrees_with_reference(ops, reference, rng, fence, heads, dim, half
     angle = rng.uniform(0, 7, (20, half))
     table = np.stack([np.cos(angle), np.sin(angle)], axis=1).astype(np.float32)
     for tokens in (0, 1, 3, 40):
-        x = rng.standard_normal((tokens, heads, dim)).astype(np.float32)
+        x, y = (rng.standard_normal((tokens, n, dim)).astype(np.float32) for n in (heads, heads + 4))
         positions = rng.integers(0, 20, tokens).astype(np.int32)
-        out, expected = fence(x.shape), x.copy()
-        out.array[...] = x
-        ops.rope(out.array, table, positions, interleaved=interleaved)
-        reference.rope(expected, table, positions, interleaved=interleaved)
-        # Two products and a sum, each rounded; |cos| + |sin| is at most the root of 2, elements at most |x|.
-        assert (np.abs(out.check() - expected) <= 4 * EPS * np.abs(x).max(initial=0)).all()
-        assert out.array[..., 2 * half :].tobytes() == x[..., 2 * half :].tobytes()
+        outs = [fence(x.shape), fence(y.shape)]
+        for many in (1, 2):
+            given, expected = (x, y)[:many], tuple(array.copy() for array in (x, y)[:many])
+            for out, array in zip(outs, given, strict=False):
+                out.array[...] = array
+            ops.rope(tuple(out.array for out in outs[:many]), table, positions, interleaved=interleaved)
+            reference.rope(expected, table, positions, interleaved=interleaved)
+            # Two products and a sum, each rounded; |cos| + |sin| is at most the root of 2, elements at most |x|.
+            for out, array, wanted in zip(outs, given, expected, strict=False):
+                assert (np.abs(out.check() - wanted) <= 4 * EPS * np.abs(array).max(initial=0)).all()
+                assert out.array[..., 2 * half :].tobytes() == array[..., 2 * half :].tobytes()

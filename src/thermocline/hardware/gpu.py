@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import statistics
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
+from itertools import takewhile
 from typing import Any
 
 FIELDS = ("index", "name", "memory.total", "memory.free", "pcie.link.gen.max", "pcie.link.width.max", "driver_version")
@@ -32,7 +34,8 @@ class Gpu:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GpuSpeed:
     """Measured: bytes/s of VRAM and of the link from pinned memory, flops of half products, seconds of a launch and of
-    handing a vector there and back. `link_busy` is the link while the CPU reads memory.
+    handing a vector there and back. `link_busy` is the link while the CPU reads memory. `context` is bytes of VRAM that
+    the driver keeps for a process, 0 where that is unknown.
     """
 
     vram: float
@@ -41,10 +44,14 @@ class GpuSpeed:
     flops: float
     launch: float
     crossing: float
+    context: int = 0
 
 
 def find_gpus(run: Callable[[list[str]], str] | None = None) -> tuple[Gpu, ...]:
-    """The GPUs that the driver tells of: through nvidia-ml-py, else through nvidia-smi; none where neither is."""
+    """The GPUs that the driver tells of: through nvidia-ml-py, else through nvidia-smi; none where neither is.
+
+    Those that `CUDA_VISIBLE_DEVICES` leaves, in its order: the order in which torch numbers them.
+    """
     if run is None:
         found = _from_library()
         if found is not None:
@@ -53,10 +60,13 @@ def find_gpus(run: Callable[[list[str]], str] | None = None) -> tuple[Gpu, ...]:
             return ()
         run = _smi
     try:
-        text = run(["nvidia-smi", f"--query-gpu={','.join(FIELDS)}", "--format=csv,noheader,nounits"])
+        query = ["nvidia-smi", f"--query-gpu={','.join(FIELDS)}", "--format=csv,noheader,nounits"]
+        visible = _visible()
+        text = run(query if visible is None else [*query, f"--id={','.join(visible)}"]) if visible != () else ""
     except (OSError, subprocess.SubprocessError):
         return ()
-    return tuple(gpu for line in text.splitlines() if (gpu := _parsed(line)) is not None)
+    gpus = [gpu for line in text.splitlines() if (gpu := _parsed(line)) is not None]
+    return tuple(gpus) if visible is None else tuple(replace(gpu, index=i) for i, gpu in enumerate(gpus))
 
 
 def measure_gpu(index: int, beside: Callable[[Callable[[], float]], float]) -> GpuSpeed | None:
@@ -67,7 +77,17 @@ def measure_gpu(index: int, beside: Callable[[Callable[[], float]], float]) -> G
             return None
     except (ImportError, RuntimeError):
         return None
+    # What a context takes shows only before this process has one.
+    before = 0 if torch.cuda.is_initialized() else next((g.free for g in find_gpus() if g.index == index), 0)
     device = torch.device("cuda", index)
+    context = max(0, before - int(torch.cuda.mem_get_info(device)[0]))
+    try:
+        return _measured(torch, device, context, beside)
+    finally:
+        torch.cuda.empty_cache()  # the model is to have it
+
+
+def _measured(torch: Any, device: Any, context: int, beside: Callable[[Callable[[], float]], float]) -> GpuSpeed:
     big = torch.ones(BUFFER, dtype=torch.uint8, device=device)
     host = torch.ones(BUFFER, dtype=torch.uint8).pin_memory()
     square = torch.ones((4096, 4096), dtype=torch.float16, device=device)
@@ -103,6 +123,7 @@ def measure_gpu(index: int, beside: Callable[[Callable[[], float]], float]) -> G
         flops=2 * 4096**3 / seconds(lambda: square @ square, 10),
         launch=seconds(many, 20) / 100,
         crossing=seconds(there_and_back, 200) / 2,
+        context=context,
     )
 
 
@@ -113,13 +134,29 @@ def _from_library() -> tuple[Gpu, ...] | None:
     except Exception:  # the package has its own class for each way in which there is no driver
         return None
     try:
-        return tuple(_from_handle(nvml, i) for i in range(nvml.nvmlDeviceGetCount()))
+        visible = _visible()
+        names = visible if visible is not None else tuple(map(str, range(nvml.nvmlDeviceGetCount())))
+        return tuple(_from_handle(nvml, i, _handle(nvml, name)) for i, name in enumerate(names))
+    except nvml.NVMLError:  # a name that is none of this machine's
+        return ()
     finally:
         nvml.nvmlShutdown()
 
 
-def _from_handle(nvml: Any, index: int) -> Gpu:
-    handle = nvml.nvmlDeviceGetHandleByIndex(index)
+def _visible() -> tuple[str, ...] | None:
+    """What `CUDA_VISIBLE_DEVICES` names, up to the first that is no name; None where it is not set."""
+    text = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if text is None:
+        return None
+    names = (name.strip() for name in text.split(","))
+    return tuple(takewhile(lambda name: name.isdecimal() or name.startswith(("GPU-", "MIG-")), names))
+
+
+def _handle(nvml: Any, name: str) -> Any:
+    return nvml.nvmlDeviceGetHandleByIndex(int(name)) if name.isdecimal() else nvml.nvmlDeviceGetHandleByUUID(name)
+
+
+def _from_handle(nvml: Any, index: int, handle: Any) -> Gpu:
     memory = nvml.nvmlDeviceGetMemoryInfo(handle)
 
     def text(value: Any) -> str:

@@ -253,7 +253,7 @@ class Transformer:
         n, here = len(tokens), self.entry
         views = workspace.on(here.tier).views(n)
         clock = time.perf_counter() if tally.timed else 0.0
-        self._embed(tokens, positions, views)
+        self.embed(tokens, positions, views.x, views.normed)
         for index, layer in enumerate(self.layers):
             if layer.device is not here:
                 views = _moved(views, here, layer.device, workspace, tally)
@@ -283,18 +283,39 @@ class Transformer:
         segments = (Segment(cache, position, 1),)
         views, tally = workspace.views(1), Tally()
         if token is not None:
-            self._embed(token, position, views)
+            self.embed(token, position, views.x, views.normed)
         for index, layer in enumerate(self.layers):
             self._attend(index, layer, views, position, segments)
             self._feed_forward(index, layer, views, workspace, tally)
         return self._logits(views, segments, workspace, Outputs.LAST)
 
-    def _embed(self, tokens: npt.NDArray[np.int32], positions: npt.NDArray[np.int32], views: Views) -> None:
+    def rehearse(self, tier: Tier, tokens: int, start: int, cache: SequenceCache, workspace: Workspace) -> None:
+        """Compute what one device has of a step of `tokens` tokens at `start`, on whatever its arrays hold.
+
+        Nothing crosses, and no token's result is right: it shows what memory such a step takes. Caches lose their
+        positions from `start` on.
+        """
+        views = workspace.on(tier).views(tokens)
+        positions, segments = np.arange(start, start + tokens, dtype=np.int32), (Segment(cache, start, tokens),)
+        for index, layer in enumerate(self.layers):
+            if layer.device.tier is tier:
+                self._attend(index, layer, views, positions, segments)
+            for part in layer.ffn.parts:
+                if part.device.tier is tier:
+                    part.ffn(views.normed, ALL, views.x, skip_zeros=self.mode is not Mode.DENSE)
+        if self.exit.tier is tier:
+            self._logits(views, segments, workspace, Outputs.LAST)
+
+    def embed(self, tokens: Array, positions: Array, x: Array, spare: Array) -> None:
+        """Write the residual stream of `tokens` at `positions` into `x` (T, n_embd); `spare`, its like, is overwritten.
+
+        All of them are on the device of the entry; tokens and positions may be on the host.
+        """
         ops = self.entry.ops
-        ops.embed(self.embedding, tokens, views.x)
+        ops.embed(self.embedding, tokens, x)
         if self.positions is not None:
-            ops.embed(self.positions, positions + np.int32(self.spec.position_offset or 0), views.normed)
-            ops.add(views.x, views.normed)
+            ops.embed(self.positions, positions + (self.spec.position_offset or 0), spare)
+            ops.add(x, spare)
 
     def _norm(self, ops: Ops, x: Array, norm: Norm, out: Array) -> None:
         if norm.bias is None:
@@ -317,8 +338,7 @@ class Transformer:
             ops.rms_norm(views.q, layer.q_norm, spec.norm_eps, views.q)
             ops.rms_norm(views.k, layer.k_norm, spec.norm_eps, views.k)
         if spec.rope is not None:
-            ops.rope(views.q, layer.rope, positions, interleaved=spec.rope.interleaved)
-            ops.rope(views.k, layer.rope, positions, interleaved=spec.rope.interleaved)
+            ops.rope((views.q, views.k), layer.rope, positions, interleaved=spec.rope.interleaved)
         q, k, v, mixed = views.q, views.k, views.v, views.mixed
         scale, row = spec.attention_scale, 0
         for segment in segments:

@@ -165,8 +165,10 @@ class Ops(Arrays, Protocol):
         The matrices share `x`, which is quantised once for all of them where they are integer formats.
         """
 
-    def rope(self, x: Array, table: Array, positions: npt.NDArray[np.int32], *, interleaved: bool) -> None:
-        """Rotate `x` (T, heads, head_dim) in place.
+    def rope(
+        self, arrays: tuple[Array, ...], table: Array, positions: npt.NDArray[np.int32], *, interleaved: bool
+    ) -> None:
+        """Rotate each of `arrays` (T, heads, head_dim) in place; heads may be more in one than in another.
 
         `table` is (n_ctx, 2, rotary_dim / 2) float32: cosines and sines of each position. Rotated are the
         first rotary_dim elements of each head: pairs (2i, 2i+1) if `interleaved`, else (i, i + rotary_dim/2).

@@ -115,9 +115,12 @@ class CpuOps:
         """See the contract; at most 16 matrices."""
         self._context.linear(x, matrices, outs, biases, add)
 
-    def rope(self, x: Array, table: Array, positions: npt.NDArray[np.int32], *, interleaved: bool) -> None:
+    def rope(
+        self, arrays: tuple[Array, ...], table: Array, positions: npt.NDArray[np.int32], *, interleaved: bool
+    ) -> None:
         """See the contract."""
-        self._context.rope(x, table, positions, interleaved)
+        for x in arrays:
+            self._context.rope(x, table, positions, interleaved)
 
     def attention(
         self,

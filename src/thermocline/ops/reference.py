@@ -80,8 +80,15 @@ class ReferenceOps:
                 y += bias
             out[...] = out + y if add else y
 
-    def rope(self, x: Array, table: Array, positions: npt.NDArray[np.int32], *, interleaved: bool) -> None:
+    def rope(
+        self, arrays: tuple[Array, ...], table: Array, positions: npt.NDArray[np.int32], *, interleaved: bool
+    ) -> None:
         """See the contract."""
+        for x in arrays:
+            self._rotate(x, table, positions, interleaved)
+
+    @staticmethod
+    def _rotate(x: Array, table: Array, positions: npt.NDArray[np.int32], interleaved: bool) -> None:
         cos = table[positions, 0][:, None, :].astype(np.float64)
         sin = table[positions, 1][:, None, :].astype(np.float64)
         half = table.shape[-1]

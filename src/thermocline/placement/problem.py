@@ -14,6 +14,7 @@ import numpy.typing as npt
 from thermocline.activity.predictor import MOST_TOKENS
 from thermocline.errors import UsageError
 from thermocline.hardware.machine import Machine, Tier
+from thermocline.ops.cuda.sizes import scratch_bytes
 from thermocline.placement.cost import LARGEST_CLUSTER, CostModel, FfnMode, Phase
 from thermocline.placement.footprint import Footprint
 from thermocline.placement.ledger import Demand, Ledger, Purpose
@@ -94,12 +95,18 @@ class Problem:
         """What a tier takes beside weights and cache as soon as anything is computed there."""
         f, w, o = self.footprint, self.workload, self.overheads
         tokens = max(min(w.ubatch, w.context), w.batch)
-        token = 4 * (2 * f.n_embd + 4 * f.n_q + f.n_ff * (1 + f.gated + self.watched))
+        neurons = f.n_ff * self.watched
+        if tier is not Tier.VRAM or not o.unpacks:
+            neurons += f.n_ff * (1 + f.gated)
+        token = 4 * (2 * f.n_embd + 4 * f.n_q + neurons)
         outputs = 4 * w.batch * (f.n_embd + f.n_vocab)
-        # Products over many tokens unpack one matrix at a time on the GPU.
-        unpacked = 2 * f.n_ff * f.n_embd if tier is Tier.VRAM and o.unpacks else 0
+        scratch = 0
+        if tier is Tier.VRAM and o.unpacks:
+            scratch = scratch_bytes(
+                tokens, n_embd=f.n_embd, n_ff=f.n_ff, n_vocab=f.n_vocab, n_q=f.n_q, gated=f.gated, context=w.context
+            )
         scores = 4 * (min(tokens, MOST_TOKENS) + 1) * f.n_ff if self.mode is FfnMode.PREDICTED else 0
-        size = tokens * token + outputs + unpacked + scores + f.rope_token * w.context
+        size = tokens * token + outputs + scratch + scores + f.rope_token * w.context
         demands = [
             Demand(tier, Purpose.ACTIVATIONS, size, "--ubatch-size", tokens, token),
             Demand(tier, Purpose.MARGIN, o.margin_vram if tier is Tier.VRAM else o.margin_ram),

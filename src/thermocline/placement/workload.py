@@ -56,7 +56,7 @@ class Overheads:
     `staging` is the pinned double buffer that loading and prefill stream through, on each side. `graphs` is
     what captured graphs and the workspaces of matrix products keep in VRAM. The margins are for what nobody
     counts: fragments of the allocator and the driver in VRAM, the interpreter in RAM. A device that `unpacks`
-    computes products over many tokens from one matrix at a time in half precision.
+    has the GPU's kernels, whose scratch is that of `ops.cuda.sizes`.
     """
 
     staging: int = 64 * MIB

@@ -8,6 +8,7 @@ or the plain crossing), the same calls are made anew for each token.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -17,9 +18,8 @@ import numpy as np
 import torch
 
 from thermocline.config import CrossingKind, Mode
-from thermocline.errors import BudgetError, UsageError
+from thermocline.errors import UsageError
 from thermocline.hardware.machine import Tier
-from thermocline.memory.arena import Memory
 from thermocline.memory.kv_cache import KVCache
 from thermocline.memory.neuron_store import ResidentNeurons
 from thermocline.model.feed_forward import Neurons, Tally
@@ -27,13 +27,14 @@ from thermocline.model.network import Layer, Transformer
 from thermocline.model.workspace import Views, Workspace
 from thermocline.ops.contract import ALL, ActiveSet, Arrays, FfnWork
 from thermocline.ops.cpu import CpuOps
-from thermocline.ops.cuda.crossing import Crossing, choose, finish
+from thermocline.ops.cuda.crossing import Crossing, captured, choose, settle
 from thermocline.ops.cuda.feedforward import DeviceSet
 from thermocline.ops.cuda.ops import CudaOps
 from thermocline.ops.handover import PATIENCE, ColdWorker, Mailbox
-from thermocline.runtime.sequence import Step, Tokens, TransformerSequence
 
 Floats = Any
+SLEEPS = 0.75
+"""Share of the time of the last step that its caller sleeps before it looks whether this one is done."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,13 +120,15 @@ class CapturedStep:
             raise UsageError("a captured step needs all attention and the output head on the GPU; run it uncaptured")
         self.ops, self.cache = ops, cache
         self.notice: str | None = None
-        self._entry = None if transformer.entry is transformer.exit else transformer.entry.ops
-        self._embedding = transformer.embedding
+        self._arrays: Arrays = ops if arrays is None else arrays[Tier.VRAM]
+        self._embeds_here = transformer.entry is not transformer.exit
         self._worker, self._crossing, box = self._worker_of(transformer, way, patience)
         self._transformer = self._crossed(transformer, box)
         self._workspace = transformer.workspace(1, 1, arrays=arrays)
         self._token, self._position = self._pair((1,), torch.int32), self._pair((1,), torch.int32)
         self._x = self._pair((1, transformer.spec.n_embd), torch.float32)
+        self._embedded = tuple(np.zeros((1, transformer.spec.n_embd), np.float32) for _ in range(2))
+        self._took = 0.0
         self._counts = self._pair((4,), torch.int64)
         self._logits = self._pinned((1, transformer.spec.n_vocab), torch.float32)
         self._replay: Callable[[], None] = self._record
@@ -147,29 +150,32 @@ class CapturedStep:
             HardwareError: the CPU's side failed, died or was too slow. The next step may succeed.
         """
         self._position[0][0] = position
-        if self._entry is None:
-            self._token[0][0] = token
-        else:
-            self._entry.embed(self._embedding, np.array([token], np.int32), self._x[0].numpy())
+        self._token[0][0] = token
+        if self._embeds_here:
+            x, spare = self._embedded
+            self._transformer.embed(np.array([token], np.int32), np.array([position], np.int32), x, spare)
+            self._x[0].numpy()[...] = x
+        began = time.perf_counter()
         with self._worker.step() if self._worker is not None else nullcontext():
-            self._replay()
-            if self.ops.device.type == "cuda":
-                event = torch.cuda.current_stream(self.ops.device).record_event()
-                finish(event.query, self._worker)
+            try:
+                self._replay()
+            finally:  # also who interrupts waits for what was begun
+                settle(self.ops.device, self._worker, SLEEPS * self._took)
+        self._took = time.perf_counter() - began
         self.cache.length = position + 1
         cold = self._worker.take_work() if self._worker is not None else FfnWork(0, 0, 0, 0)
         return self._logits.numpy()[0], FfnWork(*self._counts[0].tolist()), cold
 
     def _record(self) -> None:
-        for host, there in (self._token, self._position, *((self._x,) if self._entry is not None else ())):
+        for host, there in (self._token, self._position, *((self._x,) if self._embeds_here else ())):
             there.copy_(host, non_blocking=True)
         counts_host, counts = self._counts
         counts.zero_()
         with self.ops.counting(counts):
-            token = self._token[1]
-            if self._entry is not None:
+            token: torch.Tensor | None = self._token[1]
+            if self._embeds_here:
                 self._workspace.views(1).x.copy_(self._x[1])
-                token = None  # type: ignore[assignment]
+                token = None
             logits = self._transformer.record(token, self._position[1], self.cache, self._workspace)
         self._logits.copy_(logits, non_blocking=True)
         counts_host.copy_(counts, non_blocking=True)
@@ -180,13 +186,12 @@ class CapturedStep:
         side = torch.cuda.Stream(self.ops.device)  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream(self.ops.device))
         with torch.cuda.stream(side), self._worker.step() if self._worker is not None else nullcontext():
-            self._record()
-            finish(side.record_event().query, self._worker)
+            try:
+                self._record()
+            finally:
+                settle(self.ops.device, self._worker)
         torch.cuda.current_stream(self.ops.device).wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._record()
-        self._replay, self.captured = graph.replay, True
+        self._replay, self.captured = captured(self._record).replay, True
 
     def _worker_of(
         self, transformer: Transformer, way: CrossingKind, patience: float
@@ -214,7 +219,7 @@ class CapturedStep:
                     worker.add(part.block, skip_zeros=skip, listed=_threshold(transformer, layer) is not None)
         crossing, self.notice = choose(way, worker, self.ops.device)
         _, x, partial, ids, count = tensors
-        back = torch.zeros(n_embd, device=self.ops.device)
+        back = self._arrays.array((n_embd,))
         return worker, crossing, (x, partial, back, ids, count)
 
     def _crossed(self, transformer: Transformer, box: tuple[torch.Tensor, ...]) -> Transformer:
@@ -237,7 +242,7 @@ class CapturedStep:
 
     def _pair(self, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """An array of the host and one of the device."""
-        return self._pinned(shape, dtype), torch.zeros(shape, dtype=dtype, device=self.ops.device)
+        return self._pinned(shape, dtype), self._arrays.array(shape, str(dtype).removeprefix("torch."))
 
 
 def _threshold(transformer: Transformer, layer: Layer) -> float | None:
@@ -248,61 +253,3 @@ def _threshold(transformer: Transformer, layer: Layer) -> float | None:
     if predictor.device is not layer.device:
         raise UsageError("a captured step needs its predictors on the GPU; run it uncaptured")
     return predictor.threshold
-
-
-class CapturedSequence(TransformerSequence):
-    """A sequence whose single tokens are replayed; prompts take the plain way, over the same cache."""
-
-    def __init__(
-        self,
-        transformer: Transformer,
-        cache: KVCache,
-        ubatch: int,
-        arrays: Mapping[Tier, Arrays] | None = None,
-        way: CrossingKind = CrossingKind.AUTO,
-    ) -> None:
-        """See `CapturedStep` for what must be on the GPU."""
-        super().__init__(transformer, cache, ubatch, arrays)
-        self.captured = CapturedStep(transformer, cache, way=way, arrays=arrays)
-
-    def step(self, tokens: Tokens, start: int, *, logits: bool) -> Step:
-        """See the protocol.
-
-        Raises:
-            BudgetError: the GPU's memory ran out; the next request may succeed.
-            HardwareError: the CPU's side of a token failed.
-        """
-        try:
-            if len(tokens) > 1 or not logits:
-                return super().step(tokens, start, logits=logits)
-            self.tally.clear()
-            row, hot, cold = self.captured.run(int(tokens[0]), start)
-        except torch.OutOfMemoryError as error:
-            raise BudgetError(
-                Tier.VRAM, 0, f"this request ran out of it; lower --vram-budget or --ubatch-size ({error})"
-            ) from error
-        return Step(row, FfnWork(*(a + b for a, b in zip(hot, cold, strict=True))), hot)
-
-
-def excess(memory: Memory) -> int:
-    """Bytes that the GPU holds beyond its budget, by the driver's account and torch's; 0 if none."""
-    ops = memory.devices[Tier.VRAM].ops
-    budget = memory.ledger.budgets.get(Tier.VRAM)
-    return 0 if budget is None or not isinstance(ops, CudaOps) else max(0, ops.held_bytes() - budget)
-
-
-def sequence_of(
-    transformer: Transformer, cache: KVCache, ubatch: int, arrays: Mapping[Tier, Arrays], way: CrossingKind
-) -> tuple[TransformerSequence, list[str]]:
-    """The fastest sequence that this placement allows, and what there is to say about it.
-
-    Raises:
-        UsageError: a way of crossing was asked for that does not work.
-    """
-    try:
-        sequence = CapturedSequence(transformer, cache, ubatch, arrays, way)
-    except UsageError as error:
-        if way is not CrossingKind.AUTO:
-            raise
-        return TransformerSequence(transformer, cache, ubatch, arrays), [f"decoding takes the plain way: {error}"]
-    return sequence, [] if sequence.captured.notice is None else [sequence.captured.notice]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -145,24 +146,30 @@ def load_model(
         homes = [caches[layer.device.tier] for layer in transformer.layers]
         cache = KVCache(spec, homes, n_ctx, settings.cache_type_k, settings.cache_type_v)
         if settings.device is DeviceKind.CUDA:
-            from thermocline.runtime.captured import excess, sequence_of  # torch is needed with a GPU only
+            from thermocline.runtime import on_gpu  # torch is needed with a GPU only
 
-            sequence, more = sequence_of(transformer, cache, ubatch, scratch, settings.crossing)
+            sequence: TransformerSequence
+            sequence, more = on_gpu.sequence_of(transformer, cache, ubatch, scratch, settings.crossing)
             notices = [*notices, *more, *([shrunk] if shrunk else [])]
-            over = excess(memory)
+            over = on_gpu.excess(placing)
         else:
             counts = None if watch is None else watch.counts
             sequence = TransformerSequence(transformer, cache, ubatch, scratch, timed=plan is not None, counter=counts)
             over = 0
         if watch is not None and settings.drift is not None:
             watch.drift = drift_of(placing, movable, watch.counts, prediction.predictor, settings.drift)
-        placing.claim_scratch()
+        if not over:
+            placing.claim_scratch()
+        elif shrunk:
+            raise BudgetError(Tier.VRAM, over, "the GPU needs it beside the plan; raise --vram-budget by as much")
     except BaseException:
         placing.close()
         raise
-    if over and not shrunk:
+    if over:
         budget = memory.ledger.budgets[Tier.VRAM]
         placing.close()
+        del transformer, cache, caches, homes, scratch, sequence, placing, memory
+        gc.collect()  # what is planned anew must find the memory free
         smaller = replace(settings, vram_budget=f"{max(0, budget - over)}B")
         why = f"the GPU held {size_text(over)} more than its budget of {size_text(budget)}: planned again for that less"
         return load_model(source, smaller, progress, make=make, tell=tell, shrunk=why)

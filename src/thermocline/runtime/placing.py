@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -55,15 +55,22 @@ class Placing:
         Raises:
             BudgetError: a budget has no room for it.
         """
-        if self.plan is None:
-            return
-        for tier, purpose, size in self.plan.demands:
+        for tier, purpose, left in self._set_aside():
             where = tier
             if isinstance(self.memory.devices.get(tier), EmulatedDevice):
                 where = Tier.RAM
+            self.memory.arenas[where].claim(left, purpose)
+
+    def unclaimed(self, tier: Tier) -> int:
+        """Bytes that `claim_scratch` will claim of a tier."""
+        return sum(left for where, _, left in self._set_aside() if where is tier)
+
+    def _set_aside(self) -> Iterator[tuple[Tier, Purpose, int]]:
+        """What is not yet in the ledger, by its account at the time of asking."""
+        for tier, purpose, size in () if self.plan is None else self.plan.demands:
             left = size - self.memory.ledger.used(tier, purpose)
             if purpose in KERNELS and left > 0:
-                self.memory.arenas[where].claim(left, purpose)
+                yield tier, purpose, left
 
 
 def place(

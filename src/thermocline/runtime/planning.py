@@ -23,7 +23,7 @@ from thermocline.hardware import catalogue
 from thermocline.hardware.disk import SMALLEST
 from thermocline.hardware.gpu import find_gpus
 from thermocline.hardware.machine import Machine, Tier
-from thermocline.hardware.probe import emulated, machine_of, probe_machine
+from thermocline.hardware.probe import Probe, emulated, machine_of, probe_machine
 from thermocline.memory.kv_cache import kv_bytes_per_token
 from thermocline.memory.loader import first_bytes
 from thermocline.model.families import family_of
@@ -229,6 +229,7 @@ def machine_and_budgets(
             raise UsageError("a machine of the catalogue has its own GPU or none; --device emulated is of this machine")
         machine = catalogue.machine(settings.machine)
         free = {Tier.RAM: machine.cpu.capacity, Tier.VRAM: machine.gpu.capacity if machine.gpu else 0}
+        overheads = Overheads()
     else:
         survey, probe = probe_machine(disk=_to_measure(model), tell=tell)
         machine = machine_of(survey, probe, model)
@@ -236,6 +237,7 @@ def machine_and_budgets(
             machine = emulated(machine, probe, survey.memory.usable)
         # What is free now, other processes counted, only the driver knows; the probe keeps what lasts.
         cards = () if settings.emulated else find_gpus()
+        overheads = EMULATED if settings.emulated else _overheads(probe)
         free = {Tier.RAM: survey.memory.available, Tier.VRAM: cards[0].free if cards else survey.memory.available // 2}
     if machine.gpu is None and stated:
         raise UsageError(
@@ -245,11 +247,14 @@ def machine_and_budgets(
     budgets = {Tier.RAM: _resolved(ram, "ram-budget", machine.cpu.capacity, free[Tier.RAM])}
     if machine.gpu is not None:
         budgets[Tier.VRAM] = _resolved(vram, "vram-budget", machine.gpu.capacity, free[Tier.VRAM])
-    return (
-        machine,
-        budgets,
-        EMULATED if settings.emulated else Overheads(),
-    )
+    return machine, budgets, overheads
+
+
+def _overheads(probe: Probe) -> Overheads:
+    """What the driver was seen to keep for a process comes on top of the margin."""
+    contexts = [speed.context for speed in probe.gpu_speeds[:1] if speed is not None]
+    plain = Overheads()
+    return replace(plain, margin_vram=plain.margin_vram + sum(contexts))
 
 
 def import_gpu_index(planned: Planned, path: str | Path) -> Planned:

@@ -68,7 +68,8 @@ def _vectors(ops: CudaOps) -> None:
     ops.layer_norm(x, w, w, 1e-5, x)
     table = ops.array((CONTEXT, 2, DIM // 2))
     for interleaved in (False, True):
-        ops.rope(ops.array((1, HEADS, DIM)), table, ops.array((1,), "int32"), interleaved=interleaved)
+        pair = ops.array((1, HEADS, DIM)), ops.array((1, 8, DIM))
+        ops.rope(pair, table, ops.array((1,), "int32"), interleaved=interleaved)
     ops.select(ops.array((1, NEURONS)), 0.5, ops.array((NEURONS,), "int32"))
 
 
@@ -83,9 +84,10 @@ def _attention(ops: CudaOps, kv_heads: int, dim: int) -> None:
 
 def _matrices(ops: CudaOps, fmt: BlockFormat) -> None:
     matrix, bias = _weight(ops, WIDTH, WIDTH, fmt), ops.array((WIDTH,))
-    for tokens in (1, 2, 512):
+    for tokens in (1, 2, 3, 4, 512):
         x, out = ops.array((tokens, WIDTH)), ops.array((tokens, WIDTH))
         ops.linear(x, (matrix,), (out,))
+        ops.linear(x, (matrix,) * 3, (out,) * 3)
         if fmt is F16:
             ops.linear(x, (matrix,), (out,), (bias,))
         ops.linear(x, (matrix,), (out,), add=True)
@@ -103,6 +105,9 @@ def _neurons(ops: CudaOps, fmt: BlockFormat, kind: FfnKind) -> None:
     for active in (ALL, chosen):
         if kind.sparse or active is ALL:
             ops.ffn(x, block, active, out, skip_zeros=kind.sparse)
+    if fmt is F16:
+        many, sums = ops.array((512, WIDTH)), ops.array((512, WIDTH))
+        ops.ffn(many, block, ALL, sums, skip_zeros=kind.sparse)
     if fmt is F16 and kind is RELU:
         ops.ffn(x, replace(block, rows=ops.array((NEURONS,), "int32")), chosen, out, skip_zeros=True)
 

@@ -7,6 +7,7 @@ cuStreamWaitValue32), which costs no thread of the driver. `calls`: the stream c
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any, Final, Protocol
@@ -67,9 +68,8 @@ class StreamMemory:
         self._driver = driver
         self._stream = stream
         words = worker.mailbox.words
-        (address,) = self._checked(driver.cuMemHostGetDevicePointer(words.ctypes.data, 0))
-        self._ready = int(address)
-        self._done = int(address) + DONE * words.itemsize
+        self._ready = self._address(words.ctypes.data)
+        self._done = self._ready + DONE * words.itemsize
 
     def post(self, number: int) -> None:
         """See the protocol. What the stream wrote before is visible to the host before the flag is."""
@@ -80,11 +80,15 @@ class StreamMemory:
         self._checked(self._driver.cuStreamWaitValue32(self._stream(), self._done, number, EQUAL))
         self._checked(self._driver.cuStreamWriteValue32(self._stream(), self._done, 0, 0))
 
-    def _checked(self, result: tuple[Any, ...]) -> tuple[Any, ...]:
-        code, *values = result
+    def _address(self, host: int) -> int:
+        """The device's address of pinned memory: the host's own, where the driver has no other."""
+        code, *address = self._driver.cuMemHostGetDevicePointer(host, 0)
+        return host if int(code) != 0 else int(address[0])
+
+    def _checked(self, result: tuple[Any, ...]) -> None:
+        (code, *_) = result
         if int(code) != 0:
             raise HardwareError(f"the driver refuses stream memory operations ({code}); use --crossing calls")
-        return tuple(values)
 
 
 class HostCalls:
@@ -138,7 +142,7 @@ def choose(
             try:
                 crossing = kind(worker, driver or _driver(), lambda: _stream(device))
                 probe(crossing, worker, device)
-            except (HardwareError, ImportError, RuntimeError, TypeError) as error:
+            except (AttributeError, HardwareError, ImportError, RuntimeError, TypeError) as error:
                 if way is not CrossingKind.AUTO:
                     raise UsageError(f"crossing by {way} does not work here: {error}") from error
                 reasons.append(f"{kind.way}: {error}")
@@ -148,16 +152,56 @@ def choose(
 
 
 def probe(crossing: Crossing, worker: ColdWorker, device: torch.device) -> None:
-    """Cross once.
+    """Cross once, and once more in a graph, as a driver may have stream memory operations but not capture them.
 
     Raises:
         HardwareError: no answer came.
+        RuntimeError: the graph cannot be made.
     """
-    with worker.step():
+
+    def cross() -> None:
         crossing.post(1)
         crossing.wait(1)
-        if device.type == "cuda":
-            finish(torch.cuda.current_stream(device).record_event().query, worker)
+
+    with worker.step():
+        cross()
+        settle(device, worker)
+    if device.type == "cuda":
+        graph = captured(cross)
+        with worker.step():
+            graph.replay()
+            settle(device, worker)
+
+
+def captured(calls: Callable[[], None]) -> Any:
+    """What `calls` puts into the current stream, as a graph; other threads may use the device meanwhile."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        calls()
+    return graph
+
+
+def settle(device: torch.device, worker: ColdWorker | None, ahead: float = 0.0) -> None:
+    """Return when the current stream has done all it was given, which takes about `ahead` seconds.
+
+    Who interrupts this is heard when the stream is done: one that is left waiting for the worker would wait for ever.
+
+    Raises:
+        HardwareError: the device itself does not come to an end.
+    """
+    if device.type != "cuda":
+        return
+    event = torch.cuda.current_stream(device).record_event()
+    interrupted: KeyboardInterrupt | None = None
+    while True:
+        try:
+            time.sleep(ahead)  # the CPU's cores have other work than to look
+            finish(event.query, worker)
+            break
+        except KeyboardInterrupt as error:
+            interrupted, ahead = error, 0.0
+    if interrupted is not None:
+        raise interrupted
 
 
 def finish(done: Callable[[], bool], worker: ColdWorker | None) -> None:
@@ -166,8 +210,6 @@ def finish(done: Callable[[], bool], worker: ColdWorker | None) -> None:
     Raises:
         HardwareError: the device itself does not come to an end.
     """
-    import time
-
     patience = worker.patience if worker is not None else 60.0
     began = time.monotonic()
     while not done():

@@ -134,60 +134,55 @@ def _many(
     *, skip: bool, hidden: Tensor | None,
 ) -> FfnWork:  # fmt: skip
     tokens, n = len(x), block.neurons
-    computed = torch.ones(n, dtype=torch.bool, device=x.device)
+    computed: Tensor | None = None
     ids, count, rows = _listed(ops, block, active)
     if ids is not None:
         rows = int(count.item()) if count is not None else rows
-        computed.zero_()[ids[:rows].long()] = True
+        computed = ops.scratch.take("computed", (n,), torch.uint8).zero_()
+        computed[ids[:rows].long()] = 1
     if not rows:
         if hidden is not None:
             hidden.zero_()
         return NOTHING
     places = block.rows
-    if places is not None and ids is not None:  # rows of neurons that are not computed are nowhere: take another's
-        places = torch.where(computed, places, places[ids[0].long()])
-    up = ops.scratch.take("up", (tokens, n))
-    ops.matmul(x, block.up, up, block.up_bias, rows=places)
-    if block.gate is None:
-        first = h = _activated(up, block.kind)
-    else:
+    if places is not None and ids is not None and computed is not None:  # the others' rows are nowhere
+        places = torch.where(computed != 0, places, places[ids[0].long()])
+    h = ops.scratch.take("up", (tokens, n))
+    ops.matmul(x, block.up, h, block.up_bias, rows=places)
+    gate = None
+    if block.gate is not None:
         gate = ops.scratch.take("gate", (tokens, n))
         ops.matmul(x, block.gate, gate, rows=places)
-        first = _activated(gate, block.kind)
-        h = torch.where(first == 0, 0.0, first * (_activated(up, block.kind) if block.kind.both else up))
-    h = torch.where(computed, h, 0.0)
+    seen = ops.scratch.take("seen", (2, n), torch.int32).zero_()
+    work = ops.scratch.take("work", (4,), torch.int64).zero_()
+    _activate(ops, h, gate, computed, block.kind, seen, work)
     if block.records:
         for start, part in ops.decoded(block.down, places):
             with ops.precision():
-                out.add_(h[:, start : start + len(part)] @ part)
+                out.addmm_(h[:, start : start + len(part)], part)
     else:
         ops.matmul(h, block.down, out, add=True)
     if hidden is not None:
         hidden.copy_(h)
-    return _work(ops, computed, first, h, block, rows, skip=skip)
-
-
-def _activated(x: Tensor, kind: FfnKind) -> Tensor:
-    if kind.activation is Activation.SILU:
-        return torch.nn.functional.silu(x)
-    if kind.activation is Activation.GELU:
-        wide = x.double()
-        bell: Tensor = wide * 0.5 * torch.special.erfc(wide * -(0.5**0.5))
-        return bell.float()
-    kept = torch.where(x > kind.threshold, x, 0.0)
-    return kept * kept if kind.activation is Activation.RELU2 else kept
-
-
-def _work(
-    ops: CudaOps, computed: Tensor, first: Tensor, h: Tensor, block: NeuronBlock, rows: int, *, skip: bool
-) -> FfnWork:
-    """Rows that a token-by-token computation of the batch would share out, as the contract counts them."""
-    gated = block.gate is not None
-    opened = (computed & (first != 0).any(dim=0)).sum() if skip and gated else torch.tensor(rows, device=h.device)
-    touched = (h != 0).any(dim=0).sum() if skip else torch.tensor(rows, device=h.device)
-    gates = torch.tensor(rows if gated else 0, device=h.device)
-    work = torch.stack([gates, opened, touched, torch.count_nonzero(h)])
+    opened, touched = seen.sum(dim=1, dtype=torch.int64).unbind()
+    work[0] = rows if gate is not None else 0
+    work[1] = opened if skip and gate is not None else rows
+    work[2] = touched if skip else rows
     if ops.counts is not None:
         ops.counts.add_(work)
         return NOTHING
     return FfnWork(*work.tolist())
+
+
+def _activate(
+    ops: CudaOps, up: Tensor, gate: Tensor | None, computed: Tensor | None, kind: FfnKind, seen: Tensor, work: Tensor
+) -> None:
+    """`up` becomes the activations; who opened and fired is marked in `seen`, fired activations are counted."""
+    tokens, n = up.shape
+    block, some = min(power_of_two(n), 1024), 8
+    ops.launcher(
+        "activate", (-(-n // block), -(-tokens // some)),
+        gate=gate, up=up, computed=computed, tokens=tokens, neurons=n, threshold=float(kind.threshold),
+        opened=seen[0], touched=seen[1], work=work, GATED=gate is not None, BOTH=kind.both,
+        ACTIVATION=ACTIVATIONS[kind.activation], TOKENS=some, BLOCK=block, num_warps=4,
+    )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -11,14 +12,18 @@ import numpy.typing as npt
 import torch
 
 from thermocline.files.weight import Weight
+from thermocline.hardware.gpu import find_gpus
 from thermocline.ops.contract import ActiveSet, Array, FfnWork, KVLayer, Matrix, NeuronBlock
+from thermocline.ops.cuda import attention as attending
 from thermocline.ops.cuda import feedforward
 from thermocline.ops.cuda.device import open_device
 from thermocline.ops.cuda.feedforward import DeviceSet
 from thermocline.ops.cuda.launch import Launcher, launch
 from thermocline.ops.cuda.layout import DeviceMatrix, arranged
 from thermocline.ops.cuda.scratch import Scratch
+from thermocline.ops.cuda.sizes import DECODED
 from thermocline.ops.cuda.tuning import FEWER_PROGRAMS, Tuning, power_of_two
+from thermocline.ops.factory import interpreted
 
 Tensor = torch.Tensor
 
@@ -26,8 +31,6 @@ FEW = 4
 """Tokens up to which matrices are multiplied token by token: reading one twice costs less than decoding it first."""
 STAGING = 8 << 20
 """Bytes of pinned memory that uploads pass through."""
-DECODED = 32 << 20
-"""Bytes of a matrix decoded to float32 at a time: they stay in the second cache of large devices."""
 
 
 class CudaOps:
@@ -54,13 +57,18 @@ class CudaOps:
         Raises:
             HardwareError: torch, Triton, a driver or the device is missing; the message names the remedy.
         """
+        free = _free_before(device)
         self.device, self.name = open_device(device)
         self.tuning = tuning or (FEWER_PROGRAMS if self.device.type == "cpu" else Tuning())
         self.launcher = launcher
         self.tf32 = tf32
         self.scratch = Scratch(self.device)
         self._pinned: Tensor | None = None
-        self._free = self._free_bytes()
+        self._free = 0
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self._free = free or self._free_bytes()
         self.counts: Tensor | None = None
         """While not None, work is added up here, int64 (4), and calls return zeros: nothing waits for the device."""
 
@@ -107,13 +115,14 @@ class CudaOps:
         return host
 
     def held_bytes(self) -> int:
-        """The most that this process took of the device since these ops were made, the driver's own part included.
+        """The most that torch held of the device since these ops were made, and what else has gone of it meanwhile.
 
-        0 where the device is none.
+        That is the driver's own part, and what other processes took. 0 where the device is none.
         """
         if self.device.type != "cuda":
             return 0
-        return max(self._free - self._free_bytes(), int(torch.cuda.max_memory_reserved(self.device)))
+        beside = self._free - self._free_bytes() - int(torch.cuda.memory_reserved(self.device))
+        return int(torch.cuda.max_memory_reserved(self.device)) + max(0, beside)
 
     def _free_bytes(self) -> int:
         return int(torch.cuda.mem_get_info(self.device)[0]) if self.device.type == "cuda" else 0
@@ -178,8 +187,11 @@ class CudaOps:
         add: bool = False,
     ) -> None:
         """See the contract."""
-        for i, (matrix, out) in enumerate(zip(matrices, outs, strict=True)):
-            bias = biases[i] if biases is not None else None
+        given = biases if biases is not None else (None,) * len(matrices)
+        if len(x) == 1 and len(matrices) == 3 and not add:
+            self._matvec_three(x, matrices, outs, given)
+            return
+        for matrix, out, bias in zip(matrices, outs, given, strict=True):
             if len(x) <= FEW:
                 self.matvec(x, matrix, out, bias, add=add)
             else:
@@ -189,12 +201,34 @@ class CudaOps:
         self, x: Tensor, matrix: DeviceMatrix, out: Tensor, bias: Tensor | None = None,
         *, add: bool = False, relu: bool = False,
     ) -> None:  # fmt: skip
-        """`linear` for a few tokens and one matrix, straight from its blocks."""
-        rows = self.tuning.rows
+        """`linear` for up to FEW tokens and one matrix, straight from its blocks, each of which is read once."""
+        if not len(x):
+            return
+        rows, tokens = self.tuning.rows, len(x)
+        shared: dict[str, Any] = {
+            "x": x, **matrix.arguments("matrix"), "bias": bias, "out": out, "rows": matrix.rows,
+            "columns": matrix.columns, "ROWS": rows, "ADD": add, "RELU": relu, "num_warps": 4,
+        }  # fmt: skip
+        grid = (-(-matrix.rows // rows),)
+        if tokens == 1:
+            self.launcher("matvec", grid, **shared, BLOCK=self.tuning.block_of(matrix))
+        else:
+            block = min(self.tuning.block, max(power_of_two(matrix.columns), 32))
+            self.launcher("matvec_few", grid, **shared, TOKENS=tokens, BLOCK=block)
+
+    def _matvec_three(
+        self, x: Tensor, matrices: tuple[DeviceMatrix, ...], outs: tuple[Tensor, ...], biases: tuple[Tensor | None, ...]
+    ) -> None:
+        """One token and three matrices, such as those of queries, keys and values, in one launch."""
+        rows, arguments = self.tuning.rows, dict[str, Any]()
+        for name, matrix, out, bias in zip("abc", matrices, outs, biases, strict=True):
+            arguments |= matrix.arguments(name) | {
+                f"{name}_bias": bias, f"{name}_out": out, f"{name}_rows": matrix.rows,
+                f"{name.upper()}_BLOCK": self.tuning.block_of(matrix),
+            }  # fmt: skip
         self.launcher(
-            "matvec", (-(-matrix.rows // rows), len(x)),
-            x=x, **matrix.arguments("matrix"), bias=bias, out=out, rows=matrix.rows, columns=matrix.columns,
-            ROWS=rows, BLOCK=self.tuning.block_of(matrix), ADD=add, RELU=relu, num_warps=4,
+            "matvec_three", (sum(-(-matrix.rows // rows) for matrix in matrices),),
+            x=x, columns=x.shape[1], **arguments, ROWS=rows, num_warps=4,
         )  # fmt: skip
 
     def matmul(
@@ -214,7 +248,7 @@ class CudaOps:
             out.add_(bias)
         for start, part in self.decoded(matrix, rows):
             with self.precision():
-                out[:, start : start + len(part)].add_(x @ part.T)
+                out[:, start : start + len(part)].addmm_(x, part.T)
 
     def decoded(self, matrix: DeviceMatrix, rows: Tensor | None = None) -> Iterator[tuple[int, Tensor]]:
         """The matrix, or some rows, in float32 by parts: a part's first row, and the part, which the next replaces."""
@@ -236,17 +270,25 @@ class CudaOps:
         finally:
             backend.allow_tf32 = before
 
-    def rope(self, x: Array, table: Array, positions: npt.NDArray[np.int32] | Tensor, *, interleaved: bool) -> None:
-        """See the contract."""
-        tokens, heads, dim = x.shape
-        half = table.shape[-1]
-        if not half:
-            return
-        self.launcher(
-            "rope", (tokens, -(-heads // 4)),
-            x=x, table=table, positions=self._there(positions), heads=heads, head_dim=dim, half=half,
-            INTERLEAVED=interleaved, HEADS=4, HALF=power_of_two(half), num_warps=4,
-        )  # fmt: skip
+    def rope(
+        self,
+        arrays: tuple[Array, ...],
+        table: Array,
+        positions: npt.NDArray[np.int32] | Tensor,
+        *,
+        interleaved: bool,
+    ) -> None:
+        """See the contract; two arrays take one launch."""
+        half, there = table.shape[-1], self._there(positions)
+        for first, more in zip_longest(arrays[::2], arrays[1::2]):
+            tokens, heads, dim = first.shape
+            others = 0 if more is None else more.shape[1]
+            if half:
+                self.launcher(
+                    "rope", (tokens, -(-heads // 4) + -(-others // 4)),
+                    x=first, more=more, table=table, positions=there, heads=heads, more_heads=others, head_dim=dim,
+                    half=half, INTERLEAVED=interleaved, HEADS=4, HALF=power_of_two(half), num_warps=4,
+                )  # fmt: skip
 
     def attention(
         self,
@@ -263,46 +305,7 @@ class CudaOps:
 
         Keys and values of a head are rows that lie anywhere; their elements are neighbours.
         """
-        tokens, _, dim = q.shape
-        if not tokens:
-            return
-        position = start if isinstance(start, torch.Tensor) else self._scalar(start)
-        heads = k.shape[1]
-        self.launcher(
-            "store_kv", (tokens, -(-heads // 4)),
-            k=k, v=v, position=position, tokens=tokens, kv_heads=heads, head_dim=dim, **_strides(cache),
-            HEADS=4, DIM=power_of_two(dim), num_warps=4,
-        )  # fmt: skip
-        if tokens == 1:
-            stop = cache.keys.shape[1] if isinstance(start, torch.Tensor) else start + 1
-            self._attend_one(q, cache, position, stop, float(scale), window, out)
-        else:
-            assert not isinstance(start, torch.Tensor)
-            _attend_many(q, cache, start, scale, window, out)
-
-    def _attend_one(
-        self, q: Tensor, cache: KVLayer, position: Tensor, stop: int, scale: float, window: int, out: Tensor
-    ) -> None:
-        """One token at `position`, below `stop`."""
-        _, heads, dim = q.shape
-        kv_heads = cache.keys.shape[0]
-        group, wide, part = power_of_two(heads // kv_heads), power_of_two(dim), self.tuning.part
-        parts = -(-stop // part)
-        state = {
-            "partial": self.scratch.take("attention", (heads, parts, dim)),
-            "peaks": self.scratch.take("attention peaks", (heads, parts)),
-            "sums": self.scratch.take("attention sums", (heads, parts)),
-        }
-        self.launcher(
-            "attend", (kv_heads, parts),
-            q=q, position=position, scale=scale, window=window, parts=parts, group=heads // kv_heads, head_dim=dim,
-            **_strides(cache), **state, GROUP=group, DIM=wide, PART=part,
-            BLOCK=max(1, min(64, part, self.tuning.attention_tile // (group * wide))), num_warps=4,
-        )  # fmt: skip
-        self.launcher(
-            "combine", (heads,), **state, out=out, position=position, parts=parts, head_dim=dim,
-            PART=part, DIM=wide, num_warps=4,
-        )  # fmt: skip
+        attending.attention(self, q, k, v, cache, start, float(scale), window, out)
 
     def ffn(
         self,
@@ -353,30 +356,12 @@ class CudaOps:
             return values
         return torch.from_numpy(np.ascontiguousarray(values)).to(self.device)
 
-    def _scalar(self, value: int) -> Tensor:
-        return torch.full((1,), value, dtype=torch.int32, device=self.device)
 
+def _free_before(device: str) -> int:
+    """Free bytes of the first GPU before this process has a context on it, by the driver's account; 0 if unknown.
 
-def _strides(cache: KVLayer) -> dict[str, Any]:
-    return {
-        "keys": cache.keys, "key_head": cache.keys.stride(0), "key_row": cache.keys.stride(1),
-        "values": cache.values, "value_head": cache.values.stride(0), "value_row": cache.values.stride(1),
-    }  # fmt: skip
-
-
-def _attend_many(q: Tensor, cache: KVLayer, start: int, scale: float, window: int, out: Tensor) -> None:
-    """A batch from `start` on, by torch's attention in float32."""
-    tokens, heads, _ = q.shape
-    stop = start + tokens
-    first = max(0, start - window + 1) if window > 0 else 0
-    group = heads // cache.keys.shape[0]
-    keys, values = (part[:, first:stop].float().repeat_interleave(group, dim=0) for part in (cache.keys, cache.values))
-    query = torch.arange(start, stop, device=q.device)[:, None]
-    key = torch.arange(first, stop, device=q.device)[None]
-    seen = key <= query
-    if window > 0:
-        seen &= key > query - window
-    mixed = torch.nn.functional.scaled_dot_product_attention(
-        q.transpose(0, 1)[None], keys[None], values[None], attn_mask=seen, scale=scale
-    )
-    out.copy_(mixed[0].transpose(0, 1))
+    A context takes hundreds of megabytes, which are part of what a process holds.
+    """
+    if interpreted() or device not in ("auto", "cuda", "cuda:0") or torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return 0
+    return next((gpu.free for gpu in find_gpus()), 0)

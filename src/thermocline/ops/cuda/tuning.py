@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from thermocline.ops.cuda.layout import DeviceMatrix, Kind
+from thermocline.ops.cuda.sizes import MOST_GROUPS, PART
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,10 +22,10 @@ class Tuning:
     """Columns of a program that adds down rows."""
     ahead: int = 8
     """Down rows on their way at once."""
-    most_groups: int = 64
+    most_groups: int = MOST_GROUPS
     """Groups that the positions of an FFN are dealt to, at most; one for each `group_size` neurons at least."""
     group_size: int = 64
-    part: int = 256
+    part: int = PART
     """Positions of a program of attention."""
     attention_tile: int = 16384
     """Products of a query, a key and a head that a program of attention holds at once."""

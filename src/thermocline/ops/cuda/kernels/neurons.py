@@ -104,6 +104,46 @@ def gate_up(
 
 
 @kernel
+def activate(
+    gate, up, computed, tokens, neurons, threshold, opened, touched, work,
+    GATED: tl.constexpr, BOTH: tl.constexpr, ACTIVATION: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """up (T, neurons) = the neurons' activations, 0 for those not `computed`; where up and gate are their products.
+
+    Marks in `opened` and `touched` (neurons) those whose gate opened, and that fired, for any token; `work` counts the
+    fired in its fourth place.
+    """
+    col = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = col < neurons
+    wanted = inside
+    if computed is not None:
+        wanted = inside & (tl.load(computed + col, mask=inside, other=0) != 0)
+    opens, fires = tl.zeros((BLOCK,), tl.int32), tl.zeros((BLOCK,), tl.int32)
+    fired = tl.zeros((BLOCK,), tl.int64)
+    for step in range(TOKENS):
+        token = tl.program_id(1) * TOKENS + step
+        here = wanted & (token < tokens)
+        at = token.to(tl.int64) * neurons + col
+        u = tl.load(up + at, mask=here, other=0.0)
+        if GATED:
+            first = _activate(tl.load(gate + at, mask=here, other=0.0), threshold, ACTIVATION)
+            if BOTH:
+                u = _activate(u, threshold, ACTIVATION)
+            value = tl.where(first == 0, 0.0, first * u)
+        else:
+            value = _activate(u, threshold, ACTIVATION)
+            first = value
+        value = tl.where(here, value, 0.0)
+        opens |= (here & (first != 0)).to(tl.int32)
+        fires |= (value != 0).to(tl.int32)
+        fired += (value != 0).to(tl.int64)
+        tl.store(up + at, value, mask=inside & (token < tokens))
+    tl.store(opened + col, opens, mask=opens > 0)
+    tl.store(touched + col, fires, mask=fires > 0)
+    tl.atomic_add(work + 3, tl.sum(fired, axis=0))
+
+
+@kernel
 def list_groups(
     h, count, neurons, room, lists, sizes, work,
     SKIP: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr,

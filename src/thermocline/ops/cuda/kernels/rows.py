@@ -137,22 +137,96 @@ def matvec(
     x, matrix, matrix_stride, matrix_scales, matrix_scale_stride, bias, out, rows, columns,
     MATRIX_KIND: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, RELU: tl.constexpr,
 ):  # fmt: skip
-    """out (T, rows) = x (T, columns) times the matrix transposed, plus bias, plus what was there if ADD."""
-    token = tl.program_id(1).to(tl.int64)
+    """out (1, rows) = x (1, columns) times the matrix transposed, plus bias, plus what was there if ADD."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     ok = row < rows
     y = dot_rows(
-        x + token * columns, matrix, matrix_stride, matrix_scales, matrix_scale_stride, row, ok, columns,
-        MATRIX_KIND, ROWS, BLOCK,
+        x, matrix, matrix_stride, matrix_scales, matrix_scale_stride, row, ok, columns, MATRIX_KIND, ROWS, BLOCK
     )  # fmt: skip
     if bias is not None:
         y += tl.load(bias + row, mask=ok, other=0.0)
-    at = out + token * rows + row
+    at = out + row
     if ADD:
         y += tl.load(at, mask=ok, other=0.0)
     if RELU:
         y = tl.where(y > 0, y, 0.0)
     tl.store(at, y, mask=ok)
+
+
+@kernel
+def matvec_few(
+    x, matrix, matrix_stride, matrix_scales, matrix_scale_stride, bias, out, rows, columns,
+    MATRIX_KIND: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    ADD: tl.constexpr, RELU: tl.constexpr,
+):  # fmt: skip
+    """`matvec` for TOKENS tokens (2 to 4), for all of which a row is read and decoded once."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    ok = row < rows
+    LANES: tl.constexpr = 2 if TOKENS == 2 else 4
+    token = tl.arange(0, LANES)
+    y = tl.zeros((LANES, ROWS), tl.float32)
+    for start in range(0, columns, BLOCK):
+        col = start + tl.arange(0, BLOCK)
+        inside = col < columns
+        w = decode(
+            matrix, matrix_stride, matrix_scales, matrix_scale_stride, row[:, None], col[None],
+            ok[:, None] & inside[None], MATRIX_KIND,
+        )  # fmt: skip
+        for one in tl.static_range(TOKENS):
+            v = tl.load(x + one * columns + col, mask=inside, other=0.0)
+            dots = tl.sum(w * v[None], axis=1)
+            y += tl.where((token == one)[:, None], dots[None], 0.0)
+    if bias is not None:
+        y += tl.load(bias + row, mask=ok, other=0.0)[None]
+    at = out + token[:, None].to(tl.int64) * rows + row[None]
+    there = (token < TOKENS)[:, None] & ok[None]
+    if ADD:
+        y += tl.load(at, mask=there, other=0.0)
+    if RELU:
+        y = tl.where(y > 0, y, 0.0)
+    tl.store(at, y, mask=there)
+
+
+@triton.jit
+def _product(
+    program, x, matrix, stride, scales, scale_stride, bias, out, rows, columns,
+    KIND: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = program.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    ok = row < rows
+    y = dot_rows(x, matrix, stride, scales, scale_stride, row, ok, columns, KIND, ROWS, BLOCK)
+    if bias is not None:
+        y += tl.load(bias + row, mask=ok, other=0.0)
+    tl.store(out + row, y, mask=ok)
+
+
+@kernel
+def matvec_three(
+    x, columns,
+    a, a_stride, a_scales, a_scale_stride, a_bias, a_out, a_rows,
+    b, b_stride, b_scales, b_scale_stride, b_bias, b_out, b_rows,
+    c, c_stride, c_scales, c_scale_stride, c_bias, c_out, c_rows,
+    A_KIND: tl.constexpr, B_KIND: tl.constexpr, C_KIND: tl.constexpr, ROWS: tl.constexpr,
+    A_BLOCK: tl.constexpr, B_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """`matvec` of one token with three matrices: programs take the rows of a, then those of b, then those of c."""
+    program = tl.program_id(0)
+    second = tl.cdiv(a_rows, ROWS)
+    third = second + tl.cdiv(b_rows, ROWS)
+    if program < second:
+        _product(
+            program, x, a, a_stride, a_scales, a_scale_stride, a_bias, a_out, a_rows, columns, A_KIND, ROWS, A_BLOCK
+        )  # fmt: skip
+    elif program < third:
+        _product(
+            program - second, x, b, b_stride, b_scales, b_scale_stride, b_bias, b_out, b_rows, columns,
+            B_KIND, ROWS, B_BLOCK,
+        )  # fmt: skip
+    else:
+        _product(
+            program - third, x, c, c_stride, c_scales, c_scale_stride, c_bias, c_out, c_rows, columns,
+            C_KIND, ROWS, C_BLOCK,
+        )  # fmt: skip
 
 
 @kernel

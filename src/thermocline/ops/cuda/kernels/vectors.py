@@ -52,14 +52,13 @@ def layer_norm(x, weight, bias, out, columns, eps, BLOCK: tl.constexpr):
         tl.store(out + row + col, (off * scale * by + plus).to(tl.float32), mask=inside)
 
 
-@kernel
-def rope(
-    x, table, positions, heads, head_dim, half,
+@triton.jit
+def _rotate(
+    x, program, table, positions, heads, head_dim, half,
     INTERLEAVED: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """Rotate x (T, heads, head_dim) in place by the table's cosines and sines (n_ctx, 2, half)."""
     token = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    head = program * HEADS + tl.arange(0, HEADS)
     pair = tl.arange(0, HALF)
     there = pair < half
     angles = table + tl.load(positions + token).to(tl.int64) * (2 * half) + pair
@@ -76,6 +75,19 @@ def rope(
     a, b = tl.load(first, mask=ok, other=0.0), tl.load(second, mask=ok, other=0.0)
     tl.store(first, a * cos - b * sin, mask=ok)
     tl.store(second, a * sin + b * cos, mask=ok)
+
+
+@kernel
+def rope(
+    x, more, table, positions, heads, more_heads, head_dim, half,
+    INTERLEAVED: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """Rotate x (T, heads, head_dim) in place by the table's cosines and sines (n_ctx, 2, half); and `more`, if any."""
+    program, last = tl.program_id(1), tl.cdiv(heads, HEADS)
+    if program < last:
+        _rotate(x, program, table, positions, heads, head_dim, half, INTERLEAVED, HEADS, HALF)
+    elif more is not None:
+        _rotate(more, program - last, table, positions, more_heads, head_dim, half, INTERLEAVED, HEADS, HALF)
 
 
 @triton.jit

@@ -1,0 +1,108 @@
+"""A sequence on a GPU: rehearsed at loading, held to its budget, and out of memory in one request at most."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from thermocline.config import CrossingKind
+from thermocline.errors import BudgetError, UsageError
+from thermocline.hardware.machine import Tier
+from thermocline.memory.kv_cache import KVCache
+from thermocline.model.network import Transformer
+from thermocline.ops.contract import Arrays, FfnWork
+from thermocline.ops.cuda.ops import CudaOps
+from thermocline.placement.ledger import Purpose
+from thermocline.runtime.captured import CapturedStep
+from thermocline.runtime.placing import Placing
+from thermocline.runtime.sequence import Step, Tokens, TransformerSequence
+
+
+class GpuSequence(TransformerSequence):
+    """A sequence, parts of which are on a GPU.
+
+    Single tokens are replayed where all attention is there; prompts take the plain way, over the same cache.
+    """
+
+    def __init__(
+        self,
+        transformer: Transformer,
+        cache: KVCache,
+        ubatch: int,
+        arrays: Mapping[Tier, Arrays] | None = None,
+        captured: CapturedStep | None = None,
+    ) -> None:
+        super().__init__(transformer, cache, ubatch, arrays)
+        self.captured = captured
+
+    def step(self, tokens: Tokens, start: int, *, logits: bool) -> Step:
+        """See the protocol.
+
+        Raises:
+            BudgetError: the GPU's memory ran out; the next request may succeed.
+            HardwareError: the CPU's side of a token failed.
+        """
+        try:
+            if self.captured is None or len(tokens) > 1 or not logits:
+                return super().step(tokens, start, logits=logits)
+            self.tally.clear()
+            row, hot, cold = self.captured.run(int(tokens[0]), start)
+        except torch.OutOfMemoryError as error:
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            raise BudgetError(
+                Tier.VRAM, 0, f"this request ran out of it; lower --vram-budget or --ubatch-size ({error})"
+            ) from error
+        return Step(row, FfnWork(*(a + b for a, b in zip(hot, cold, strict=True))), hot)
+
+    def rehearse(self) -> None:
+        """Run what of the longest prompt is the GPU's, at the end of the context and on nothing.
+
+        Kernels are compiled then, and all scratch memory is as large as it will ever be.
+        """
+        tokens = self.ubatch
+        start = self._cache.n_ctx - tokens
+        try:
+            self._transformer.rehearse(Tier.VRAM, tokens, start, self._cache, self._workspace)
+        except torch.OutOfMemoryError as error:
+            raise BudgetError(Tier.VRAM, 0, f"lower --vram-budget or --ubatch-size ({error})") from error
+
+
+def sequence_of(
+    transformer: Transformer, cache: KVCache, ubatch: int, arrays: Mapping[Tier, Arrays], way: CrossingKind
+) -> tuple[GpuSequence, list[str]]:
+    """The fastest sequence that this placement allows, and what there is to say about it.
+
+    Raises:
+        UsageError: a way of crossing was asked for that does not work.
+    """
+    notices: list[str] = []
+    captured = None
+    try:
+        captured = CapturedStep(transformer, cache, way=way, arrays=arrays)
+        notices += [captured.notice] if captured.notice is not None else []
+    except UsageError as error:
+        if way is not CrossingKind.AUTO:
+            raise
+        notices.append(f"decoding takes the plain way: {error}")
+    sequence = GpuSequence(transformer, cache, ubatch, arrays, captured)
+    sequence.rehearse()
+    return sequence, notices
+
+
+def excess(placing: Placing) -> int:
+    """Put the kernels' scratch into the ledger, as large as the rehearsal made it; bytes beyond the budget, 0 if none.
+
+    By the driver's account and torch's, which count what the ledger cannot know, or by the ledger's with all that the
+    plan sets aside.
+    """
+    memory = placing.memory
+    ops, budget = memory.devices[Tier.VRAM].ops, memory.ledger.budgets.get(Tier.VRAM)
+    if budget is None or not isinstance(ops, CudaOps):
+        return 0
+    over = max(ops.held_bytes(), memory.ledger.used(Tier.VRAM) + ops.scratch.nbytes) - budget
+    if over <= 0:
+        memory.arenas[Tier.VRAM].claim(ops.scratch.nbytes, Purpose.ACTIVATIONS)
+        over = placing.unclaimed(Tier.VRAM) + memory.ledger.used(Tier.VRAM) - budget
+    return max(0, over)
