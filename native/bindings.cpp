@@ -223,14 +223,14 @@ int64_t bind_select(Context& context, const Input& scores, float threshold, cons
   return run(context, [&] { return context.kernels.select(from, tokens, neurons, threshold, to); });
 }
 
-std::pair<double, double> bind_transpose(Context& context, const MatrixHandle& source, const Output& out,
-                                         int ggml_type) {
+std::tuple<double, double, double> bind_transpose(Context& context, const MatrixHandle& source,
+                                                  const Output& out, int ggml_type) {
   const Format format = format_of(ggml_type);
   require(!is_k_quant(format), "ggml_type", "is a K-quant, which is not written here");
   uint8_t* to = data_of<uint8_t>(out, "out", {source.matrix.cols, row_bytes(format, source.matrix.rows)});
   const RequantizeError error =
       run(context, [&] { return transpose_requantize(context, source.matrix, format, to); });
-  return {error.max_abs, error.rms};
+  return {error.max_abs, error.rms, error.source};
 }
 
 double bind_read_bandwidth(Context& context, const Input& buffer) {

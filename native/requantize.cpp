@@ -72,7 +72,7 @@ void encode(const Kernels& kernels, Format format, const float* x, int64_t n, ui
 }
 
 struct Deviation {
-  double max_abs, squares;
+  double max_abs, squares, source;
 };
 
 // Columns c0 .. c1 of the source as rows of floats, `stride` apart.
@@ -112,28 +112,32 @@ RequantizeError transpose_requantize(Context& context, const Matrix& source, For
     items.drain([&](int64_t item, int64_t) {
       const int64_t c0 = item * kColumns, c1 = std::min(c0 + kColumns, source.cols);
       transpose(kernels, source, c0, c1, rows, stride);
-      Deviation deviation{0.0, 0.0};
+      Deviation deviation{0.0, 0.0, 0.0};
       for (int64_t c = c0; c < c1; ++c) {
         const float* row = rows + (c - c0) * stride;
         uint8_t* to = out + c * out_bytes;
         encode(kernels, format, row, n, to);
         kernels.dequantize[format]({to, out_bytes, nullptr}, 0, 1, 0, n, back, n);
         for (int64_t i = 0; i < n; ++i) {
-          const double error = std::fabs(static_cast<double>(back[i]) - static_cast<double>(row[i]));
+          const double element = static_cast<double>(row[i]);
+          const double error = std::fabs(static_cast<double>(back[i]) - element);
           deviation.max_abs = std::max(deviation.max_abs, error);
           deviation.squares += error * error;
+          deviation.source += element * element;
         }
       }
       deviations[item] = deviation;
     });
   });
-  RequantizeError total{0.0, 0.0};
+  RequantizeError total{0.0, 0.0, 0.0};
   for (int64_t p = 0; p < pieces; ++p) {
     total.max_abs = std::max(total.max_abs, deviations[p].max_abs);
     total.rms += deviations[p].squares;
+    total.source += deviations[p].source;
   }
   const double elements = static_cast<double>(source.rows) * static_cast<double>(source.cols);
   total.rms = elements > 0 ? std::sqrt(total.rms / elements) : 0.0;
+  total.source = elements > 0 ? std::sqrt(total.source / elements) : 0.0;
   if (!std::isfinite(total.rms)) total.max_abs = std::numeric_limits<double>::infinity();
   return total;
 }

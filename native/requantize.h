@@ -9,9 +9,9 @@
 namespace thermocline {
 
 // What storing in the new format changed, over all elements; the largest is infinite if anything is not
-// finite or does not fit the format.
+// finite or does not fit the format. `source` is the root mean square of the elements themselves.
 struct RequantizeError {
-  double max_abs, rms;
+  double max_abs, rms, source;
 };
 
 // out: source.cols rows of source.rows elements in `format`, the transpose of `source`. Rounds as ggml's

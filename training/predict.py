@@ -3,8 +3,8 @@
     python -m training.predict --run build/epilimnion --gguf src/thermocline/shipped/epilimnion.q8_0.gguf
 
 Each command is printed before it runs. The texts are the run's own split: profile and train-predictor read training
-files, audit reads held-out ones. With `--curve`, predictors of several sizes are trained and audited as well, on fewer
-tokens, to show what a larger share of the model buys.
+files, audit reads held-out ones. With `--curve`, predictors of several sizes are trained and audited instead, on fewer
+tokens, to show what a larger share of the model buys; the model card shows the result.
 """
 
 from __future__ import annotations
@@ -108,13 +108,18 @@ def main() -> None:
     parser.add_argument("--audit-tokens", type=int, default=8192)
     parser.add_argument("--epochs", type=float, default=4.0)
     parser.add_argument("--energy-recall", type=float, default=0.99)
-    parser.add_argument("--curve", action="store_true", help="also train and audit predictors of several sizes")
+    parser.add_argument("--curve", action="store_true", help="train and audit predictors of several sizes instead")
     parser.add_argument("--curve-tokens", type=int, default=49_152)
     arguments = parser.parse_args()
     model, run = arguments.gguf, arguments.run
     base, out = model.name.removesuffix(".gguf"), model.parent
     activity, predictor = out / f"{base}.activity.safetensors", out / f"{base}.predictor.safetensors"
     texts = train, held_out = write_texts(arguments.root, run)
+    if arguments.curve:
+        points = [point(rank, model, activity, texts, run, arguments.curve_tokens) for rank in RANKS]
+        (run / "predictor_curve.json").write_text(json.dumps(points, indent=2) + "\n")
+        draw_curve(points, out / "predictor_shares.png")
+        return
     command(
         "profile", "-m", model, "--text", train, "-n", arguments.profile_tokens, "-o", activity, "--overwrite"
     )  # fmt: skip
@@ -124,10 +129,6 @@ def main() -> None:
     )  # fmt: skip
     command("audit", "-m", model, "--text", held_out, "-n", arguments.audit_tokens, allowed=(0, 1))
     command("report", activity, "--predictor", predictor, "--pictures", out / "pictures")
-    if arguments.curve:
-        points = [point(rank, model, activity, texts, run, arguments.curve_tokens) for rank in RANKS]
-        (run / "predictor_curve.json").write_text(json.dumps(points, indent=2) + "\n")
-        draw_curve(points, out / "predictor_curve.png")
 
 
 if __name__ == "__main__":

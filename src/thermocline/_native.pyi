@@ -84,8 +84,8 @@ class Context:
     def select(self, scores: _Floats, threshold: float, out: _Ints) -> int:
         """Columns of `scores` (tokens, neurons) that reach the threshold in any row, into `out`; how many they are."""
 
-    def transpose_requantize(self, source: Matrix, out: _Bytes, ggml_type: int) -> tuple[float, float]:
-        """`source` transposed into `out` in another format; returns the largest and the RMS change of an element."""
+    def transpose_requantize(self, source: Matrix, out: _Bytes, ggml_type: int) -> tuple[float, float, float]:
+        """`source` transposed into `out` in another format; the largest and the RMS change, and the RMS element."""
 
     def check_finite(self, matrix: Matrix) -> int:
         """First row that holds a NaN or an infinity in a value or a block scale, or -1."""

@@ -71,6 +71,12 @@ def test_what_was_saved_is_loaded(tmp_path: Path, fmt: BlockFormat) -> None:
     assert read_sidecar(path).checksum == checksum
 
 
+def test_infinite_thresholds_are_kept(tmp_path: Path) -> None:
+    """-inf computes all neurons of a layer, inf none."""
+    save_predictor(predictor(thresholds=(-math.inf, math.inf)), tmp_path / "x", MINE)
+    assert load_predictor(tmp_path / "x", MINE, verify=True).thresholds == (-math.inf, math.inf)
+
+
 def test_shares_may_be_unknown(tmp_path: Path) -> None:
     save_predictor(predictor(active_shares=None), tmp_path / "x", MINE)
     assert load_predictor(tmp_path / "x", MINE).active_shares is None
@@ -111,8 +117,9 @@ STRANGE: dict[str, tuple[dict[str, Any], type[ThermoclineError], str]] = {
     "thresholds empty": ({"threshold": vector()}, ModelFormatError, "threshold: is empty"),
     "thresholds in float64": ({"threshold": np.zeros(2)}, ModelFormatError, "threshold: is float64"),
     "thresholds as a table": ({"threshold": vector(0, 0)[None]}, ModelFormatError, "threshold: is float32"),
-    "threshold NaN": ({"threshold": vector(0, np.nan)}, NumericalError, "threshold: holds NaN or infinity"),
-    "threshold infinite": ({"threshold": vector(0, -np.inf)}, NumericalError, "threshold: holds NaN or infinity"),
+    "threshold NaN": ({"threshold": vector(0, np.nan)}, NumericalError, "threshold: holds NaN"),
+    "share NaN": ({"active_share": vector(0.5, np.nan)}, NumericalError, "active_share: holds NaN"),
+    "share infinite": ({"active_share": vector(0.5, np.inf)}, ModelFormatError, "is not everywhere from 0 to 1"),
     "fewer thresholds than layers": ({"threshold": vector(0)}, ModelFormatError, "belongs to none of 1 layers"),
     "more thresholds than layers": ({"threshold": vector(0, 0, 0)}, ModelFormatError, "blk.2.fc1.weight: is missing"),
     "shares too few": ({"active_share": vector(0.5)}, ModelFormatError, r"active_share: is float32 \[1\]; needed: .*2"),
@@ -151,8 +158,6 @@ def test_nan_is_not_written_and_the_old_file_stays(tmp_path: Path, part: str) ->
     bad = replace(good.layers[1], **{part: from_float(part, values, F32)})
     with pytest.raises(NumericalError, match=f"blk.1.{part}.weight"):
         save_predictor(replace(good, layers=(good.layers[0], bad)), path, MINE)
-    with pytest.raises(NumericalError, match="threshold"):
-        save_predictor(predictor(thresholds=(0.0, math.inf)), path, MINE)
     assert path.read_bytes() == before
 
 

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 
 from thermocline.errors import NumericalError
-from thermocline.files.formats import BF16, F16, F32, Q4_0, Q8_0, BlockFormat
+from thermocline.files.formats import BF16, F16, F32, Q4_0, Q4_K, Q8_0, BlockFormat
 from thermocline.files.quantize import dequantize, from_float, quantize, to_float
 from thermocline.files.weight import Weight
+from thermocline.memory import reblock
 from thermocline.memory.reblock import TILE, Reblocked, store, transpose
 from thermocline.model.tensors import record_format
+from thermocline.ops.cpu import CpuOps
 
 
 def matrix(fmt: BlockFormat, rows: int, columns: int) -> Weight:
@@ -68,8 +70,10 @@ def test_rows_that_are_no_whole_blocks_become_f16() -> None:
 def test_numbers_that_are_none_are_refused_by_name(poison: float) -> None:
     values = np.ones((32, 2 * TILE), dtype=np.float32)
     values[3, TILE + 1] = poison
-    with pytest.raises(NumericalError, match=r"blk\.0\.ffn_down\.weight holds NaN or infinity"):
-        transposed(from_float("blk.0.ffn_down.weight", values, F32), F32)
+    source = from_float("blk.0.ffn_down.weight", values, F32)
+    for ops in (None, CpuOps(1)):
+        with pytest.raises(NumericalError, match=r"blk\.0\.ffn_down\.weight holds NaN or infinity"):
+            transpose(source, np.empty((2 * TILE, 4 * 32), np.uint8), F32, ops=ops)
 
 
 @pytest.mark.parametrize("fmt", [F32, F16, Q8_0], ids=lambda f: f.name)
@@ -81,6 +85,20 @@ def test_neurons_go_to_their_places_and_threads_do_not_show(fmt: BlockFormat) ->
     report = transpose(source, plain, fmt)
     assert transpose(source, moved, fmt, places, threads=3) == report
     assert (moved[places] == plain).all()
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("fmt", [F16, Q8_0, Q4_0, Q4_K], ids=lambda f: f.name)
+def test_native_ops_give_the_same_bytes(monkeypatch: pytest.MonkeyPatch, fmt: BlockFormat, ordered: bool) -> None:
+    monkeypatch.setattr(reblock, "NATIVE_TILE", 2 * TILE)
+    source = matrix(F16, 256, 5 * TILE + 32)
+    places = np.random.default_rng(6).permutation(source.columns) if ordered else None
+    slow, fast = (np.empty((source.columns, fmt.row_bytes(256)), np.uint8) for _ in range(2))
+    report, native = transpose(source, slow, fmt, places), transpose(source, fast, fmt, places, ops=CpuOps(2))
+    np.testing.assert_array_equal(fast, slow)
+    for name in ("max_abs_error", "rms_error", "rms"):
+        assert getattr(native, name) == pytest.approx(getattr(report, name), rel=1e-5)
+    assert (native.source, native.format) == (report.source, report.format)
 
 
 @pytest.mark.parametrize("fmt", [F16, Q8_0, Q4_0], ids=lambda f: f.name)

@@ -29,11 +29,12 @@ def test_records_are_the_bytes_of_the_python_quantisers(ops, rng, weight, source
         down = weight(values, source)
         turned = np.ascontiguousarray(to_float(down).T)
         out = np.zeros((n_ff, fmt.row_bytes(n_embd)), np.uint8)
-        worst, rms = ops.transpose_requantize(ops.place(down), out, fmt)
+        worst, rms, size = ops.transpose_requantize(ops.place(down), out, fmt)
         assert out.tobytes() == quantize(turned, fmt).tobytes()
         error = np.abs(dequantize(out, fmt, n_embd).astype(np.float64) - turned)
         assert worst == error.max()
         np.testing.assert_allclose(rms, np.sqrt((error**2).mean()), rtol=1e-12)
+        np.testing.assert_allclose(size, np.sqrt((turned.astype(np.float64) ** 2).mean()), rtol=1e-12)
         if source is fmt and fmt.block == 1:
             assert worst == rms == 0
 
@@ -42,7 +43,7 @@ def test_odd_shapes_turn_exactly(ops, skewed, weight):
     for n_embd, n_ff in [(1, 1), (17, 33), (65, 1), (0, 5), (5, 0)]:
         values = skewed((n_embd, n_ff))
         out = np.zeros((n_ff, 4 * n_embd), np.uint8)
-        assert ops.transpose_requantize(ops.place(weight(values, F32)), out, F32) == (0, 0)
+        assert ops.transpose_requantize(ops.place(weight(values, F32)), out, F32)[:2] == (0, 0)
         assert out.tobytes() == np.ascontiguousarray(values.T).tobytes()
 
 
@@ -104,7 +105,7 @@ def test_check_finite_of_nothing(ops, weight):
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "uint8"])
 def test_an_array_begins_where_a_cache_line_does(ops, dtype):
-    for shape in [(3, 5), (0, 4), (700, 1000)]:
+    for shape in [(3, 5), (1, 1), (700, 1000)]:
         array = ops.array(shape, dtype)
         assert array.shape == shape
         assert array.dtype == dtype

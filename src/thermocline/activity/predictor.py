@@ -187,15 +187,16 @@ def save_predictor(predictor: Predictor, path: Path | str, model_fingerprint: st
     """Write a predictor as a sidecar, whole or not at all; returns the file's checksum.
 
     Raises:
-        NumericalError: a number is NaN or infinite.
+        NumericalError: a number of a matrix is NaN or infinite.
         OutputError: it could not be written; the old file, if any, is untouched.
     """
-    tensors: dict[str, npt.NDArray[Any] | Weight] = {"threshold": np.array(predictor.thresholds, np.float32)}
+    tensors: dict[str, npt.NDArray[Any] | Weight] = {}
     if predictor.active_shares is not None:
         tensors["active_share"] = np.array(predictor.active_shares, np.float32)
     for index, layer in enumerate(predictor.layers):
         tensors |= {f"blk.{index}.fc1.weight": layer.fc1, f"blk.{index}.fc2.weight": layer.fc2}
     require_finite(path, tensors)
+    tensors["threshold"] = np.array(predictor.thresholds, np.float32)
     info = {**predictor.info, "input": INPUT}
     return write_sidecar(path, SidecarKind.PREDICTOR, model_fingerprint, info, tensors, model_name=model_name)
 
@@ -210,7 +211,7 @@ def load_predictor(
     Raises:
         FingerprintError: it is another model's.
         ModelFormatError: it is no predictor, or damaged, or contradicts itself.
-        NumericalError: a threshold or a share is NaN or infinite.
+        NumericalError: a threshold or a share is NaN.
         UnsupportedModelError: it is of a version, or takes an input, that this program does not know.
     """
     sidecar = read_sidecar(path, SidecarKind.PREDICTOR, verify=verify)
@@ -265,8 +266,8 @@ def _vector(sidecar: Sidecar, name: str, length: int | None = None) -> npt.NDArr
     if vector.dtype != np.float32 or vector.ndim != 1 or length not in (None, len(vector)):
         wanted = f"float32 [{'n_layer' if length is None else length}]"
         raise ModelFormatError(sidecar.path, name, f"is {vector.dtype} {list(vector.shape)}; needed: {wanted}")
-    if not np.isfinite(vector).all():
-        raise NumericalError(f"{printable(str(sidecar.path))}: {name}: holds NaN or infinity; make the file anew")
+    if np.isnan(vector).any():
+        raise NumericalError(f"{printable(str(sidecar.path))}: {name}: holds NaN; make the file anew")
     return vector
 
 

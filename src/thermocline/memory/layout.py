@@ -25,6 +25,7 @@ from thermocline.model.header import rope_factors
 from thermocline.model.source import NetworkSource
 from thermocline.model.spec import ModelSpec
 from thermocline.model.tensors import check_tensors, expected_tensors
+from thermocline.ops.cpu import CpuOps
 
 Order = npt.NDArray[np.integer[Any]]
 
@@ -61,7 +62,7 @@ def lay_out(
     check_tensors(source.path, spec, weights)
     permuted = source.kind == "hf" and family.interleaved
     heads = {"attn_q": spec.n_head, "attn_k": spec.n_head_kv} if permuted else {}
-    maker = _Maker(weights, fmt, heads, order, threads)
+    maker = _Maker(weights, fmt, heads, order, threads, CpuOps(threads))
     made = [maker.tensor(name, shape) for name, shape in expected_tensors(spec, records=records).items()]
     tensors = [*family.file_tensors(spec, made)]
     factors = rope_factors(spec.rope)
@@ -97,6 +98,7 @@ class _Maker:
     heads: Mapping[str, int]
     order: Order | None
     threads: int
+    ops: CpuOps
     reblocked: list[Reblocked] = field(default_factory=list)
 
     def tensor(self, name: str, shape: tuple[int, int]) -> NewTensor:
@@ -136,7 +138,7 @@ class _Maker:
     def transposed(self, weight: Weight, target: BlockFormat, rows: Order | None) -> Bytes:
         out = _room(weight.shape[::-1], target)
         places = None if rows is None else np.argsort(rows)
-        self.reblocked.append(transpose(weight, out, target, places, threads=self.threads))
+        self.reblocked.append(transpose(weight, out, target, places, threads=self.threads, ops=self.ops))
         return out
 
 

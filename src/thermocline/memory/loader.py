@@ -438,10 +438,10 @@ class _Loading:
         if not isinstance(ops, Transposer):
             self.reblocked.append(transpose(down, out, fmt))
             return
-        worst, rms = ops.transpose_requantize(ops.place(down), out, fmt)
+        worst, rms, size = ops.transpose_requantize(ops.place(down), out, fmt)
         if not np.isfinite(worst):
             raise not_finite(down.name)
-        self.reblocked.append(Reblocked(down.name, fmt.name, worst, rms))
+        self.reblocked.append(Reblocked(down.name, fmt.name, worst, rms, down.format.name, size))
 
     @property
     def down_bias(self) -> str:

@@ -175,11 +175,12 @@ class CpuOps:
         """See the contract."""
         return ActiveSet(out[: self._context.select(scores, threshold, out)])
 
-    def transpose_requantize(self, matrix: Matrix, out: Bytes, fmt: BlockFormat) -> tuple[float, float]:
+    def transpose_requantize(self, matrix: Matrix, out: Bytes, fmt: BlockFormat) -> tuple[float, float, float]:
         """Turn ffn_down (n_embd rows of n_ff) into neuron records: `out` (n_ff, row_bytes of n_embd) uint8, in `fmt`.
 
         Rounds like `files.quantize`, bit for bit; `fmt` is no K-quant. Returns the largest and the root mean square
-        change of an element; the largest is infinite if something is not finite or beyond the range of `fmt`.
+        change of an element, and the root mean square of the elements; the largest change is infinite if something is
+        not finite or beyond the range of `fmt`.
         """
         return self._context.transpose_requantize(matrix, out, fmt.ggml_type)
 
