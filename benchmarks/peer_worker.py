@@ -75,6 +75,14 @@ class Worker:
         np.save(output, np.array(self.llama.scores[: len(tokens)], np.float32))
         return {}
 
+    def tokenize(self, path: str, text: str) -> dict[str, Any]:
+        """The tokens that a file's own tokenizer makes of a text, and what it would put before it, if anything."""
+        vocabulary = llama_cpp.Llama(path, vocab_only=True, verbose=False)
+        model = llama_cpp.llama_model_get_vocab(vocabulary.model)
+        adds = llama_cpp.llama_vocab_get_add_bos(model)
+        tokens = vocabulary.tokenize(text.encode(), add_bos=True, special=False)
+        return {"tokens": tokens, "bos": llama_cpp.llama_vocab_bos(model) if adds else None}
+
     def _decode(self, tokens: list[int]) -> float:
         array = (llama_cpp.llama_token * len(tokens))(*tokens)
         began = time.perf_counter()

@@ -42,7 +42,11 @@ def stem(result: Result) -> str:
 
 def block() -> str:
     """What stands between the marks in the README."""
-    parts = [part for part in (_machine(), _decode(), _prefill(), _context(), _ops(), _start(), _agreement()) if part]
+    parts = [
+        part
+        for part in (_machine(), _decode(), _prefill(), _context(), _ops(), _start(), _agreement(), _perplexity())
+        if part
+    ]
     return "\n\n".join([BEGIN, *parts, END]) + "\n"
 
 
@@ -173,6 +177,18 @@ def _agreement() -> str:
         "(the worst of dense and exact, prefill and decode)."
         for r in read("agreement.json")
     )
+
+
+def _perplexity() -> str:
+    parts = []
+    for r in read("perplexity.json"):
+        said = [f"{name} {v['perplexity']:.4f} ± {v['error']:.4f}" for name, v in r["measured"].items()]
+        tokens = r["measured"][LLAMA]["tokens"]
+        parts.append(
+            f"Perplexity of {r['model']} on its held-out text, {r['chunks']} chunks of {r['n_ctx']} tokens of which "
+            f"the second halves count ({tokens:,} tokens): {', '.join(said)}."
+        )
+    return "\n\n".join(parts)
 
 
 def _compared(result: Result) -> list[dict[str, float]]:

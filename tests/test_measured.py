@@ -59,6 +59,18 @@ def test_depths_are_held_to_what_the_cache_costs(tmp_path: Path, monkeypatch: py
     assert "| Q8_0, cache F16, 8,192 tokens | 40.0 | 30.0 |  |" in report.block()
 
 
+def test_perplexities_stand_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    measured = {
+        name: {"perplexity": value, "error": 0.25, "tokens": 1000}
+        for name, value in (("llama.cpp", 9.5), ("dense", 9.4))
+    }
+    (tmp_path / "perplexity.json").write_text(
+        json.dumps({"model": "m", "chunks": 4, "n_ctx": 512, "measured": measured})
+    )
+    assert "(1,000 tokens): llama.cpp 9.5000 ± 0.2500, dense 9.4000 ± 0.2500." in report.block()
+
+
 def test_a_text_without_the_marks_is_refused() -> None:
     with pytest.raises(SystemExit, match="lacks the lines"):
         report.with_block("no marks", "x")

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,12 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from thermocline import LLM, audit
-from thermocline.activity.audit import AuditResult, Comparison, Distance, Gate, Generated
+from thermocline import LLM, audit, convert
+from thermocline.activity.audit import SAME_KL, AuditResult, Comparison, Distance, Gate, Generated
 from thermocline.activity.calibration import Quality
 from thermocline.activity.likelihood import log_probabilities
 from thermocline.activity.predictor import Predictor, save_predictor
-from thermocline.config import LoadSettings, OpsKind
+from thermocline.api import shipped_model
+from thermocline.config import DeviceKind, LoadSettings, OpsKind
 from thermocline.errors import UsageError
 from thermocline.files.companion import companion
 from thermocline.files.formats import F32
@@ -218,3 +222,63 @@ def test_what_cannot_be_audited_is_refused(model: Path, text: Path, changes: Any
 def test_a_model_without_predictor_is_told(tiny_model: Path, text: Path) -> None:
     with pytest.raises(UsageError, match="train one"):
         audit(tiny_model, [text], SETTINGS, tokens=TOKENS)
+
+
+@pytest.fixture(scope="module")
+def shipped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The model that comes with the package, linked, with copies of its activity and predictor beside it."""
+    folder = tmp_path_factory.mktemp("shipped")
+    model = folder / "model.gguf"
+    model.symlink_to(shipped_model())
+    for kind in (SidecarKind.ACTIVITY, SidecarKind.PREDICTOR):
+        shutil.copy(companion(shipped_model(), kind), companion(model, kind))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("THERMOCLINE_HOME", str(folder))
+        yield model
+
+
+@pytest.fixture(scope="module")
+def source_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("text") / "a.py"
+    file.write_text(Path(__file__).read_text()[:1500])
+    return file
+
+
+@pytest.fixture(scope="module")
+def whole(shipped: Path, source_text: Path) -> AuditResult:
+    """The audit of the shipped model where one device has all."""
+    return audit(shipped, [source_text], SPLIT, tokens=TOKENS)
+
+
+SPLIT = LoadSettings(ctx_size=WINDOW, threads=1)
+
+
+def same_audit(found: AuditResult, whole: AuditResult) -> None:
+    """Adding up in another order moves figures a little; counting the wrong neurons moves them far."""
+    assert max(found.exact.max_kl, found.oracle.max_kl) < SAME_KL
+    assert found.predicted.mean_kl == pytest.approx(whole.predicted.mean_kl, rel=0.3)
+    for ours, theirs in zip(found.layers, whole.layers, strict=True):
+        assert ours.as_dict() == pytest.approx(theirs.as_dict(), abs=0.002)
+    assert min(layer.active for layer in found.layers) > 0
+
+
+def test_a_split_model_in_another_order_is_audited_alike(shipped: Path, source_text: Path, whole: AuditResult) -> None:
+    """The plan cuts layers, whose neurons are put in the order of the activity."""
+    budget = f"{int(shipped.stat().st_size * 0.5)}b"
+    split = replace(SPLIT, device=DeviceKind.EMULATED, vram_budget=budget)
+    with LLM.load(shipped, split) as llm:
+        layers = llm._loaded.transformer.layers
+        assert any(len(layer.ffn.parts) == 2 and layer.ffn.order is not None for layer in layers)
+    same_audit(audit(shipped, [source_text], split, tokens=TOKENS), whole)
+    assert not [thread for thread in threading.enumerate() if thread.name == "emulated-device"]
+
+
+def test_a_file_that_was_written_in_another_order_is_audited_alike(
+    shipped: Path, source_text: Path, whole: AuditResult, tmp_path: Path
+) -> None:
+    activity, predictor = (companion(shipped, kind) for kind in (SidecarKind.ACTIVITY, SidecarKind.PREDICTOR))
+    ordered = tmp_path / "ordered.gguf"
+    convert(shipped, ordered, activity=activity, predictor=predictor)
+    found = audit(ordered, [source_text], SPLIT, tokens=TOKENS)
+    assert not found.stored
+    same_audit(found, whole)

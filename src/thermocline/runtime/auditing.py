@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -88,7 +89,20 @@ def audit_predictor(
     spec = family_of(source).spec(source)
     window = settings.ctx_size or min(spec.n_ctx_train, WINDOW)
     settings.require_unwatched("audit")
-    loaded = load_model(source, replace(settings, ctx_size=window, mode=Mode.PREDICTED))
+    with closing(load_model(source, replace(settings, ctx_size=window, mode=Mode.PREDICTED))) as loaded:
+        return _audit(source, loaded, settings, corpus, window, tokens, notice, progress)
+
+
+def _audit(
+    source: ModelSource,
+    loaded: LoadedModel,
+    settings: LoadSettings,
+    corpus: Corpus,
+    window: int,
+    tokens: int,
+    notice: Callable[[str], None] | None,
+    progress: Callable[[Audited], None] | None,
+) -> AuditResult:
     if notice is not None:
         for line in loaded.notices:
             notice(line)
@@ -111,7 +125,7 @@ def audit_predictor(
         predicted=auditor.predicted.result(),
         layers=auditor.watch.qualities(),
         generated=_generated(loaded, [part.tokens for part in read], window, settings),
-        share=found.predictor.share(spec),
+        share=found.predictor.share(loaded.transformer.spec),
         stored=found.path != source.path and settings.predictor_threshold is None,
         seconds=time.perf_counter() - began,
     )
