@@ -1,11 +1,15 @@
-"""A model that does not fit its RAM budget: tokens, memory, and what the disk was asked for.
+"""A model that does not fit its RAM budget: tokens, memory, and what the disk was asked for; beside llama.cpp's map.
 
-    python -m benchmarks.disk_tier -m models/synthetic-1.3b.f16.records.gguf --ram-budget 1GiB
+    python -m benchmarks.disk_tier -m models/synthetic-1.3b.f16.records.gguf --ram-budget 1GiB \\
+        --llama-python llama/bin/python --llama-model models/synthetic-1.3b.f16.gguf
 
-Every run is a process of its own: without a budget, and with it. Reported are the greedy tokens (they must be the
-same), the peak of resident memory (VmHWM) and what of the model's files is in the page cache at the end (mincore; it
-is emptied first), tokens/s, bytes and requests a token, and the rate while reads were in flight beside that of random
-reads of the same mean size, measured in the same process afterwards.
+Every run is a process of its own: without a budget, with it, and llama.cpp with its memory map. The last two run under
+the same limit of memory, page cache included, of the budget and a twentieth more: a control group below our own. Where
+none can be made, the result says so. Reported are the greedy tokens (they must be the same), the peak of resident
+memory (VmHWM), the most that the group was charged, what of the model's files is in the page cache at the end (mincore;
+it is emptied first), tokens/s, and what was read: bytes and requests a token, and the time that random reads as large
+would take alone, as many in flight, measured in the same process afterwards, beside the time that something was in
+flight.
 """
 
 from __future__ import annotations
@@ -23,17 +27,25 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import machine
+from benchmarks.memory_limit import MemoryLimit
+from benchmarks.peer import Peer, PeerError
 from benchmarks.tables import print_table, write_results
-from thermocline.config import LoadSettings
+from thermocline.config import LoadSettings, Mode
 from thermocline.files.open import open_model
 from thermocline.hardware.disk import random_rate
-from thermocline.hardware.reader import Reader
+from thermocline.hardware.reader import Reader, ReadStats
+from thermocline.memory import disk_store, pieces
 from thermocline.memory.bundle import bundle_path
+from thermocline.placement.budget import parse_budget
+from thermocline.runtime.below import Below
 from thermocline.runtime.loading import load_model
 
 PROMPT = 8
 CONTEXT = 256
 MB = 1e6
+ALLOWANCE = 1.05
+"""Memory that the processes get, as a multiple of the budget."""
 
 
 def forget(path: Path) -> None:
@@ -65,41 +77,73 @@ def status() -> dict[str, int]:
     return {name: int(lines[name].split()[0]) * 1024 for name in ("VmHWM", "RssAnon", "RssFile")}
 
 
-def measure(path: Path, budget: str | None, tokens: int, threads: int) -> dict[str, Any]:
+def measure(path: Path, budget: str | None, tokens: int, threads: int, mode: str) -> dict[str, Any]:
     """Load, decode greedily, and tell."""
     files = (path, bundle_path(path))
-    for file in files:
-        forget(file)
     source = open_model(path)
-    settings = LoadSettings(ctx_size=CONTEXT, ubatch=PROMPT, threads=threads, mode="predicted", ram_budget=budget)  # type: ignore[arg-type]
+    settings = LoadSettings(ctx_size=CONTEXT, ubatch=PROMPT, threads=threads, mode=Mode(mode), ram_budget=budget)
     model = load_model(source, settings)
     below, engine = model.placing.below, model.engine
     ticket = engine.begin()
     logits = engine.prefill(list(range(100, 100 + PROMPT)), reuse=False)[0]
     made: list[int] = []
-    before, began = below.stats, time.perf_counter()
+    before, uses, began = stats(below), below.uses, time.perf_counter()
     for _ in range(tokens):
         made.append(int(np.argmax(logits)))
         logits = engine.step(made[-1], ticket)
     seconds = time.perf_counter() - began
-    read = below.stats.since(before)
+    after = stats(below)
     record: dict[str, Any] = {"budget": budget, "tokens": made, "tokens_per_second": tokens / seconds, **status()}
     record["page_cache"] = sum(cached(file) for file in files)
     record["notices"] = list(model.notices)
     if model.placing.plan is not None:
         record["predicted_tokens_per_second"] = model.placing.plan.predicted.tokens_per_second
-    if below.store is not None:
-        record |= {
-            "bytes_a_token": read.nbytes / tokens,
-            "requests_a_token": read.requests / tokens,
-            "rate": read.bandwidth,
-            "busy_share": read.busy / seconds,
-            "hit_rate": below.store.hit_rate,
+    if below.reads:
+        asked, found = below.uses.asked - uses.asked, below.uses.found - uses.found
+        record["seconds"], record["hit_rate"] = seconds, found / max(asked, 1)
+        record["reads"] = {
+            name: kind_of_read(name, after[name].since(read), files, tokens) for name, read in before.items()
         }
-        size = max(4096, int(read.nbytes / max(read.requests, 1)) // 4096 * 4096)
-        with Reader(files[1] if files[1].is_file() else path, depth=16, largest=size) as reader:
-            record["probe_bytes"], record["probe_rate"] = size, random_rate(reader, size, 1.0)
     return record
+
+
+def stats(below: Below) -> dict[str, ReadStats]:
+    """What was read so far, by kind."""
+    parts = {"neurons": below.store, "trunk": below.streaming}
+    return {name: part.stats for name, part in parts.items() if part is not None}
+
+
+def kind_of_read(kind: str, read: ReadStats, files: tuple[Path, Path], tokens: int) -> dict[str, float]:
+    """What was read, and what random reads of that mean size reach alone."""
+    if not read.requests:
+        return {}
+    size = max(4096, round(read.nbytes / read.requests / 4096) * 4096)
+    depth = disk_store.IN_FLIGHT if kind == "neurons" else pieces.IN_FLIGHT
+    with Reader(files[kind == "neurons" and files[1].is_file()], depth=depth, largest=size) as reader:
+        probe = random_rate(reader, size, 1.0)
+    return {
+        "megabytes_a_token": read.nbytes / tokens / MB,
+        "requests_a_token": read.requests / tokens,
+        "bytes_of_a_read": size,
+        "busy_seconds": read.busy,
+        "rate": read.bandwidth / MB,
+        "probe_rate": probe / MB,
+        "of_probe": read.bandwidth / probe,
+    }
+
+
+def peer(python: str, path: Path, tokens: int, threads: int) -> dict[str, Any]:
+    """llama.cpp with its memory map: decode the same number of tokens."""
+    with Peer(python) as llama:
+        llama.ask("load", path=str(path), n_ctx=CONTEXT, threads=threads, batch=PROMPT)
+        llama.ask("prefill", tokens=list(range(100, 100 + PROMPT)))
+        seconds = [llama.seconds("decode", tokens=[300 + i]) for i in range(tokens)]
+        return {
+            **llama.about,
+            "tokens_per_second": tokens / sum(seconds),
+            "seconds": seconds,
+            "page_cache": cached(path),
+        }
 
 
 def main() -> None:
@@ -107,44 +151,83 @@ def main() -> None:
     parser.add_argument("-m", "--model", type=Path, required=True)
     parser.add_argument("--ram-budget", default="1GiB")
     parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--mode", default="predicted", choices=["predicted", "exact"])
+    parser.add_argument("--llama-python", help="interpreter of an environment with llama-cpp-python")
+    parser.add_argument("--llama-model", type=Path, help="the model in the layout that llama.cpp reads")
+    parser.add_argument("--llama-tokens", type=int, default=4)
     parser.add_argument("--dry", action="store_true", help="keep no results")
-    parser.add_argument("--one", choices=["with", "without"], help=argparse.SUPPRESS)
+    parser.add_argument("--one", choices=["with", "without", "llama"], help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.one:
+    if args.one == "llama":
+        json.dump(peer(args.llama_python, args.llama_model, args.llama_tokens, args.threads), sys.stdout)
+    elif args.one:
         budget = args.ram_budget if args.one == "with" else None
-        json.dump(measure(args.model, budget, args.tokens, args.threads), sys.stdout)
-        return
-    records = {}
-    for which in ("without", "with"):
-        command = [sys.executable, "-m", "benchmarks.disk_tier", *sys.argv[1:], "--one", which]
-        records[which] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+        json.dump(measure(args.model, budget, args.tokens, args.threads, args.mode), sys.stdout)
+    else:
+        compare(args)
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Run all of them, and print and keep what they say."""
+    which = ["without", "with"] + ["llama"] * bool(args.llama_python and args.llama_model)
+    limit = MemoryLimit(int(parse_budget(args.ram_budget).amount * ALLOWANCE))
+    print(limit.means or f"memory is not limited but by the budget: no control group could be made ({limit.why})")
+    records: dict[str, Any] = {}
+    with limit:
+        for name in which:
+            for file in (args.model, bundle_path(args.model), args.llama_model):
+                if file is not None:
+                    forget(file)
+            command = [sys.executable, "-m", "benchmarks.disk_tier", *sys.argv[1:], "--one", name]
+            try:
+                if name == "without":
+                    out, charged = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout, 0
+                else:
+                    out, charged = limit.run(command)
+            except (subprocess.CalledProcessError, PeerError) as error:
+                print(f"{name}: {error}")
+                records[name] = {"error": str(error)}
+                continue
+            records[name] = json.loads(out) | {"most_charged": charged}
+    show(records, args)
+    if not args.dry:
+        about = {"model": args.model.name, "mode": args.mode, "limited_by": limit.means or limit.why}
+        write_results("disk_tier", {"machine": machine.facts(args.threads), **about, **records})
+
+
+def show(records: dict[str, Any], args: argparse.Namespace) -> None:
+    """For people."""
     with_, without = records["with"], records["without"]
-    print(f"the same {args.tokens} tokens: {with_['tokens'] == without['tokens']}")
+    if "tokens" in with_:
+        print(f"the same {args.tokens} tokens: {with_['tokens'] == without['tokens']}")
     print_table(
         [
             {
-                "budget": r["budget"] or "none",
+                "run": {"without": "no budget", "with": f"budget {args.ram_budget}"}.get(name, "llama.cpp, mapped"),
                 "tokens/s": f"{r['tokens_per_second']:.2f}",
-                "peak resident MB": f"{r['VmHWM'] / MB:.0f}",
-                "anonymous MB": f"{r['RssAnon'] / MB:.0f}",
+                "peak resident MB": f"{r['VmHWM'] / MB:.0f}" if "VmHWM" in r else "",
+                "most charged MB": f"{r['most_charged'] / MB:.0f}" if r["most_charged"] else "",
                 "page cache MB": f"{r['page_cache'] / MB:.0f}",
-                "both MB": f"{(r['RssAnon'] + r['page_cache']) / MB:.0f}",
             }
-            for r in (without, with_)
+            for name, r in records.items()
+            if "error" not in r
         ]
     )
-    if "rate" in with_:
-        share, size = with_["rate"] / with_["probe_rate"], with_["probe_bytes"]
-        print(
-            f"{with_['bytes_a_token'] / MB:.0f} MB in {with_['requests_a_token']:.0f} reads a token at "
-            f"{with_['rate'] / MB:.0f} MB/s ({with_['busy_share']:.0%} of the time), {share:.0%} of what random reads "
-            f"of {size} bytes reached; hit rate {with_['hit_rate']:.1%}"
-        )
-    for line in with_["notices"]:
+    for kind, read in with_.get("reads", {}).items():
+        if read:
+            print(
+                f"{kind}: {read['megabytes_a_token']:.0f} MB in {read['requests_a_token']:.0f} reads a token at "
+                f"{read['rate']:.0f} MB/s while in flight, {read['of_probe']:.0%} of what random reads of "
+                f"{read['bytes_of_a_read']} bytes reach alone; in flight {read['busy_seconds'] / with_['seconds']:.0%} "
+                "of the time"
+            )
+    if "hit_rate" in with_:
+        print(f"{with_['hit_rate']:.1%} of the wanted neurons were in memory")
+    if "tokens_per_second" in records.get("llama", {}) and "tokens_per_second" in with_:
+        print(f"{with_['tokens_per_second'] / records['llama']['tokens_per_second']:.1f} times as fast as llama.cpp")
+    for line in with_.get("notices", ()):
         print(f"note: {line}")
-    if not args.dry:
-        write_results("disk_tier", {"model": args.model.name, **records})
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from thermocline.errors import HardwareError, UsageError
 from thermocline.files.open import open_model
 from thermocline.hardware.machine import Tier
 from thermocline.hardware.reader import Reader
-from thermocline.memory import streamed
+from thermocline.memory import pieces
 from thermocline.memory.arena import Memory
 from thermocline.memory.convert import convert
 from thermocline.memory.disk_store import DiskStore, Way
@@ -43,7 +43,7 @@ def run(network: Transformer, splits: tuple[int, ...] = ()) -> np.ndarray:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces of a few rows, so that every matrix has many."""
-    monkeypatch.setattr(streamed, "PIECE", 1000)
+    monkeypatch.setattr(pieces, "PIECE", 1000)
 
 
 @pytest.mark.usefixtures("small")

@@ -11,7 +11,7 @@ from thermocline import LLM, plan
 from thermocline.errors import BudgetError
 from thermocline.files.open import open_model
 from thermocline.hardware.machine import Tier
-from thermocline.memory import streamed
+from thermocline.memory import pieces
 from thermocline.memory.bundle import bundle_path
 from thermocline.memory.convert import convert
 from thermocline.placement.workload import Overheads
@@ -29,8 +29,8 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("thermocline.hardware.disk.SCRATCH", 2 << 20)
     bare = Overheads(staging=40_000, graphs=0, margin_vram=0, margin_ram=0)
     monkeypatch.setattr("thermocline.runtime.planning.Overheads", lambda: bare)
-    monkeypatch.setattr(streamed, "PIECE", 8 << 10)
-    monkeypatch.setattr("thermocline.runtime.below.STREAMING_BYTES", 2 * (8 << 10))
+    monkeypatch.setattr(pieces, "PIECE", 3 << 10)
+    monkeypatch.setattr("thermocline.runtime.below.PIECES_BYTES", 5 * (3 << 10))
     monkeypatch.setattr("thermocline.runtime.below.IN_FLIGHT", 0)
 
 

@@ -15,8 +15,9 @@ from thermocline.hardware.reader import ReadStats
 from thermocline.memory.arena import Memory
 from thermocline.memory.bundle import Bundle, bundle_path, layer_matrices, read_bundle, write_bundle
 from thermocline.memory.disk_store import IN_FLIGHT, LARGEST_READ, DiskStore, Way
+from thermocline.memory.pieces import PIECES_BYTES
 from thermocline.memory.record_cache import Uses
-from thermocline.memory.streamed import STREAMING_BYTES, StreamingOps
+from thermocline.memory.streamed import StreamingOps
 from thermocline.model.families import family_of
 from thermocline.placement.ledger import Purpose
 from thermocline.placement.plan import Plan
@@ -87,7 +88,7 @@ def below(
     if isinstance(ops, StreamingOps):
         ops.reserve(memory)
         found.streaming = ops
-        taken += STREAMING_BYTES
+        taken += PIECES_BYTES
     if all(layer.warm == plan.n_ff for layer in plan.layers):
         return found
     bundle = _bundle(source, found.notices, tell)
