@@ -109,7 +109,7 @@ def measure(path: Path, budget: str | None, tokens: int, threads: int, mode: str
 
 def stats(below: Below) -> dict[str, ReadStats]:
     """What was read so far, by kind."""
-    parts = {"neurons": below.store, "trunk": below.streaming}
+    parts = {"neurons": below.store, "matrices": below.streaming or below.scanner}
     return {name: part.stats for name, part in parts.items() if part is not None}
 
 

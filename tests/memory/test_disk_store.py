@@ -14,18 +14,23 @@ from hypothesis import strategies as st
 
 from thermocline.config import CacheType, Mode
 from thermocline.errors import BudgetError, HardwareError, ModelFormatError, UsageError
+from thermocline.files.formats import F32
 from thermocline.files.open import open_model
+from thermocline.files.quantize import from_float
 from thermocline.hardware.machine import ReadCurve, Tier
 from thermocline.hardware.reader import Reader
 from thermocline.memory.arena import Memory
 from thermocline.memory.bundle import bundle_path, layer_matrices, read_bundle, write_bundle
 from thermocline.memory.convert import convert
-from thermocline.memory.disk_store import DiskStore, Way, merged, place_of
+from thermocline.memory.disk_store import DiskStore
+from thermocline.memory.first_rows import FirstRows
 from thermocline.memory.kv_cache import KVCache
 from thermocline.memory.loader import load_transformer
+from thermocline.memory.pieces import PieceStream
+from thermocline.memory.reads import Way, merged, place_of
 from thermocline.memory.record_cache import RecordCache
 from thermocline.model.network import Outputs, Segment, Transformer
-from thermocline.ops.contract import ALL, ActiveSet
+from thermocline.ops.contract import ALL, Activation, ActiveSet, FfnKind
 from thermocline.ops.cpu import CpuOps
 from thermocline.ops.device import Host
 from thermocline.placement.seats import LayerSeat, Seating
@@ -110,6 +115,61 @@ def test_hot_neurons_in_ram_and_cold_ones_on_disk(file: Path, plain: np.ndarray,
         # What was cached, and where, is not in the result.
         np.testing.assert_array_equal(run(loaded.network, (1, 2, 3)), first)
         loaded.close()
+
+
+@pytest.mark.parametrize(("warm", "slots"), [(0, 96), (0, 7), (60, 20), (80, 96)])
+def test_first_rows_tell_which_records_are_needed(
+    file: Path, plain: np.ndarray, warm: int, slots: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps of few tokens give the same logits from fewer records; the whole matrix is read, or single rows of it."""
+    monkeypatch.setattr(FirstRows, "pay", lambda *_: True)  # half of this model's neurons fire
+    splits, asked = tuple(range(1, TOKENS)), []
+    for scanner in (None, PieceStream()):
+        loaded = Loaded(file, warm, slots, order(), scanner=scanner)
+        if scanner is not None:
+            scanner.reserve(loaded.memory)
+        found = run(loaded.network, splits)
+        np.testing.assert_allclose(found, plain, rtol=0, atol=np.abs(plain).max() * NEURONS * 2.0**-24 * 100)
+        first = 0 if scanner is None else scanner.stats.nbytes
+        assert (first > 0) == (scanner is not None)
+        asked.append(loaded.store.uses.asked)
+        loaded.close()
+    assert asked[1] < asked[0]
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_what_first_rows_let_through_is_what_fires_there(gated: bool) -> None:
+    rng = np.random.default_rng(4)
+    values = rng.standard_normal((NEURONS, 64), dtype=np.float32)
+    weight, ops = from_float("first", values, F32), CpuOps(1)
+    bias = None if gated else rng.standard_normal(NEURONS).astype(np.float32)
+
+    class Memory:
+        """A matrix in memory, by pieces and by rows."""
+
+        def matrix(self, weight: Any) -> Any:
+            return weight
+
+        def pieces(self, matrix: Any) -> Any:
+            return ((start, matrix.data[start : start + 10]) for start in range(0, NEURONS, 10))
+
+        def rows(self, matrix: Any, numbers: np.ndarray, way: Way) -> Any:
+            return (matrix.data[numbers[start : start + 4]] for start in range(0, len(numbers), 4))
+
+    kind = FfnKind(Activation.RELU, gated=gated, threshold=0.25)
+    first = FirstRows(Memory(), weight, kind, Host(ops), Way(0))
+    x = rng.standard_normal((2, 64), dtype=np.float32)
+    for count in (NEURONS, 70, 20, 1, 0):
+        numbers = rng.permutation(NEURONS)[:count]
+        mine = None if bias is None else bias[numbers]
+        products = x @ values[numbers].T + (0 if mine is None else mine)
+        places, rows = first.let_through(x, numbers, mine)
+        np.testing.assert_array_equal(places, np.flatnonzero((products > 0.25).any(axis=0)))
+        np.testing.assert_array_equal(rows, weight.data[numbers[places]])
+    assert first.pay(1 << 20)
+    assert not first.pay(64)
+    x[0, 0] = np.nan
+    assert len(first.let_through(x, np.arange(NEURONS), None)[0]) == NEURONS
 
 
 def test_what_does_not_fit_or_has_no_records_is_refused(file: Path, tiny_model: Path) -> None:

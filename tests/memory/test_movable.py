@@ -17,10 +17,11 @@ from thermocline.hardware.machine import Tier
 from thermocline.hardware.reader import Reader
 from thermocline.memory.arena import Memory
 from thermocline.memory.convert import convert
-from thermocline.memory.disk_store import DiskStore, Way
+from thermocline.memory.disk_store import DiskStore
 from thermocline.memory.kv_cache import KVCache
 from thermocline.memory.loader import load_transformer
 from thermocline.memory.movable import Movable
+from thermocline.memory.reads import Way
 from thermocline.memory.record_cache import RecordCache
 from thermocline.model.network import Outputs, Segment, Transformer
 from thermocline.ops.contract import Activation, FfnKind

@@ -16,9 +16,10 @@ from thermocline.hardware.reader import Reader
 from thermocline.memory import pieces
 from thermocline.memory.arena import Memory
 from thermocline.memory.convert import convert
-from thermocline.memory.disk_store import DiskStore, Way
+from thermocline.memory.disk_store import DiskStore
 from thermocline.memory.kv_cache import KVCache
 from thermocline.memory.loader import load_transformer
+from thermocline.memory.reads import Way
 from thermocline.memory.streamed import StreamingOps
 from thermocline.model.network import Outputs, Segment, Transformer
 from thermocline.ops.cpu import CpuOps

@@ -156,17 +156,33 @@ def test_unknown_temperatures_promise_nothing() -> None:
     assert unknown.hot_share(0, 4) == pytest.approx(0.5)
 
 
-def test_disk_reads_gates_in_one_piece_and_the_rest_by_runs() -> None:
+def test_disk_reads_first_rows_in_one_piece_and_the_rest_by_runs() -> None:
     curve = ReadCurve(((1024, 1e8), (1 << 20, 1e9)))
     machine = replace(MACHINE, disk=Disk(name="d", curve=curve))
-    p = np.full((2, N_FF), 0.25)
+    p = np.full((2, N_FF), 0.1)
     exact = priced(FfnMode.EXACT, machine=machine, p=p)
     time = exact.layer(exact.decode, 0, Tier.RAM, Tier.RAM, 0, 4)
     gates = 512 * ROW / curve.bandwidth(512 * ROW)
-    by_run = {r: 512 * (1 - 0.75**r) * 2 * ROW / curve.bandwidth(2 * ROW * r) for r in (2**i for i in range(11))}
+    by_run = {r: 512 * (1 - 0.9**r) * 2 * ROW / curve.bandwidth(2 * ROW * r) for r in (2**i for i in range(11))}
     assert float(time.disk) == pytest.approx(gates + min(by_run.values()))
     assert int(time.run) == min(by_run, key=lambda r: by_run[r])
     assert float(exact.layer(exact.decode, 0, Tier.RAM, Tier.RAM, 0, 8).disk) == 0
+    predicted = priced(FfnMode.PREDICTED, machine=machine, p=p)
+    time = predicted.layer(predicted.decode, 0, Tier.RAM, Tier.RAM, 0, 4)
+    by_run = {r: 512 * (1 - 0.9**r) * 3 * ROW / curve.bandwidth(3 * ROW * r) for r in (2**i for i in range(11))}
+    assert float(time.disk) == pytest.approx(min(by_run.values()))
+
+
+def test_exact_passes_of_many_tokens_read_all_records() -> None:
+    """Short ones read the first rows and what these let through."""
+    machine = replace(MACHINE, disk=Disk(name="d", curve=ReadCurve(((1024, 1e9), (1 << 20, 1e9)))))
+    p = np.full((2, N_FF), 0.05)
+    cost = priced(FfnMode.EXACT, machine=machine, p=p)
+    for warm in (0, 7):
+        found = float(cost.layer(cost.decode, 0, Tier.RAM, Tier.RAM, 0, warm).disk)
+        assert found == pytest.approx((8 - warm) * CLUSTER * (1 + 0.05 * 2) * ROW / 1e9)
+    batch = priced(FfnMode.EXACT, machine=machine, p=p, workload=replace(DECODE, batch=5))
+    assert float(batch.layer(batch.decode, 0, Tier.RAM, Tier.RAM, 0, 0).disk) == pytest.approx(N_FF * 3 * ROW / 1e9)
 
 
 def test_no_disk_no_disk_tier() -> None:

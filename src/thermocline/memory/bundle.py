@@ -19,7 +19,7 @@ from thermocline.errors import ModelFormatError
 from thermocline.files.atomic import atomic_write
 from thermocline.files.weight import Bytes, Weight
 from thermocline.hardware.reader import Reader
-from thermocline.memory.disk_store import Place, place_of
+from thermocline.memory.reads import Place, place_of
 
 FORMAT, VERSION = "thermocline-bundle", 1
 BLOCK = 4096

@@ -8,7 +8,6 @@ on what was cached nor on where.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,16 +16,19 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from thermocline.errors import BudgetError, HardwareError, UsageError, printable
+from thermocline.errors import BudgetError, HardwareError, UsageError
 from thermocline.files.weight import Bytes, Weight
-from thermocline.hardware.machine import ReadCurve, Tier
+from thermocline.hardware.machine import Tier
 from thermocline.hardware.reader import Reader, ReadStats, RecordReader
 from thermocline.memory.arena import Memory
+from thermocline.memory.first_rows import FirstRows, Scanner
 from thermocline.memory.neuron_store import Records
+from thermocline.memory.reads import Place, Way, merged, place_of
 from thermocline.memory.record_cache import SPARE, RecordCache, Uses
 from thermocline.model.feed_forward import NOTHING
 from thermocline.ops.contract import ActiveSet, Array, FfnWork, Matrix, NeuronBlock
 from thermocline.ops.device import Device
+from thermocline.placement.cost import SCANNED_TOKENS
 from thermocline.placement.ledger import Purpose
 
 Ints = npt.NDArray[np.int32]
@@ -34,39 +36,11 @@ Longs = npt.NDArray[np.int64]
 Open = Callable[[Path], RecordReader]
 Progress = Callable[[int, int], None]
 
-LARGEST_READ = 256 << 10
-"""Bytes of one read: far on the flat end of every disk's curve."""
 IN_FLIGHT = 16
 PIECE = 2048
 """Records that are read ahead at once."""
 SMALLEST_CACHE = 2
 """Slots for so many records at least: one to compute with while another one is read."""
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a matrix's rows lie: `offset` of row 0 in the file `path`, and the bytes from a row to the next."""
-
-    path: Path
-    offset: int
-    stride: int
-
-
-@dataclass(frozen=True, slots=True)
-class Way:
-    """How records are read. `gap` is the most bytes between two pieces that are read over rather than left out."""
-
-    gap: int
-    largest: int = LARGEST_READ
-
-    @classmethod
-    def of(cls, curve: ReadCurve | None) -> Way:
-        """What a disk's curve says: reading on costs less than beginning anew, up to so many bytes."""
-        if curve is None:
-            return cls(0)
-        start, fastest = curve.points[0], max(rate for _, rate in curve.points)
-        begin = max(0.0, start[0] / start[1] - start[0] / fastest)
-        return cls(min(int(begin * fastest), LARGEST_READ // 4))
 
 
 class Bundled(Protocol):
@@ -81,6 +55,7 @@ class DiskStore:
 
     `nbytes` of `memory`'s RAM are taken for slots as soon as the first layer is told of, and reads beside that take
     `IN_FLIGHT` times the largest one. Records are read from `bundle` if there is one, else from the model's own file.
+    With a `scanner`, short steps that are not predicted find out by the first matrix which records they need.
     `open_reader` is there for tests.
     """
 
@@ -91,8 +66,10 @@ class DiskStore:
         way: Way,
         open_reader: Open | None = None,
         bundle: Bundled | None = None,
+        scanner: Scanner | None = None,
     ) -> None:
         self._memory = memory
+        self.scanner = scanner
         self._nbytes = nbytes
         self._bundle = bundle
         self._way = way
@@ -265,6 +242,11 @@ class Pool:
             at += slots * size
         return cls(RecordCache(slots), memory, tuple(starts), sizes, tuple(placed))
 
+    def rows(self, matrix: int) -> Bytes:
+        """The rows of a matrix in all slots."""
+        start, size = self.starts[matrix], self.row_bytes[matrix]
+        return self.memory[start : start + self.cache.slots * size].reshape(-1, size)
+
     def targets(self, slots: Ints) -> list[Longs]:
         """Of each matrix, the places in `memory` of the rows in these slots."""
         wide = slots.astype(np.int64)
@@ -279,6 +261,14 @@ class _Fetch:
     missing: Ints
     slots: Ints
     tickets: list[tuple[RecordReader, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """First rows of records, by place in the slice, that were read already."""
+
+    places: Ints
+    rows: Bytes
 
 
 class DiskNeurons:
@@ -306,6 +296,11 @@ class DiskNeurons:
             rows=pool.cache.rows[self._layer],
         )
         self._begun: _Fetch | None = None
+        self._known: _Known | None = None
+        self._first: FirstRows | None = None
+        if store.scanner is not None and records.kind.sparse:
+            first = records.gate if records.gate is not None else records.up
+            self._first = FirstRows(store.scanner, first, records.kind, device, store.way)
 
     def cut_anew(self, start: int, numbers: Ints) -> None:
         """Be the slice from `start` of neurons with these numbers, between two steps. What is in memory of them stays.
@@ -329,11 +324,8 @@ class DiskNeurons:
         """
         self._drop()
         self._settle(self._fetch(records))
-        slots, pool = self.pool.cache.rows[self._layer][records], self.pool
-        return [
-            pool.memory[start : start + pool.cache.slots * size].reshape(-1, size)[slots]
-            for start, size in zip(pool.starts, pool.row_bytes, strict=True)
-        ]
+        slots = self.pool.cache.rows[self._layer][records]
+        return [self.pool.rows(matrix)[slots] for matrix in range(len(self.pool.row_bytes))]
 
     def heat(self, of_file: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
         """How often each record of the slice is used."""
@@ -355,6 +347,7 @@ class DiskNeurons:
         Raises:
             HardwareError: a read failed.
         """
+        self._drop()
         for start in range(0, len(records), PIECE):
             piece = records[start : start + PIECE]
             fetch = self._fetch(piece)
@@ -363,8 +356,10 @@ class DiskNeurons:
     def announce(self, active: ActiveSet) -> None:
         """Start reading what is missing of the active set, or of its first part if there is no room for all."""
         self._drop()
-        wanted = self._wanted(active)
         self._store.enter(self._number)
+        if active.indices is None and self._first is not None:
+            return  # what is wanted will be known when the first matrix is read
+        wanted = self._wanted(active)
         self._begun = self._fetch(wanted[: self._room])
 
     def ffn(self, x: Array, active: ActiveSet, out: Array, *, skip_zeros: bool, hidden: Array | None = None) -> FfnWork:
@@ -373,6 +368,12 @@ class DiskNeurons:
         Raises:
             HardwareError: a read failed; what it was to fill is free again.
         """
+        first, scanned = self._first, 0
+        short = active.indices is None and skip_zeros and len(x) <= SCANNED_TOKENS
+        if short and first is not None and first.pay(sum(self.pool.row_bytes)):
+            active, scanned = self._needed(x, first), self.stop - self.start
+        else:
+            self._known = None
         wanted, room = self._wanted(active), self._room
         total, part = NOTHING, hidden
         if hidden is not None:
@@ -385,7 +386,21 @@ class DiskNeurons:
             total = FfnWork(*(a + b for a, b in zip(total, work, strict=True)))
             if hidden is not None and part is not hidden:
                 hidden += part
+        if scanned:
+            total = total._replace(**{"up_rows" if self._block.gate is None else "gate_rows": scanned})
         return total
+
+    def _needed(self, x: Array, first: FirstRows) -> ActiveSet:
+        """The neurons that are in memory, and those whose first row lets any token through."""
+        wanted = self.held.copy()
+        missing = np.flatnonzero(~wanted)
+        bias = None
+        if self._block.gate is None and self._block.up_bias is not None:
+            bias = self.device.ops.to_host(self._block.up_bias)[missing]
+        places, rows = first.let_through(x, self._numbers[missing], bias)
+        wanted[missing[places]] = True
+        self._known = _Known(missing[places].astype(np.int32), rows)
+        return ActiveSet(np.flatnonzero(wanted).astype(np.int32))
 
     @property
     def _room(self) -> int:
@@ -421,8 +436,8 @@ class DiskNeurons:
         self.pool.cache.fill(self._layer, fetch.missing, fetch.slots, heat)
 
     def _drop(self) -> None:
-        """Forget reads of a step that failed before it came to compute here."""
-        fetch, self._begun = self._begun, None
+        """Forget what a step before has read, or had begun to when it failed."""
+        fetch, self._begun, self._known = self._begun, None, None
         if fetch is not None:
             self._abandon(fetch)
 
@@ -443,82 +458,33 @@ class DiskNeurons:
             raise
         return fetch
 
+    def _fill_known(self, fetch: _Fetch) -> npt.NDArray[np.bool_]:
+        """Copy the first rows that were read already; of which of the missing records they were not."""
+        known = self._known
+        if known is None or not len(known.places):
+            return np.ones(len(fetch.missing), bool)
+        at = np.minimum(np.searchsorted(known.places, fetch.missing), len(known.places) - 1)
+        found = known.places[at] == fetch.missing
+        self.pool.rows(0)[fetch.slots[found]] = known.rows[at[found]]
+        unread: npt.NDArray[np.bool_] = ~found
+        return unread
+
     def _start_reads(self, fetch: _Fetch) -> None:
-        numbers, pool = self._numbers[fetch.missing], self.pool
+        numbers, pool, unread = self._numbers[fetch.missing], self.pool, self._fill_known(fetch)
         for path in dict.fromkeys(place.path for place in self._places):
-            pieces = [
-                np.stack([place.offset + numbers * place.stride, np.full(len(numbers), size), to], axis=1)
-                for place, size, to in zip(self._places, pool.row_bytes, pool.targets(fetch.slots), strict=True)
-                if place.path == path
-            ]
+            pieces = []
+            for i, (place, size, to) in enumerate(
+                zip(self._places, pool.row_bytes, pool.targets(fetch.slots), strict=True)
+            ):
+                if place.path == path:
+                    wanted = unread if i == 0 else slice(None)
+                    offsets = place.offset + numbers[wanted] * place.stride
+                    pieces.append(np.stack([offsets, np.full(len(offsets), size), to[wanted]], axis=1))
+            if not sum(map(len, pieces)):
+                continue
             requests, parts = merged(np.concatenate(pieces).astype(np.int64), self._store.way)
             reader = self._store.reader(path)
             fetch.tickets.append((reader, reader.submit(requests, parts, pool.memory)))
-
-
-def merged(pieces: Longs, way: Way) -> tuple[Longs, Longs]:
-    """Requests and parts for `Reader.submit` that fetch pieces (n, 3) of offset, bytes and place.
-
-    Pieces with at most `way.gap` bytes between them share a request of at most `way.largest` bytes; a piece that is
-    larger is cut.
-    """
-    pieces = _cut(pieces, way.largest)
-    parts = np.ascontiguousarray(pieces[np.argsort(pieces[:, 0], kind="stable")])
-    begin, end = parts[:, 0], parts[:, 0] + parts[:, 1]
-    new = np.ones(len(parts), bool)
-    new[1:] = begin[1:] - end[:-1] > way.gap
-    first = np.flatnonzero(new)
-    last = np.append(first[1:], len(parts)) - 1
-    while (too_long := end[last] - begin[first] > way.largest).any():
-        # Cut every request that is too long where it first is, and look at the rest again.
-        for i in np.flatnonzero(too_long):
-            inside = slice(first[i], last[i] + 1)
-            new[first[i] + int(np.searchsorted(end[inside], begin[first[i]] + way.largest, side="right"))] = True
-        first = np.flatnonzero(new)
-        last = np.append(first[1:], len(parts)) - 1
-    requests = np.stack([begin[first], end[last] - begin[first], last - first + 1], axis=1)
-    return np.ascontiguousarray(requests), parts
-
-
-def _cut(pieces: Longs, largest: int) -> Longs:
-    """Pieces of at most `largest` bytes."""
-    if not len(pieces) or pieces[:, 1].max() <= largest:
-        return pieces
-    rows = [
-        (offset + at, min(largest, size - at), place + at)
-        for offset, size, place in pieces.tolist()
-        for at in range(0, size, largest)
-    ]
-    return np.array(rows, np.int64)
-
-
-def place_of(weight: Weight, maps: Path = Path("/proc/self/maps")) -> Place:
-    """Where the rows of a mapped weight lie in its file.
-
-    Raises:
-        UsageError: it is not mapped from a file.
-        HardwareError: the file was removed or replaced meanwhile.
-    """
-    address = weight.data.ctypes.data
-    for line in maps.read_text().splitlines():
-        bounds, _, offset, device, inode, *name = line.split(None, 5)
-        low, high = (int(part, 16) for part in bounds.split("-"))
-        if not low <= address < high or inode == "0":
-            continue
-        path = Path(name[0])
-        if not _is_still(path, device, int(inode)):
-            raise HardwareError(f"{printable(str(path))}: was removed or replaced while it was loaded; load it again")
-        return Place(path, int(offset, 16) + address - low, weight.data.shape[1])
-    raise UsageError(f"{printable(weight.name)} is not mapped from a file, so its neurons cannot stay on disk")
-
-
-def _is_still(path: Path, device: str, inode: int) -> bool:
-    try:
-        found = path.stat()
-    except OSError:
-        return False
-    major, minor = (int(part, 16) for part in device.split(":"))
-    return found.st_ino == inode and (os.major(found.st_dev), os.minor(found.st_dev)) == (major, minor)
 
 
 def _wait(tickets: list[tuple[RecordReader, int]]) -> HardwareError | None:

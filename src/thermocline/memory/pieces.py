@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from thermocline.errors import HardwareError
 from thermocline.files.weight import Bytes, Weight
 from thermocline.hardware.machine import Tier
 from thermocline.hardware.reader import Reader, ReadStats, RecordReader
 from thermocline.memory.arena import Memory
-from thermocline.memory.disk_store import LARGEST_READ, Place, Way, merged, place_of
+from thermocline.memory.reads import LARGEST_READ, Place, Way, merged, place_of
 from thermocline.placement.ledger import Purpose
 
 PIECE = 2 << 20
@@ -29,6 +30,10 @@ BUFFERS = 4
 IN_FLIGHT = 8
 PIECES_BYTES = (BUFFERS + 1) * PIECE + IN_FLIGHT * LARGEST_READ
 """Bytes that reading takes, whatever is read; one buffer is for rows that are asked for by number."""
+
+
+SINGLE = Way(0, LARGEST_READ)
+"""Nothing is read but what is asked for."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -99,7 +104,7 @@ class PieceStream:
         for reader in self._readers.values():
             reader.close()
 
-    def rows(self, matrix: StreamedMatrix, numbers: np.ndarray[tuple[int], np.dtype[np.int64]]) -> Iterator[Bytes]:
+    def rows(self, matrix: StreamedMatrix, numbers: npt.NDArray[np.int64], way: Way = SINGLE) -> Iterator[Bytes]:
         """The rows with these numbers, rising, as many at a time as a buffer holds; each overwritten by the next.
 
         Raises:
@@ -112,7 +117,7 @@ class PieceStream:
             pieces = np.stack(
                 [matrix.place.offset + some * stride, np.full(len(some), stride), np.arange(len(some)) * stride], axis=1
             )
-            reader.wait(reader.submit(*merged(pieces, Way(0, LARGEST_READ)), self._some))
+            reader.wait(reader.submit(*merged(pieces, way), self._some))
             yield self._some[: len(some) * stride].reshape(-1, stride)
 
     def pieces(self, matrix: StreamedMatrix) -> Iterator[tuple[int, Bytes]]:
@@ -162,7 +167,7 @@ class PieceStream:
         whole = np.array([[matrix.place.offset + start * stride, size, 0]], np.int64)
         buffer = self._free.pop()
         try:
-            ticket = self._readers[matrix.place.path].submit(*merged(whole, Way(0, LARGEST_READ)), buffer)
+            ticket = self._readers[matrix.place.path].submit(*merged(whole, SINGLE), buffer)
         except BaseException:
             self._free.append(buffer)
             raise

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from thermocline.config import Mode
 from thermocline.errors import HardwareError, UsageError
-from thermocline.hardware.machine import Machine, Processor, Tier
+from thermocline.hardware.machine import Machine, Processor, ReadCurve, Tier
 from thermocline.placement.footprint import Footprint
 from thermocline.placement.workload import Workload
 
@@ -39,6 +39,8 @@ ACTIVATION_BYTES = 4
 """Of one number of the residual stream."""
 
 LARGEST_CLUSTER, SMALLEST_CLUSTER = 256, 64
+SCANNED_TOKENS = 4
+"""In mode exact, so many tokens read a layer's first matrix from disk to know which records they need; more do not."""
 
 
 class FfnMode(StrEnum):
@@ -278,8 +280,9 @@ class CostModel:
     def _reads(self, phase: Phase) -> tuple[Floats, Ints]:
         """Seconds to read what a pass needs of the clusters from each depth on, and the best size of a read.
 
-        Both (n_layer, clusters + 1). A read fetches a run of neighbouring records if any of them is active: short
-        runs fetch less, long ones faster. Gates that are always computed are read in one piece.
+        Both (n_layer, clusters + 1). A read fetches a run of neighbouring records if any is active: short runs fetch
+        less, long ones faster. In mode exact a short pass reads the rows of the first matrix before, to know which are;
+        they lie together in a file that is in the order of its activity. A longer pass reads all records.
         """
         if phase.name in self._disk:
             return self._disk[phase.name]
@@ -289,24 +292,28 @@ class CostModel:
         time = np.zeros((f.n_layer, self.clusters + 1))
         runs = np.ones((f.n_layer, self.clusters + 1), np.int64)
         sizes = np.diff(self.bounds).astype(np.float64)
-        below = f.n_ff - self.bounds
-        candidates = [1 << i for i in range(f.n_ff.bit_length()) if 1 << i < f.n_ff] + [f.n_ff]
+        exact = phase.mode is FfnMode.EXACT
+        scans = exact and phase.tokens <= SCANNED_TOKENS
         for layer, record in enumerate(f.records):
-            always = [t for t in range(3) if np.array_equal(rows[layer, :, t], sizes)]
-            fixed = float(sum(record[t] for t in always))
-            bundle = float(sum(record)) - fixed
-            piece = below * fixed
-            sequential = np.array([0.0 if b == 0 else b / curve.bandwidth(b) for b in piece])
-            q = np.clip(rows[layer, :, 2] / sizes, 0.0, 1.0)
-            best = np.full(self.clusters + 1, np.inf if bundle else 0.0)
-            for run in candidates if bundle else ():
-                rate = curve.bandwidth(run * bundle)
-                hit = -np.expm1(run * np.log1p(-np.minimum(q, 1 - 1e-12)))
-                suffix = _suffix(sizes * hit * bundle / rate)
-                better = suffix < best
-                best, runs[layer] = np.where(better, suffix, best), np.where(better, run, runs[layer])
-            time[layer] = sequential + best
+            first = (record[0] or record[1]) if scans else 0
+            needed = np.ones_like(sizes) if exact and not scans else rows[layer, :, 2] / sizes
+            time[layer], runs[layer] = self._by_runs(curve, sizes, needed, sum(record) - first)
+            pieces = ((f.n_ff - self.bounds) * float(first)).tolist()
+            time[layer] += [piece / curve.bandwidth(piece) if piece else 0.0 for piece in pieces]
         return self._disk.setdefault(phase.name, (time, runs))
+
+    def _by_runs(self, curve: ReadCurve, sizes: Floats, share: Floats, record: int) -> tuple[Floats, Ints]:
+        """Seconds to read a `share` of each cluster's records from each depth on (clusters + 1), and the best run."""
+        n_ff = self.footprint.n_ff
+        candidates = [1 << i for i in range(n_ff.bit_length()) if 1 << i < n_ff] + [n_ff]
+        best, runs = np.full(self.clusters + 1, np.inf if record else 0.0), np.ones(self.clusters + 1, np.int64)
+        missed = np.log1p(-np.clip(share, 0.0, 1 - 1e-12))
+        for run in candidates if record else ():
+            hit = -np.expm1(run * missed)
+            suffix = _suffix(sizes * hit * record / curve.bandwidth(run * record))
+            runs = np.where(suffix < best, run, runs)
+            best = np.minimum(suffix, best)
+        return best, runs
 
     def _predictor(self, phase: Phase, layer: int, tier: Tier) -> float:
         nbytes = self.footprint.predictor[layer]

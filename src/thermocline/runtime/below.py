@@ -14,11 +14,13 @@ from thermocline.hardware.machine import Disk, ReadCurve, Tier
 from thermocline.hardware.reader import ReadStats
 from thermocline.memory.arena import Memory
 from thermocline.memory.bundle import Bundle, bundle_path, layer_matrices, read_bundle, write_bundle
-from thermocline.memory.disk_store import IN_FLIGHT, LARGEST_READ, DiskStore, Way
-from thermocline.memory.pieces import PIECES_BYTES
+from thermocline.memory.disk_store import IN_FLIGHT, DiskStore
+from thermocline.memory.pieces import PIECES_BYTES, PieceStream
+from thermocline.memory.reads import LARGEST_READ, Way
 from thermocline.memory.record_cache import Uses
 from thermocline.memory.streamed import StreamingOps
 from thermocline.model.families import family_of
+from thermocline.placement.cost import FfnMode
 from thermocline.placement.ledger import Purpose
 from thermocline.placement.plan import Plan
 from thermocline.placement.seats import LayerSeat, Seating, Seats
@@ -29,12 +31,14 @@ Tell = Callable[[str], None] | None
 @dataclass(slots=True)
 class Below:
     """What serves the tiers below RAM: None where nothing is on disk. `seats` are the plan's as they are carried out:
-    neurons of RAM and of disk are one slice, whose hottest records are in memory. `curve` is how fast the disk is.
+    neurons of RAM and of disk are one slice, whose hottest records are in memory. `scanner` reads the first matrices
+    that mode exact looks through, unless `streaming` does. `curve` is how fast the disk is.
     """
 
     seats: Seats | None
     store: DiskStore | None = None
     streaming: StreamingOps | None = None
+    scanner: PieceStream | None = None
     notices: list[str] = field(default_factory=list)
     curve: ReadCurve | None = None
 
@@ -51,8 +55,8 @@ class Below:
     @property
     def stats(self) -> ReadStats:
         """What was read from disk, records and trunk."""
-        parts = [part.stats for part in (self.store, self.streaming) if part is not None]
-        return ReadStats(sum(p.requests for p in parts), sum(p.nbytes for p in parts), sum(p.busy for p in parts))
+        parts = (part.stats for part in (self.store, self.streaming, self.scanner) if part is not None)
+        return sum(parts, ReadStats())
 
     def warm_up(self, order: Order | None) -> None:
         """Have the hottest records in memory, where it is known which they are."""
@@ -61,7 +65,7 @@ class Below:
 
     def close(self) -> None:
         """Let go of the files."""
-        for part in (self.store, self.streaming):
+        for part in (self.store, self.streaming, self.scanner):
             if part is not None:
                 part.close()
 
@@ -91,11 +95,18 @@ def below(
         taken += PIECES_BYTES
     if all(layer.warm == plan.n_ff for layer in plan.layers):
         return found
+    staging = sum(size for tier, purpose, size in plan.demands if (tier, purpose) == (Tier.RAM, Purpose.STAGING))
+    if plan.mode is FfnMode.EXACT and found.streaming is None and staging >= taken + PIECES_BYTES:
+        found.scanner = PieceStream()
+        found.scanner.reserve(memory)
+        taken += PIECES_BYTES
+    scanner = found.scanner
+    if found.streaming is not None and plan.mode is not FfnMode.DENSE:
+        scanner = found.streaming.pieces
     bundle = _bundle(source, found.notices, tell)
     warm = sum((layer.warm - layer.hot) * layer.record_bytes for layer in plan.layers)
-    staging = sum(size for tier, purpose, size in plan.demands if (tier, purpose) == (Tier.RAM, Purpose.STAGING))
     room = warm + max(staging - taken, 0)
-    found.store = DiskStore(memory, room, Way.of(curve), bundle=bundle)
+    found.store = DiskStore(memory, room, Way.of(curve), bundle=bundle, scanner=scanner)
     seats = tuple(LayerSeat(layer.home, layer.hot, layer.hot, layer.predictor) for layer in plan.layers)
     found.seats = Seating(plan.embedding, plan.head, seats)
     return found

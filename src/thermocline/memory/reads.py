@@ -1,0 +1,110 @@
+"""Where rows lie on disk, and how many of them come with one read."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from thermocline.errors import HardwareError, UsageError, printable
+from thermocline.files.weight import Weight
+from thermocline.hardware.machine import ReadCurve
+
+Longs = npt.NDArray[np.int64]
+
+LARGEST_READ = 256 << 10
+"""Bytes of one read: far on the flat end of every disk's curve."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a matrix's rows lie: `offset` of row 0 in the file `path`, and the bytes from a row to the next."""
+
+    path: Path
+    offset: int
+    stride: int
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How records are read. `gap` is the most bytes between two pieces that are read over rather than left out."""
+
+    gap: int
+    largest: int = LARGEST_READ
+
+    @classmethod
+    def of(cls, curve: ReadCurve | None) -> Way:
+        """What a disk's curve says: reading on costs less than beginning anew, up to so many bytes."""
+        if curve is None:
+            return cls(0)
+        start, fastest = curve.points[0], max(rate for _, rate in curve.points)
+        begin = max(0.0, start[0] / start[1] - start[0] / fastest)
+        return cls(min(int(begin * fastest), LARGEST_READ // 4))
+
+
+def merged(pieces: Longs, way: Way) -> tuple[Longs, Longs]:
+    """Requests and parts for `Reader.submit` that fetch pieces (n, 3) of offset, bytes and place.
+
+    Pieces with at most `way.gap` bytes between them share a request of at most `way.largest` bytes; a piece that is
+    larger is cut.
+    """
+    pieces = _cut(pieces, way.largest)
+    parts = np.ascontiguousarray(pieces[np.argsort(pieces[:, 0], kind="stable")])
+    begin, end = parts[:, 0], parts[:, 0] + parts[:, 1]
+    new = np.ones(len(parts), bool)
+    new[1:] = begin[1:] - end[:-1] > way.gap
+    first = np.flatnonzero(new)
+    last = np.append(first[1:], len(parts)) - 1
+    while (too_long := end[last] - begin[first] > way.largest).any():
+        # Cut every request that is too long where it first is, and look at the rest again.
+        for i in np.flatnonzero(too_long):
+            inside = slice(first[i], last[i] + 1)
+            new[first[i] + int(np.searchsorted(end[inside], begin[first[i]] + way.largest, side="right"))] = True
+        first = np.flatnonzero(new)
+        last = np.append(first[1:], len(parts)) - 1
+    requests = np.stack([begin[first], end[last] - begin[first], last - first + 1], axis=1)
+    return np.ascontiguousarray(requests), parts
+
+
+def _cut(pieces: Longs, largest: int) -> Longs:
+    """Pieces of at most `largest` bytes."""
+    if not len(pieces) or pieces[:, 1].max() <= largest:
+        return pieces
+    rows = [
+        (offset + at, min(largest, size - at), place + at)
+        for offset, size, place in pieces.tolist()
+        for at in range(0, size, largest)
+    ]
+    return np.array(rows, np.int64)
+
+
+def place_of(weight: Weight, maps: Path = Path("/proc/self/maps")) -> Place:
+    """Where the rows of a mapped weight lie in its file.
+
+    Raises:
+        UsageError: it is not mapped from a file.
+        HardwareError: the file was removed or replaced meanwhile.
+    """
+    address = weight.data.ctypes.data
+    for line in maps.read_text().splitlines():
+        bounds, _, offset, device, inode, *name = line.split(None, 5)
+        low, high = (int(part, 16) for part in bounds.split("-"))
+        if not low <= address < high or inode == "0":
+            continue
+        path = Path(name[0])
+        if not _is_still(path, device, int(inode)):
+            raise HardwareError(f"{printable(str(path))}: was removed or replaced while it was loaded; load it again")
+        return Place(path, int(offset, 16) + address - low, weight.data.shape[1])
+    raise UsageError(f"{printable(weight.name)} is not mapped from a file, so its neurons cannot stay on disk")
+
+
+def _is_still(path: Path, device: str, inode: int) -> bool:
+    try:
+        found = path.stat()
+    except OSError:
+        return False
+    major, minor = (int(part, 16) for part in device.split(":"))
+    return found.st_ino == inode and (os.major(found.st_dev), os.minor(found.st_dev)) == (major, minor)
