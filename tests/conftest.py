@@ -28,6 +28,21 @@ if "CUDA_VISIBLE_DEVICES" not in os.environ and not Path("/dev/nvidiactl").exist
     # Without a GPU its kernels run in Triton's interpreter, which must be chosen before they are defined.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+ON_DEVICE = {"test_gpu_kernels.py", "test_hybrid_gpu.py", "test_captured.py"}
+"""Files that are about the GPU's kernels: with a GPU they run on it."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where a GPU is, `-m gpu` takes all that can run on it; where none is, what needs one is skipped."""
+    real = os.environ.get("TRITON_INTERPRET") != "1"
+    for item in items:
+        if real and (item.path.name in ON_DEVICE or "gpu" in item.name.partition("[")[2].rstrip("]").split("-")):
+            item.add_marker(pytest.mark.gpu)
+        if not real and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
 LAYERS, WIDTH, NEURONS, HEADS, KV_HEADS, CONTEXT = 2, 64, 96, 4, 2, 128
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 PIECES = [CHARACTER_OF_BYTE[b] for b in range(256)] + ["he", *SPECIAL]

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from thermocline.errors import HardwareError, UsageError
-from thermocline.files.formats import F16, Q8_0
-from thermocline.files.quantize import quantize
+from thermocline.files.formats import F16, Q4_0, Q4_K, Q8_0, BlockFormat
+from thermocline.files.quantize import quantize, to_float
 from thermocline.files.weight import Weight
 from thermocline.ops.contract import Activation, ActiveSet, FfnKind, KVLayer, NeuronBlock
 from thermocline.ops.cuda import ahead
@@ -95,6 +95,28 @@ class TestBeyond32Bits:
         ops.attention(q, k, k, cache, 0, 1.0, 0, out)
         assert torch.equal(out, k)
         assert torch.equal(cache.keys[1, 0].float(), k[0, 1])
+
+
+@pytest.mark.parametrize("fmt", [F16, Q8_0, Q4_0, Q4_K], ids=lambda f: f.name)
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4])
+def test_few_tokens_read_every_row_once(ops: CudaOps, fmt: BlockFormat, tokens: int) -> None:
+    """Three matrices take one launch for one token; for a few more each is read once for all of them."""
+    rng, launches = np.random.default_rng(tokens), []
+    weights = [quantize(rng.standard_normal((rows, 256)).astype(np.float32), fmt) for rows in (9, 4, 5)]
+    placed = tuple(ops.place(Weight("w", fmt, (len(w), 256), w)) for w in weights)
+    x = rng.standard_normal((tokens, 256)).astype(np.float32)
+    biases = (rng.standard_normal(9).astype(np.float32), None, rng.standard_normal(5).astype(np.float32))
+    outs = tuple(ops.array((tokens, len(w))) for w in weights)
+    launch = ops.launcher
+    ops.launcher = lambda name, grid, **rest: (launches.append((name, grid)), launch(name, grid, **rest))
+    there = tuple(None if b is None else torch.from_numpy(b).to(ops.device) for b in biases)
+    ops.linear(torch.from_numpy(x).to(ops.device), placed, outs, there)
+    assert [name for name, _ in launches] == (["matvec_three"] if tokens == 1 else 3 * ["matvec_few"])
+    assert all(len(grid) == 1 for _, grid in launches)
+    for packed, bias, out in zip(weights, biases, outs, strict=True):
+        w = to_float(Weight("w", fmt, (len(packed), 256), packed)).astype(np.float64)
+        bound = 2.0**-24 * 260 * (np.abs(x) @ np.abs(w).T + (0 if bias is None else np.abs(bias)))
+        assert (np.abs(out.cpu().numpy() - x @ w.T - (0 if bias is None else bias)) <= 3 * bound).all()
 
 
 def test_rows_are_rearranged_where_they_lie(ops: CudaOps) -> None:

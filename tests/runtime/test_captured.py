@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -24,12 +26,18 @@ from thermocline.ops.cpu import CpuOps
 from thermocline.ops.cuda.beside import CudaDevice
 from thermocline.ops.cuda.crossing import choose
 from thermocline.ops.cuda.ops import CudaOps
+from thermocline.ops.cuda.streams import Streams
 from thermocline.ops.device import Host
 from thermocline.ops.handover import Fault
+from thermocline.placement.budget import parse_budget
 from thermocline.placement.seats import LayerSeat, Seating
 from thermocline.runtime.captured import CapturedStep
 
 VRAM, RAM = Tier.VRAM, Tier.RAM
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="a fake GPU needs interpreted kernels")
+WAY = CrossingKind.PLAIN if INTERPRETED else CrossingKind.MEMORY
+BUDGET = "10MiB" if INTERPRETED else "3GiB"
 PROMPT, STEPS = [5, 9, 2, 7], [4, 1, 8]
 
 
@@ -44,7 +52,12 @@ def machine_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def load(
     path: Any, hot: tuple[int, ...], entry: Tier = RAM, predictor: Predictor | None = None
 ) -> tuple[Transformer, KVCache]:
-    source = open_model(path)
+    return load_source(open_model(path), hot, entry, predictor)
+
+
+def load_source(
+    source: Any, hot: tuple[int, ...], entry: Tier = RAM, predictor: Predictor | None = None
+) -> tuple[Transformer, KVCache]:
     mode = Mode.AUTO if predictor is None else Mode.PREDICTED
     memory = Memory({VRAM: CudaDevice(CudaOps(tf32=False)), RAM: Host(CpuOps(1))}, {VRAM: 1 << 30})
     seats = Seating(entry, VRAM, tuple(LayerSeat(VRAM, depth, 96) for depth in hot))
@@ -70,7 +83,7 @@ def test_a_recorded_step_is_the_plain_step(tiny_model: Any, hot: tuple[int, ...]
     transformer, cache = load(tiny_model, hot, entry)
     expected = plainly(transformer, cache)
     step = CapturedStep(transformer, cache)
-    assert step.way is (None if hot == (96, 96) else CrossingKind.PLAIN)
+    assert step.way is (None if hot == (96, 96) else WAY)
     for token, wanted in zip(STEPS, expected, strict=True):
         logits, there, here = step.run(token, cache.length)
         np.testing.assert_allclose(logits, wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max())
@@ -115,9 +128,10 @@ def test_what_cannot_be_captured_is_refused(tiny_model: Any) -> None:
     transformer, cache = load_on_cpu(tiny_model)
     with pytest.raises(UsageError, match="on the GPU"):
         CapturedStep(transformer, cache)
-    gpu, cache = load(tiny_model, (32, 32))
-    with pytest.raises(UsageError, match="needs a CUDA device"):
-        CapturedStep(gpu, cache, way=CrossingKind.MEMORY)
+    if INTERPRETED:
+        gpu, cache = load(tiny_model, (32, 32))
+        with pytest.raises(UsageError, match="needs a CUDA device"):
+            CapturedStep(gpu, cache, way=CrossingKind.MEMORY)
 
 
 def load_on_cpu(path: Any) -> tuple[Transformer, KVCache]:
@@ -125,12 +139,120 @@ def load_on_cpu(path: Any) -> tuple[Transformer, KVCache]:
     return transformer, KVCache(transformer.spec, transformer.ops, 32)
 
 
+def drive(monkeypatch: pytest.MonkeyPatch, driver: Driver) -> None:
+    monkeypatch.setattr(
+        "thermocline.runtime.captured.choose", lambda w, worker, streams: choose(w, worker, streams, driver)
+    )
+
+
+class FakeStreams(Streams):
+    """Streams as a GPU's: events that take three looks, and graphs that do when launched what was called."""
+
+    def __init__(self, *, graphs: bool = True) -> None:
+        super().__init__(torch.device("cpu"))
+        self.real, self.graphs, self.capturing = True, graphs, False
+        self.launches = 0
+        self.interrupt = False
+
+    def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype)
+
+    @property
+    def handle(self) -> int:
+        return 7
+
+    def wait(self) -> None:
+        pass
+
+    def watched(self) -> Callable[[], bool]:
+        looks = iter((False, False))
+
+        def look() -> bool:
+            if self.interrupt:
+                self.interrupt = False
+                raise KeyboardInterrupt
+            return next(looks, True)
+
+        return look
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        yield
+
+    def captured(self, calls: Callable[[], None]) -> Callable[[], None]:
+        if not self.graphs:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        self.capturing = True
+        try:
+            calls()
+        finally:
+            self.capturing = False
+
+        def launch() -> None:
+            self.launches += 1
+            calls()
+
+        return launch
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("refuse", "graphs", "way"),
+    [
+        ((), True, CrossingKind.MEMORY),
+        (("captured wait",), True, CrossingKind.CALLS),
+        (("captured wait", "captured call"), True, CrossingKind.PLAIN),
+        ((), False, CrossingKind.PLAIN),
+    ],
+)
+def test_a_step_becomes_a_graph_where_a_way_to_cross_can_be_captured(
+    tiny_model: Any, monkeypatch: pytest.MonkeyPatch, refuse: tuple[str, ...], graphs: bool, way: CrossingKind
+) -> None:
+    transformer, cache = load(tiny_model, (32, 64))
+    expected = [CapturedStep(transformer, cache).run(4, len(PROMPT))[0].copy() for _ in range(2)]
+    transformer.exit.ops.streams = streams = FakeStreams(graphs=graphs)
+    drive(monkeypatch, driver := Driver(refuse, streams))
+    step = CapturedStep(transformer, cache)
+    assert (step.way, step.captured) == (way, way is not CrossingKind.PLAIN)
+    assert (step.notice is None) is (way is CrossingKind.MEMORY)
+    driver.calls.clear()
+    streams.launches = 0
+    for wanted in expected:
+        assert step.run(4, len(PROMPT))[0].tobytes() == wanted.tobytes()
+    assert streams.launches == 2 * step.captured
+    if way is CrossingKind.MEMORY:
+        assert [value for _, value in driver.calls] == 2 * [1, 1, 0, 2, 2, 0]
+    elif way is CrossingKind.PLAIN:
+        assert f"{CrossingKind.MEMORY}:" in str(step.notice)
+
+
+@interpreted
+def test_who_interrupts_a_step_is_heard_when_it_is_done(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    transformer, cache = load(tiny_model, (32, 64))
+    transformer.exit.ops.streams = streams = FakeStreams()
+    drive(monkeypatch, Driver((), streams))
+    step = CapturedStep(transformer, cache)
+    expected = step.run(4, len(PROMPT))[0].copy()
+    cache.truncate(len(PROMPT))
+    streams.interrupt = True
+    with pytest.raises(KeyboardInterrupt):
+        step.run(4, len(PROMPT))
+    assert cache.length == len(PROMPT)
+    assert step.run(4, len(PROMPT))[0].tobytes() == expected.tobytes()
+
+
 class Driver:
     """A driver whose stream does everything at once."""
 
-    def __init__(self, refuse: tuple[str, ...] = ()) -> None:
+    def __init__(self, refuse: tuple[str, ...] = (), streams: FakeStreams | None = None) -> None:
         self.refuse = refuse
         self.calls: list[tuple[str, int]] = []
+        self.streams = streams
+
+    @property
+    def captures(self) -> bool:
+        """Whether a call is put into a graph instead of done."""
+        return self.streams is not None and self.streams.capturing
 
     def _word(self, address: int) -> np.ndarray:
         import ctypes
@@ -139,20 +261,21 @@ class Driver:
 
     def _told(self, name: str, value: int) -> tuple[int]:
         self.calls.append((name, value))
-        return (801 if name in self.refuse else 0,)
+        named = f"captured {name}" if self.captures else name
+        return (801 if named in self.refuse else 0,)
 
     def cuMemHostGetDevicePointer(self, address: int, flags: int) -> tuple[int, int]:  # noqa: N802
         return 0, address
 
     def cuStreamWriteValue32(self, stream: int, address: int, value: int, flags: int) -> tuple[int]:  # noqa: N802
         told = self._told("write", value)
-        if told == (0,):
+        if told == (0,) and not self.captures:
             self._word(address)[0] = value
         return told
 
     def cuStreamWaitValue32(self, stream: int, address: int, value: int, flags: int) -> tuple[int]:  # noqa: N802
         assert flags == 1
-        while self._word(address)[0] != value:
+        while self._word(address)[0] != value and not self.captures:
             pass
         return self._told("wait", value)
 
@@ -160,11 +283,12 @@ class Driver:
         import ctypes
 
         told = self._told("call", 0)
-        if told == (0,):
+        if told == (0,) and not self.captures:
             ctypes.CFUNCTYPE(None, ctypes.c_void_p)(function)(argument)
         return told
 
 
+@interpreted
 def test_ways_to_cross_are_probed_in_order(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     transformer, cache = load(tiny_model, (32, 64))
     expected = CapturedStep(transformer, cache).run(4, len(PROMPT))[0].copy()
@@ -174,10 +298,7 @@ def test_ways_to_cross_are_probed_in_order(tiny_model: Any, monkeypatch: pytest.
         (("write", "call"), CrossingKind.PLAIN),
     ):
         driver = Driver(refuse)
-        monkeypatch.setattr("thermocline.ops.cuda.crossing._stream", lambda device: 0)
-        monkeypatch.setattr(
-            "thermocline.runtime.captured.choose", lambda w, worker, device, d=driver: choose(w, worker, device, d)
-        )
+        drive(monkeypatch, driver)
         step = CapturedStep(transformer, cache)
         assert step.way is way
         assert (step.notice is None) is (way is CrossingKind.MEMORY)
@@ -195,7 +316,7 @@ def test_a_model_runs_with_device_cuda_as_it_does_on_the_cpu(tiny_model: Any) ->
     """From the file to the logits: a plan under a budget, loading into it, and a captured step for every token."""
     rows = {}
     for device in ("cpu", "cuda"):
-        budget = "10M" if device == "cuda" else None
+        budget = BUDGET if device == "cuda" else None
         with LLM.load(tiny_model, ctx_size=32, threads=1, device=device, vram_budget=budget) as llm:
             assert not any("plain way" in notice for notice in llm.notices)
             engine = llm._loaded.engine
@@ -210,15 +331,42 @@ def test_a_model_runs_with_device_cuda_as_it_does_on_the_cpu(tiny_model: Any) ->
 def test_a_gpu_that_holds_more_than_its_budget_gets_a_smaller_plan(
     tiny_model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    held = iter([(10 << 20) + 4096, 0])
+    whole = int(parse_budget(BUDGET).amount)
+    held = iter([whole + 4096, 0])
     monkeypatch.setattr(CudaOps, "held_bytes", lambda ops: next(held))
-    with LLM.load(tiny_model, ctx_size=32, threads=1, device="cuda", vram_budget="10MiB") as llm:
-        assert llm._loaded.placing.memory.ledger.budgets[VRAM] == (10 << 20) - 4096
+    with LLM.load(tiny_model, ctx_size=32, threads=1, device="cuda", vram_budget=BUDGET) as llm:
+        assert llm._loaded.placing.memory.ledger.budgets[VRAM] == whole - 4096
         assert any("planned again" in notice for notice in llm.notices)
 
 
+def test_a_gpu_that_always_holds_more_is_refused(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CudaOps, "held_bytes", lambda ops: 1 << 50)
+    with pytest.raises(BudgetError, match="vram"):
+        LLM.load(tiny_model, ctx_size=32, threads=1, device="cuda", vram_budget=BUDGET)
+
+
+def test_scratch_of_the_longest_prompt_is_in_the_ledger(tiny_model: Any) -> None:
+    """A prompt and its answer take no more than loading has shown."""
+    with LLM.load(tiny_model, ctx_size=64, threads=1, device="cuda", vram_budget=BUDGET) as llm:
+        memory = llm._loaded.placing.memory
+        scratch = memory.devices[VRAM].ops.scratch
+        before, claimed = scratch.nbytes, memory.arenas[VRAM].claimed
+        assert 0 < before <= claimed
+        llm.generate(list(range(5, 60)), max_tokens=2)
+        assert (scratch.nbytes, memory.arenas[VRAM].claimed) == (before, claimed)
+        assert memory.is_true
+
+
+def test_learned_positions_where_the_embedding_is_on_the_cpu(make_opt: Callable[[], Any]) -> None:
+    rows = []
+    for entry in (VRAM, RAM):
+        transformer, cache = load_source(make_opt(), (32, 64), entry)
+        rows.append(CapturedStep(transformer, cache).run(4, len(PROMPT))[0].copy())
+    assert rows[0].tobytes() == rows[1].tobytes()
+
+
 def test_memory_that_runs_out_ends_one_request(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    with LLM.load(tiny_model, ctx_size=32, threads=1, device="cuda", vram_budget="10MiB") as llm:
+    with LLM.load(tiny_model, ctx_size=32, threads=1, device="cuda", vram_budget=BUDGET) as llm:
         with monkeypatch.context() as patch:
             patch.setattr(CudaOps, "rms_norm", full)
             with pytest.raises(BudgetError, match="ran out of it"):

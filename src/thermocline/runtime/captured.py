@@ -27,7 +27,7 @@ from thermocline.model.network import Layer, Transformer
 from thermocline.model.workspace import Views, Workspace
 from thermocline.ops.contract import ALL, ActiveSet, Arrays, FfnWork
 from thermocline.ops.cpu import CpuOps
-from thermocline.ops.cuda.crossing import Crossing, captured, choose, settle
+from thermocline.ops.cuda.crossing import Crossing, choose
 from thermocline.ops.cuda.feedforward import DeviceSet
 from thermocline.ops.cuda.ops import CudaOps
 from thermocline.ops.handover import PATIENCE, ColdWorker, Mailbox
@@ -130,10 +130,10 @@ class CapturedStep:
         self._embedded = tuple(np.zeros((1, transformer.spec.n_embd), np.float32) for _ in range(2))
         self._took = 0.0
         self._counts = self._pair((4,), torch.int64)
-        self._logits = self._pinned((1, transformer.spec.n_vocab), torch.float32)
+        self._logits = self.ops.streams.pinned((1, transformer.spec.n_vocab), torch.float32)
         self._replay: Callable[[], None] = self._record
         self.captured = False
-        if ops.device.type == "cuda" and (self._crossing is None or self._crossing.captured):
+        if ops.streams.real and (self._crossing is None or self._crossing.captured):
             self._capture()
 
     @property
@@ -160,7 +160,7 @@ class CapturedStep:
             try:
                 self._replay()
             finally:  # also who interrupts waits for what was begun
-                settle(self.ops.device, self._worker, SLEEPS * self._took)
+                self.ops.streams.settle(self._worker, SLEEPS * self._took)
         self._took = time.perf_counter() - began
         self.cache.length = position + 1
         cold = self._worker.take_work() if self._worker is not None else FfnWork(0, 0, 0, 0)
@@ -183,15 +183,13 @@ class CapturedStep:
     def _capture(self) -> None:
         """Run once to compile and to make the scratch memory, then once more into a graph, at the cache's end."""
         self._position[0][0] = self.cache.n_ctx - 1
-        side = torch.cuda.Stream(self.ops.device)  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream(self.ops.device))
-        with torch.cuda.stream(side), self._worker.step() if self._worker is not None else nullcontext():
+        streams = self.ops.streams
+        with streams.aside(), self._worker.step() if self._worker is not None else nullcontext():
             try:
                 self._record()
             finally:
-                settle(self.ops.device, self._worker)
-        torch.cuda.current_stream(self.ops.device).wait_stream(side)
-        self._replay, self.captured = captured(self._record).replay, True
+                streams.settle(self._worker)
+        self._replay, self.captured = streams.captured(self._record), True
 
     def _worker_of(
         self, transformer: Transformer, way: CrossingKind, patience: float
@@ -205,7 +203,7 @@ class CapturedStep:
         tensors: list[torch.Tensor] = []
 
         def made(shape: tuple[int, ...], dtype: str) -> Any:
-            tensors.append(self._pinned(shape, getattr(torch, dtype)))
+            tensors.append(self.ops.streams.pinned(shape, getattr(torch, dtype)))
             return tensors[-1].numpy()
 
         n_embd = transformer.spec.n_embd
@@ -217,7 +215,7 @@ class CapturedStep:
                 if part.device.tier is not Tier.VRAM:
                     assert isinstance(part, ResidentNeurons)
                     worker.add(part.block, skip_zeros=skip, listed=_threshold(transformer, layer) is not None)
-        crossing, self.notice = choose(way, worker, self.ops.device)
+        crossing, self.notice = choose(way, worker, self.ops.streams)
         _, x, partial, ids, count = tensors
         back = self._arrays.array((n_embd,))
         return worker, crossing, (x, partial, back, ids, count)
@@ -237,12 +235,9 @@ class CapturedStep:
             layers.append(replace(layer, ffn=ffn))  # type: ignore[arg-type]
         return replace(transformer, layers=tuple(layers))
 
-    def _pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        return torch.zeros(shape, dtype=dtype, pin_memory=self.ops.device.type == "cuda")
-
     def _pair(self, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """An array of the host and one of the device."""
-        return self._pinned(shape, dtype), self._arrays.array(shape, str(dtype).removeprefix("torch."))
+        return self.ops.streams.pinned(shape, dtype), self._arrays.array(shape, str(dtype).removeprefix("torch."))
 
 
 def _threshold(transformer: Transformer, layer: Layer) -> float | None:

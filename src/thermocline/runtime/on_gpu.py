@@ -57,14 +57,17 @@ class GpuSequence(TransformerSequence):
         return Step(row, FfnWork(*(a + b for a, b in zip(hot, cold, strict=True))), hot)
 
     def rehearse(self) -> None:
-        """Run what of the longest prompt is the GPU's, at the end of the context and on nothing.
+        """Run what is the GPU's of the longest prompt and of a token, at the end of the context and on nothing.
 
         Kernels are compiled then, and all scratch memory is as large as it will ever be.
+
+        Raises:
+            BudgetError: the GPU's memory has no room for them.
         """
-        tokens = self.ubatch
-        start = self._cache.n_ctx - tokens
         try:
-            self._transformer.rehearse(Tier.VRAM, tokens, start, self._cache, self._workspace)
+            for tokens in (self.ubatch, 1):
+                start = self._cache.n_ctx - tokens
+                self._transformer.rehearse(Tier.VRAM, tokens, start, self._cache, self._workspace)
         except torch.OutOfMemoryError as error:
             raise BudgetError(Tier.VRAM, 0, f"lower --vram-budget or --ubatch-size ({error})") from error
 

@@ -7,15 +7,13 @@ cuStreamWaitValue32), which costs no thread of the driver. `calls`: the stream c
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any, Final, Protocol
 
-import torch
-
 from thermocline.config import CrossingKind
 from thermocline.errors import HardwareError, UsageError
+from thermocline.ops.cuda.streams import Streams
 from thermocline.ops.handover import DONE, ColdWorker
 
 EQUAL: Final = 1
@@ -42,14 +40,13 @@ class Plain:
     way = CrossingKind.PLAIN
     captured = False
 
-    def __init__(self, worker: ColdWorker, device: torch.device) -> None:
+    def __init__(self, worker: ColdWorker, streams: Streams) -> None:
         self._worker = worker
-        self._device = device
+        self._streams = streams
 
     def post(self, number: int) -> None:
         """See the protocol."""
-        if self._device.type == "cuda":
-            torch.cuda.current_stream(self._device).synchronize()
+        self._streams.wait()
         self._worker.post(number)
 
     def wait(self, number: int) -> None:
@@ -125,33 +122,33 @@ class HostCalls:
 
 
 def choose(
-    way: CrossingKind, worker: ColdWorker, device: torch.device, driver: Any | None = None
+    way: CrossingKind, worker: ColdWorker, streams: Streams, driver: Any | None = None
 ) -> tuple[Crossing, str | None]:
     """The crossing asked for, or the first that works; and what there is to say about a fallback.
 
     Raises:
         UsageError: the one asked for does not exist here.
     """
-    if device.type != "cuda" and driver is None:
+    if not streams.real and driver is None:
         if way in (CrossingKind.MEMORY, CrossingKind.CALLS):
             raise UsageError(f"crossing by {way} needs a CUDA device; use --crossing auto")
-        return Plain(worker, device), None
+        return Plain(worker, streams), None
     reasons = []
     for kind in (StreamMemory, HostCalls):
         if way in (CrossingKind.AUTO, kind.way):
             try:
-                crossing = kind(worker, driver or _driver(), lambda: _stream(device))
-                probe(crossing, worker, device)
+                crossing = kind(worker, driver or _driver(), lambda: streams.handle)
+                probe(crossing, worker, streams)
             except (AttributeError, HardwareError, ImportError, RuntimeError, TypeError) as error:
                 if way is not CrossingKind.AUTO:
                     raise UsageError(f"crossing by {way} does not work here: {error}") from error
                 reasons.append(f"{kind.way}: {error}")
             else:
                 return crossing, _told(crossing, reasons)
-    return (plain := Plain(worker, device)), _told(plain, reasons)
+    return (plain := Plain(worker, streams)), _told(plain, reasons)
 
 
-def probe(crossing: Crossing, worker: ColdWorker, device: torch.device) -> None:
+def probe(crossing: Crossing, worker: ColdWorker, streams: Streams) -> None:
     """Cross once, and once more in a graph, as a driver may have stream memory operations but not capture them.
 
     Raises:
@@ -165,63 +162,12 @@ def probe(crossing: Crossing, worker: ColdWorker, device: torch.device) -> None:
 
     with worker.step():
         cross()
-        settle(device, worker)
-    if device.type == "cuda":
-        graph = captured(cross)
+        streams.settle(worker)
+    if streams.real:
+        replay = streams.captured(cross)
         with worker.step():
-            graph.replay()
-            settle(device, worker)
-
-
-def captured(calls: Callable[[], None]) -> Any:
-    """What `calls` puts into the current stream, as a graph; other threads may use the device meanwhile."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        calls()
-    return graph
-
-
-def settle(device: torch.device, worker: ColdWorker | None, ahead: float = 0.0) -> None:
-    """Return when the current stream has done all it was given, which takes about `ahead` seconds.
-
-    Who interrupts this is heard when the stream is done: one that is left waiting for the worker would wait for ever.
-
-    Raises:
-        HardwareError: the device itself does not come to an end.
-    """
-    if device.type != "cuda":
-        return
-    event = torch.cuda.current_stream(device).record_event()
-    interrupted: KeyboardInterrupt | None = None
-    while True:
-        try:
-            time.sleep(ahead)  # the CPU's cores have other work than to look
-            finish(event.query, worker)
-            break
-        except KeyboardInterrupt as error:
-            interrupted, ahead = error, 0.0
-    if interrupted is not None:
-        raise interrupted
-
-
-def finish(done: Callable[[], bool], worker: ColdWorker | None) -> None:
-    """Return when `done`, a look at the device. What nobody answers in time is answered with nothing, and told.
-
-    Raises:
-        HardwareError: the device itself does not come to an end.
-    """
-    patience = worker.patience if worker is not None else 60.0
-    began = time.monotonic()
-    while not done():
-        waited = time.monotonic() - began
-        if waited > 2 * patience + 5:
-            raise HardwareError(f"the GPU has not finished a step after {waited:.0f} s; restart the program")
-        if worker is not None and (waited > patience or not worker.alive):
-            worker.release(
-                "the CPU did not compute its neurons in time"
-                if worker.alive
-                else "the worker of the CPU's neurons died"
-            )
+            replay()
+            streams.settle(worker)
 
 
 def _told(crossing: Crossing, reasons: list[str]) -> str | None:
@@ -230,7 +176,3 @@ def _told(crossing: Crossing, reasons: list[str]) -> str | None:
 
 def _driver() -> Any:
     return import_module("cuda.bindings.driver")
-
-
-def _stream(device: torch.device) -> int:
-    return int(torch.cuda.current_stream(device).cuda_stream)

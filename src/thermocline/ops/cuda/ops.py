@@ -22,6 +22,7 @@ from thermocline.ops.cuda.launch import Launcher, launch
 from thermocline.ops.cuda.layout import DeviceMatrix, arranged
 from thermocline.ops.cuda.scratch import Scratch
 from thermocline.ops.cuda.sizes import DECODED
+from thermocline.ops.cuda.streams import Streams
 from thermocline.ops.cuda.tuning import FEWER_PROGRAMS, Tuning, power_of_two
 from thermocline.ops.factory import interpreted
 
@@ -62,6 +63,7 @@ class CudaOps:
         self.tuning = tuning or (FEWER_PROGRAMS if self.device.type == "cpu" else Tuning())
         self.launcher = launcher
         self.tf32 = tf32
+        self.streams = Streams(self.device)
         self.scratch = Scratch(self.device)
         self._pinned: Tensor | None = None
         self._free = 0

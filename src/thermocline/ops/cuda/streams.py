@@ -1,0 +1,109 @@
+"""What only a real device has: streams that run beside the caller, graphs of their calls, and memory they can reach."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from thermocline.errors import HardwareError
+from thermocline.ops.handover import ColdWorker
+
+PATIENCE = 60.0
+"""Seconds that a step without the CPU's help may take."""
+
+
+class Streams:
+    """The current stream of a device. Where kernels are interpreted everything is done when a call returns."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.real = device.type == "cuda"
+
+    def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Zeroed memory of the host that the device reads and writes by itself."""
+        return torch.zeros(shape, dtype=dtype, pin_memory=self.real)
+
+    @property
+    def handle(self) -> int:
+        """The current stream, as the driver calls it."""
+        return int(torch.cuda.current_stream(self._device).cuda_stream) if self.real else 0
+
+    def wait(self) -> None:
+        """Until the current stream has done all it was given."""
+        if self.real:
+            torch.cuda.current_stream(self._device).synchronize()
+
+    def watched(self) -> Callable[[], bool]:
+        """A look at whether the current stream has done all that it was given before this call."""
+        if not self.real:
+            return lambda: True
+        look: Callable[[], bool] = torch.cuda.current_stream(self._device).record_event().query
+        return look
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Within, calls go to a stream of their own, after what was called before and before what is called later."""
+        if not self.real:
+            yield
+            return
+        side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(side):
+            yield
+        torch.cuda.current_stream(self._device).wait_stream(side)
+
+    def captured(self, calls: Callable[[], None]) -> Callable[[], None]:
+        """`calls` as one graph, and how to launch it. Nothing is computed yet, and other threads may use the device.
+
+        Raises:
+            RuntimeError: a call cannot be captured.
+        """
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            calls()
+        replay: Callable[[], None] = graph.replay
+        return replay
+
+    def settle(self, worker: ColdWorker | None, ahead: float = 0.0) -> None:
+        """Return when the current stream has done all it was given, which takes about `ahead` seconds.
+
+        Who interrupts this is heard when the stream is done: one that waits for the worker would wait for ever.
+
+        Raises:
+            HardwareError: the device itself does not come to an end.
+        """
+        done = self.watched()
+        interrupted: KeyboardInterrupt | None = None
+        while True:
+            try:
+                if ahead > 0 and not done():
+                    time.sleep(ahead)  # the cores have other work than to look
+                finish(done, worker)
+                break
+            except KeyboardInterrupt as error:
+                interrupted, ahead = error, 0.0
+        if interrupted is not None:
+            raise interrupted
+
+
+def finish(done: Callable[[], bool], worker: ColdWorker | None) -> None:
+    """Return when `done`, a look at the device. What nobody answers in time is answered with nothing, and told.
+
+    Raises:
+        HardwareError: the device itself does not come to an end.
+    """
+    patience = worker.patience if worker is not None else PATIENCE
+    began = time.monotonic()
+    while not done():
+        waited = time.monotonic() - began
+        if waited > 2 * patience + 5:
+            raise HardwareError(f"the GPU has not finished a step after {waited:.0f} s; restart the program")
+        if worker is not None and (waited > patience or not worker.alive):
+            worker.release(
+                "the CPU did not compute its neurons in time"
+                if worker.alive
+                else "the worker of the CPU's neurons died"
+            )
