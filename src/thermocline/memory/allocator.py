@@ -86,7 +86,8 @@ class Room:
 class Slot:
     """A queued tensor. `matrix` is where the device computes with it, once it is flushed.
 
-    In a `room` its rows begin at `start`. `array` is what was made for it, None where it stays in the file's mapping.
+    In a `room` its rows begin at `start`. `array` is what was made for it, None where it stays in the file's mapping;
+    `host` its rows as bytes, if they are in RAM.
     """
 
     source: Weight | Source
@@ -97,6 +98,7 @@ class Slot:
     room: Room | None = None
     start: int = 0
     array: Array | None = field(default=None, repr=False)
+    host: Bytes | None = field(default=None, repr=False)
     _matrix: Matrix | None = field(default=None, repr=False)
 
     @property
@@ -219,6 +221,7 @@ class BufferedAllocator:
                 arena.claim(slot.nbytes, slot.purpose)
                 slot._matrix = ops.place(view)
                 done.host_bytes.append(view.data)
+                slot.host = view.data
                 done.mapped[slot.purpose] = done.mapped.get(slot.purpose, 0) + slot.nbytes
                 return
         if slot.room is None:
@@ -234,7 +237,8 @@ class BufferedAllocator:
             self._used(source)
         slot._matrix = ops.place(Weight(like.name, like.format, (slot.count, like.columns), out))
         if slot.tier is Tier.RAM:
-            done.host_bytes.append(ops.to_host(out))
+            slot.host = ops.to_host(out)
+            done.host_bytes.append(slot.host)
         done.copied[slot.purpose] = done.copied.get(slot.purpose, 0) + slot.nbytes
 
     def _streamed(self, slot: Slot) -> Matrix:

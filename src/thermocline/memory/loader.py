@@ -28,6 +28,7 @@ from thermocline.memory.movable import Movable, MovableLayer
 from thermocline.memory.neuron_store import NeuronStore, Records, ResidentNeurons, require_store
 from thermocline.memory.reblock import Reblocked, Transposer, not_finite, transpose
 from thermocline.memory.residence import Reading, lock, settle, touch
+from thermocline.memory.sent import Sender, SentNeurons, lanes_for
 from thermocline.model.families import family_of
 from thermocline.model.feed_forward import FeedForward, Neurons
 from thermocline.model.network import Layer, LayerPredictor, Norm, Transformer, resolve_mode
@@ -74,6 +75,7 @@ def load_transformer(
     order: Orders | None = None,
     store: NeuronStore | None = None,
     movable: Movable | None = None,
+    sent_from: Sequence[int] = (),
 ) -> tuple[Transformer, LoadReport]:
     """Read the spec, hold the tensors to it, and place them where `seats` says: without, all beside `ops`.
 
@@ -83,7 +85,8 @@ def load_transformer(
     their order, which `progress` is told about, and with `mlock` kept in memory. `order` (n_layer, n_ff) is each
     layer's neurons, hottest first: layers whose records are cut are cut in this order, the others stay as they are.
     `store` answers for neurons that `seats` leaves on disk. With `movable`, which is filled, neurons can change places
-    later on.
+    later on. `sent_from` are for each layer the tokens of a step from which its neurons in RAM are sent to VRAM to be
+    computed there, 0 for never; without, they never are.
 
     Raises:
         ModelFormatError: the source contradicts itself, or the predictor is of another network.
@@ -111,13 +114,14 @@ def load_transformer(
             f"{spec.name} has learned positions for {spec.n_ctx_train} tokens only; use a --ctx-size up to that"
         )
     seats = seats if seats is not None else all_in(Tier.RAM, spec.n_layer, spec.n_ff)
-    loading = _Loading(spec, memory, weights, seats, order, store, n_ctx, movable)
+    loading = _Loading(spec, memory, weights, seats, order, store, n_ctx, movable, sent_from)
     try:
         if predictor is not None:
             loading.queue_predictor(source, predictor)
         build = loading.queue_all(mode)
         loading.flushed = loading.allocator.flush(progress if budgeted else None)
         transformer = build()
+        loading.give_lanes()
         if store is not None:
             settle(source.path, loading.flushed.host_bytes)
         if mlock:
@@ -180,12 +184,15 @@ class _Loading:
     store: NeuronStore | None
     n_ctx: int
     movable: Movable | None = None
+    sent_from: Sequence[int] = ()
     reblocked: list[Reblocked] = field(default_factory=list)
     predictor_bytes: int = 0
     vector_bytes: int = 0
     flushed: Flushed = field(default_factory=Flushed)
     predictors: list[Later[LayerPredictor]] = field(default_factory=list)
     scored: list[tuple[Weight, Slot]] = field(default_factory=list)
+    sent: list[SentNeurons] = field(default_factory=list)
+    travelling: dict[tuple[int, int], Later[SentNeurons]] = field(default_factory=dict)
     ropes: dict[Tier, Array] = field(default_factory=dict)
     allocator: BufferedAllocator = field(init=False)
 
@@ -332,7 +339,54 @@ class _Loading:
             )
             bias = f"{blk}ffn_up.bias" if spec.ffn_bias else None
             parts.append(partial(self.resident, tier, rows, (start, stop), slots, records, bias))
-        return lambda: FeedForward.of(self.device(seat.home), [part() for part in parts], order)
+            if tier is Tier.RAM and Tier.VRAM in self.memory.devices:
+                travelling = partial(self.travelling_part, (start, stop), slots, records, bias, rows)
+                self.travelling[index, start] = travelling
+        return lambda: self.with_sent(index, FeedForward.of(self.device(seat.home), [part() for part in parts], order))
+
+    def with_sent(self, index: int, ffn: FeedForward) -> FeedForward:
+        """The layer, with what travels to VRAM in long prompts."""
+        sent = [self.travelling.get((index, part.start)) for part in ffn.parts]
+        tokens = self.sent_from[index] if self.sent_from else 0
+        if tokens and any(sent):
+            both = [part if other is None else other() for part, other in zip(ffn.parts, sent, strict=True)]
+            self.sent += [part for part in both if isinstance(part, SentNeurons)]
+            ffn.sent, ffn.sent_from = FeedForward.of(ffn.home, both, ffn.order), tokens
+        return ffn
+
+    def give_lanes(self) -> None:
+        """Make the buffers that all of them pass through.
+
+        Raises:
+            BudgetError: there is no room for them.
+        """
+        if self.sent:
+            device = self.device(Tier.VRAM)
+            lanes_for(device, self.memory.arenas[Tier.VRAM].for_purpose(Purpose.STAGING), self.sent)
+            if isinstance(device.ops, Sender):  # pinned
+                largest = max(neurons.largest for neurons in self.sent)
+                self.memory.arenas[Tier.RAM].claim(2 * largest, Purpose.STAGING)
+
+    def travelling_part(
+        self, cut: tuple[int, int], slots: tuple[Slot | None, Slot, Slot], records: bool, bias: str | None, rows: Rows
+    ) -> SentNeurons:
+        """A slice in RAM as one that VRAM's device computes."""
+
+        def weight(slot: Slot) -> Weight:
+            assert slot.host is not None
+            return Weight(slot.like.name, slot.like.format, (slot.count, slot.like.columns), slot.host)
+
+        gate, up, down = slots
+        return SentNeurons(
+            self.device(Tier.VRAM),
+            *cut,
+            gate=None if gate is None else weight(gate),
+            up=weight(up),
+            down=weight(down),
+            records=records,
+            kind=self.spec.ffn,
+            up_bias=None if bias is None else self.vector(bias, Tier.VRAM, Purpose.FFN, rows),
+        )
 
     def movable_parts(
         self, index: int, matrices: Sequence[Weight | Source], order: Orders, movable: Movable

@@ -124,6 +124,10 @@ class FeedForward:
     _sides: tuple[_Side, ...]
     _bounds: Ints
     _alone: Neurons | None
+    sent: FeedForward | None = None
+    """The same layer for long prompts, with parts that travel to the device."""
+    sent_from: int = 0
+    """Tokens of a step from which that is faster."""
 
     @classmethod
     def of(cls, home: Device, parts: Sequence[Neurons], order: Ints | None = None) -> FeedForward:
@@ -149,6 +153,9 @@ class FeedForward:
         `active` is of the whole order, and what it refers to is overwritten. With `hidden` each device's own array of
         activations is filled, slice after slice; `gather` puts them together.
         """
+        if self.sent is not None and len(views.x) >= self.sent_from and active.indices is None and not hidden:
+            self.sent.run(views, workspace, active, skip_zeros=skip_zeros, tally=tally, hidden=hidden)
+            return
         if self._alone is not None and not (hidden or tally.timed):  # nothing to cut, to carry or to measure
             self._alone.announce(active)
             tally.work.append((self._alone, self._alone.ffn(views.normed, active, views.x, skip_zeros=skip_zeros)))

@@ -297,10 +297,14 @@ class Transformer:
         """
         views = workspace.on(tier).views(tokens)
         positions, segments = np.arange(start, start + tokens, dtype=np.int32), (Segment(cache, start, tokens),)
+        sent = False
         for index, layer in enumerate(self.layers):
             if layer.device.tier is tier:
                 self._attend(index, layer, views, positions, segments)
-            for part in layer.ffn.parts:
+            ffn = layer.ffn
+            if ffn.sent is not None and tokens >= ffn.sent_from and not sent:
+                ffn, sent = ffn.sent, True  # all that travel take the same buffers
+            for part in ffn.parts:
                 if part.device.tier is tier:
                     part.ffn(views.normed, ALL, views.x, skip_zeros=self.mode is not Mode.DENSE)
         if self.exit.tier is tier:

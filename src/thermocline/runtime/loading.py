@@ -137,8 +137,10 @@ def load_model(
             order=None if placing.order is None else placing.order.order,
             store=placing.below.store,
             movable=movable,
+            sent_from=() if movable is not None else placing.sent_from,
         )
         _check_cache_types(transformer, settings)
+        notices = [*notices, *_sent_notices(transformer)]
         if tell is not None and placing.below.store is not None:
             tell("reading the hottest neurons")
         placing.below.warm_up(placing.order)
@@ -266,6 +268,13 @@ def _context(spec: ModelSpec, settings: LoadSettings, *, scored: int, observed: 
     if wanted > spec.n_ctx_train:
         return wanted, [f"a context of {wanted} tokens is longer than the {spec.n_ctx_train} the model was trained on"]
     return wanted, []
+
+
+def _sent_notices(transformer: Transformer) -> list[str]:
+    tokens = [layer.ffn.sent_from for layer in transformer.layers if layer.ffn.sent is not None]
+    if not tokens:
+        return []
+    return [f"prompts send the cold neurons of {len(tokens)} layers to the GPU, from {min(tokens)} tokens on"]
 
 
 def _load_notices(report: LoadReport) -> list[str]:

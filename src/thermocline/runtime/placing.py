@@ -19,6 +19,7 @@ from thermocline.placement.ledger import Demand, Purpose
 from thermocline.placement.plan import Plan, Status, check_plan, make_plan
 from thermocline.placement.plan_file import load_plan
 from thermocline.placement.problem import MOVING_BYTES, Problem
+from thermocline.placement.sending import sent_from
 from thermocline.runtime.below import Below, below, streams
 from thermocline.runtime.planning import AUTO, PlanSettings, find_order, problem_of, stand_in
 from thermocline.runtime.split import recall
@@ -60,6 +61,13 @@ class Placing:
             if isinstance(self.memory.devices.get(tier), EmulatedDevice):
                 where = Tier.RAM
             self.memory.arenas[where].claim(left, purpose)
+
+    @property
+    def sent_from(self) -> tuple[int, ...]:
+        """Tokens of a step from which each layer's neurons in RAM are sent to the GPU; 0 for never."""
+        if self.plan is None or self.problem is None or Tier.VRAM not in self.memory.devices:
+            return ()
+        return sent_from(self.problem, self.plan.layers)
 
     def unclaimed(self, tier: Tier) -> int:
         """Bytes that `claim_scratch` will claim of a tier."""

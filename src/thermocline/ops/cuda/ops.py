@@ -13,11 +13,12 @@ import torch
 
 from thermocline.files.weight import Weight
 from thermocline.hardware.gpu import find_gpus
-from thermocline.ops.contract import ActiveSet, Array, FfnWork, KVLayer, Matrix, NeuronBlock
+from thermocline.ops.contract import ActiveSet, Array, Arrays, FfnWork, KVLayer, Matrix, NeuronBlock
 from thermocline.ops.cuda import attention as attending
 from thermocline.ops.cuda import feedforward
 from thermocline.ops.cuda.device import open_device
 from thermocline.ops.cuda.feedforward import DeviceSet
+from thermocline.ops.cuda.lanes import PinnedLanes
 from thermocline.ops.cuda.launch import Launcher, launch
 from thermocline.ops.cuda.layout import DeviceMatrix, arranged
 from thermocline.ops.cuda.scratch import Scratch
@@ -142,6 +143,22 @@ class CudaOps:
             yield
         finally:
             self.counts = before
+
+    def lanes(self, arrays: Arrays, nbytes: int) -> PinnedLanes:
+        """Two buffers through which weights of the host are sent while others are computed with."""
+        return PinnedLanes(self.streams, arrays, nbytes)
+
+    @contextmanager
+    def summing(self) -> Iterator[list[FfnWork]]:
+        """Within, FFN calls wait for nothing and return zeros; afterwards the list ends with what they did."""
+        if self.counts is not None:
+            yield []
+            return
+        done: list[FfnWork] = []
+        counts = self.scratch.take("sums of work", (4,), torch.int64).zero_()
+        with self.counting(counts):
+            yield done
+        done.append(FfnWork(*counts.tolist()))
 
     def embed(self, table: Matrix, tokens: npt.NDArray[np.int32] | Tensor, out: Array) -> None:
         """See the contract."""

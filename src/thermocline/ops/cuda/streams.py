@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -54,6 +55,30 @@ class Streams:
         with torch.cuda.stream(side):
             yield
         torch.cuda.current_stream(self._device).wait_stream(side)
+
+    def another(self) -> Any:
+        """A stream beside the current one."""
+        return torch.cuda.Stream(self._device) if self.real else None  # type: ignore[no-untyped-call]
+
+    def mark(self) -> Any:
+        """An event that comes when the current stream has done what it was given so far."""
+        return torch.cuda.current_stream(self._device).record_event() if self.real else None
+
+    def copied(self, stream: Any, source: torch.Tensor, target: torch.Tensor, after: Any = None) -> Any:
+        """Copy pinned memory to the device in `stream`, after an event; what the current stream does next waits for it.
+
+        Returns an event that comes when `source` may be overwritten.
+        """
+        if not self.real:
+            target.copy_(source)
+            return None
+        if after is not None:
+            stream.wait_event(after)
+        with torch.cuda.stream(stream):
+            target.copy_(source, non_blocking=True)
+            done = stream.record_event()
+        torch.cuda.current_stream(self._device).wait_event(done)
+        return done
 
     def captured(self, calls: Callable[[], None]) -> Callable[[], None]:
         """`calls` as one graph, and how to launch it. Nothing is computed yet, and other threads may use the device.
