@@ -14,21 +14,24 @@ static inline void load_unit(const uint8_t* row, int64_t c, Vec (&w)[kUnit<F> / 
   }
 }
 
+// Where column c of a row begins, or its block.
+template <Format F>
+static inline int64_t bytes_of(int64_t c) {
+  return c / kFormatInfo[F].block * kFormatInfo[F].block_bytes;
+}
+
 template <Format F, int R>
 static inline void axpy_one(const RowTile<R>& tile, const float* const (&h)[R], int64_t c0, int64_t c1,
                             float* acc) {
   constexpr int kVecs = kUnit<F> / kLanes;
   Vec scale[R];
   for (int r = 0; r < R; ++r) scale[r] = splat(*h[r]);
-  int64_t c = c0;
-  for (; c + kUnit<F> <= c1; c += kUnit<F>) {
+  const auto add_unit = [&](int64_t c) __attribute__((always_inline)) {
     Vec sum[kVecs];
 #pragma GCC unroll 8
     for (int v = 0; v < kVecs; ++v) sum[v] = load(acc + c - c0 + v * kLanes);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const int64_t at = c / kFormatInfo[F].block * kFormatInfo[F].block_bytes;
-      if (at < kFetchBytes) __builtin_prefetch(tile.next[r] + at);
       Vec w[kVecs];
       load_unit<F>(tile.now[r], c, w);
 #pragma GCC unroll 8
@@ -36,7 +39,14 @@ static inline void axpy_one(const RowTile<R>& tile, const float* const (&h)[R], 
     }
 #pragma GCC unroll 8
     for (int v = 0; v < kVecs; ++v) store(acc + c - c0 + v * kLanes, sum[v]);
-  }
+  };
+  constexpr int kStep = 4 * kBlock, kStepBytes = kStep * kFormatInfo[F].block_bytes / kFormatInfo[F].block;
+  const int64_t steps = (c1 - c0) / kStep;
+  for_steps<true, kStepBytes>(tile, bytes_of<F>(c0), steps, [&](int64_t s) __attribute__((always_inline)) {
+    for (int u = 0; u < kStep; u += kUnit<F>) add_unit(c0 + s * kStep + u);
+  });
+  int64_t c = c0 + steps * kStep;
+  for (; c + kUnit<F> <= c1; c += kUnit<F>) add_unit(c);
   if constexpr (!is_integer(F)) {
     for (; c < c1; ++c) {
       for (int r = 0; r < R; ++r) acc[c - c0] = fma_one(*h[r], load_one<F>(tile.now[r], c), acc[c - c0]);

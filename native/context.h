@@ -22,6 +22,9 @@ struct Context {
 
   // The threads for an op that touches so many bytes.
   Pool& team(int64_t bytes);
+
+  // Streams for a team, in scratch memory.
+  Streams streams(const Pool& team) { return {arena.take<Streams::Stretch>(team.size()), team.size()}; }
 };
 
 // One op: keeps other callers of the context waiting, and gives the scratch memory back at its start.

@@ -24,22 +24,27 @@ static inline void float_tile(const RowTile<R>& tile, const float* x, int64_t x_
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) acc[t][r] = zero();
   }
-  int64_t c = 0;
-  for (; c + kLanes <= n; c += kLanes) {
+  const auto add_vector = [&](int64_t c) __attribute__((always_inline)) {
     Vec xs[T];
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t) xs[t] = load(x + t * x_stride + c);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      if constexpr (Fetch) {
-        const int64_t at = c * kFormatInfo[F].block_bytes;
-        if (at < kFetchBytes) __builtin_prefetch(tile.next[r] + at);
-      }
       const Vec w = load_row<F>(tile.now[r], c);
 #pragma GCC unroll 8
       for (int t = 0; t < T; ++t) acc[t][r] = fma(w, xs[t], acc[t][r]);
     }
-  }
+  };
+  // A cache line of halves.
+  constexpr int kVecs = 32 / kLanes;
+  for_steps<Fetch, 32 * kFormatInfo[F].block_bytes>(tile, 0, n / 32,
+                                                    [&](int64_t s) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+                                                      for (int v = 0; v < kVecs; ++v)
+                                                        add_vector(32 * s + v * kLanes);
+                                                    });
+  int64_t c = n / 32 * 32;
+  for (; c + kLanes <= n; c += kLanes) add_vector(c);
 #pragma GCC unroll 8
   for (int t = 0; t < T; ++t) {
     if constexpr (R == 4) {

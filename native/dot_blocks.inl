@@ -9,7 +9,8 @@ static inline void int_tile(const RowTile<R>& tile, const Tokens& tokens, int64_
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) acc[t][r] = zero();
   }
-  for (int64_t b = 0; b < n / kBlock; ++b) {
+  constexpr int kStepBytes = kFormatInfo[F].block_bytes * kBlock / kFormatInfo[F].block;
+  for_steps<Fetch, kStepBytes>(tile, 0, n / kBlock, [&](int64_t b) __attribute__((always_inline)) {
     IntTokens xs[T];
     float sums[T];
 #pragma GCC unroll 8
@@ -22,10 +23,6 @@ static inline void int_tile(const RowTile<R>& tile, const Tokens& tokens, int64_
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const Part<F> part = part_at<F>(tile.now[r], b);
-      if constexpr (Fetch) {
-        const int64_t at = b * (kFormatInfo[F].block_bytes * kBlock / kFormatInfo[F].block);
-        if (at < kFetchBytes) __builtin_prefetch(tile.next[r] + at);
-      }
       const IntWeights w = int_weights<F>(part);
 #pragma GCC unroll 8
       for (int t = 0; t < T; ++t) {
@@ -34,7 +31,7 @@ static inline void int_tile(const RowTile<R>& tile, const Tokens& tokens, int64_
         if (has_minima(F)) acc[t][r] = fma(w.least, splat(-sums[t] / kLanes), acc[t][r]);
       }
     }
-  }
+  });
 #pragma GCC unroll 8
   for (int t = 0; t < T; ++t) {
     if constexpr (R == 4) {

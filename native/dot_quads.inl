@@ -1,19 +1,8 @@
 // Integer dot products, four blocks of 32 of four rows at a time.
 
-template <Format F, int T, bool Fetch>
+template <Format F, int T>
 static inline void int_step(const RowTile<4>& tile, const Tokens& tokens, int64_t t0, int64_t b, int64_t last,
                             Vec (&acc)[T]) {
-  constexpr int kStepBytes = kFormatInfo[F].block_bytes * 4 * kBlock / kFormatInfo[F].block;
-  if constexpr (Fetch) {
-    const int64_t at = b / 4 * kStepBytes;
-    if (at < kFetchBytes) {
-#pragma GCC unroll 4
-      for (int r = 0; r < 4; ++r) {
-#pragma GCC unroll 4
-        for (int i = 0; i < kStepBytes; i += 64) __builtin_prefetch(tile.next[r] + at + i);
-      }
-    }
-  }
   Quad w[4];
 #pragma GCC unroll 4
   for (int r = 0; r < 4; ++r) w[r] = load_quad_of<F>(tile.now[r], b, last);
@@ -37,10 +26,12 @@ static inline void int_tile(const RowTile<R>& tile, const Tokens& tokens, int64_
   Vec acc[T];
   for (int t = 0; t < T; ++t) acc[t] = zero();
   const int64_t blocks = n / kBlock;
-  int64_t b = 0;
+  constexpr int kStepBytes = kFormatInfo[F].block_bytes * 4 * kBlock / kFormatInfo[F].block;
   // Where the last block is surely no nearer than the fourth, the compiler sees that none is clamped.
-  for (; b + 4 <= blocks; b += 4) int_step<F, T, Fetch>(four, tokens, t0, b, b + 3, acc);
-  if (b < blocks) int_step<F, T, Fetch>(four, tokens, t0, b, blocks - 1, acc);
+  for_steps<Fetch, kStepBytes>(four, 0, blocks / 4, [&](int64_t s) __attribute__((always_inline)) {
+    int_step<F, T>(four, tokens, t0, 4 * s, 4 * s + 3, acc);
+  });
+  if (blocks % 4) int_step<F, T>(four, tokens, t0, blocks / 4 * 4, blocks - 1, acc);
   for (int t = 0; t < T; ++t) {
     float sums[4];
     _mm_storeu_ps(sums, sum_blocks(acc[t]));

@@ -73,7 +73,7 @@ void DownRecords::add(int worker, float* out) {
 }
 
 void DownRecords::add_one(float* out) {
-  const AxpyJob job{down_.at(ids_), positions_, h_, h_stride_, nullptr, down_.cols};
+  const AxpyJob job{down_.at(ids_, start_[kGroups]), positions_, h_, h_stride_, nullptr, down_.cols};
   items_.drain([&](int64_t item, int64_t) {
     const int64_t group = item % kGroups;
     const int64_t c0 = std::min(item / kGroups * tile_columns_, down_.cols);
@@ -118,7 +118,7 @@ void DownRecords::add_tile(int worker, int64_t item, float* out) {
     std::fill(sums, sums + floats, 0.0f);
     for (int64_t k = start_[g]; k < start_[g + 1]; k += kTileRows) {
       const int64_t rows = std::min(kTileRows, start_[g + 1] - k);
-      kernels.dequantize[down_.format](down_.at(ids_), k, k + rows, c0, c1, weights, kTileColumns);
+      kernels.dequantize[down_.format](down_.at(ids_, k + rows), k, k + rows, c0, c1, weights, kTileColumns);
       for (int64_t t = t0; t < t1; ++t) {
         const ListJob job{weights, k, k + rows, fired_ + t * (most_ + 1), positions_, h_ + t * h_stride_};
         next[t - t0] = kernels.axpy_list(job, next[t - t0], sums + (t - t0) * kTileColumns);

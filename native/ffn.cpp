@@ -29,7 +29,10 @@ class Slice {
         compact_(skip && block.gate),
         skip_(skip),
         x_(context, x, tokens, block.up->cols, forms_of(context.kernels, block, tokens)),
-        kept_(n_active) {
+        kept_(n_active),
+        first_items_(context.streams(team)),
+        second_items_(context.streams(team)),
+        down_items_(context.streams(team)) {
     Arena& arena = context.arena;
     first_ = arena.take<float>(tokens * count_);
     h_ = block.gate ? arena.take<float>(tokens * count_) : first_;
@@ -62,17 +65,22 @@ class Slice {
     scratch_ = arena.take<float>(scratch_size_ * team.size());
     const int64_t grain = row_grain(count_, block.up->row_bytes, tokens, team.size());
     first_items_.reset(count_, grain);
+    second_items_.reset(count_, grain);
     token_items_.reset(tokens, 1);
   }
 
   void run(float* out, float* hidden) {
     team_.run([&](int worker) {
       float* scratch = scratch_ + worker * scratch_size_;
+      if (first_items_.begin(worker) < count_)
+        fetch(first_matrix().data + first_row(worker) * first_matrix().row_bytes);
       x_.prepare(context_, team_);
-      first_items_.drain([&](int64_t p0, int64_t p1) { open(p0, p1, scratch); });
-      if (compact_) {
-        team_.barrier([&] { keep_open(); });
-        kept_items_.drain([&](int64_t k0, int64_t k1) { finish_kept(k0, k1, scratch); });
+      first_items_.drain(worker, [&](int64_t p0, int64_t p1) { open(p0, p1, scratch); });
+      if (block_.gate) {
+        team_.barrier([&] {
+          if (compact_) keep_open();
+        });
+        second_items_.drain(worker, [&](int64_t k0, int64_t k1) { finish(k0, k1, scratch); });
       }
       if (block_.records) {
         team_.barrier(
@@ -81,7 +89,7 @@ class Slice {
         records_->add(worker, out);
       } else {
         team_.barrier();
-        add_standard(scratch, out, hidden);
+        add_standard(worker, scratch, out, hidden);
       }
     });
   }
@@ -108,14 +116,15 @@ class Slice {
     return compact_ && ids == kept_ids_ ? kept_rows_ : active_rows_;
   }
 
-  void project(const Matrix& matrix, const int32_t* ids, float* out, int64_t r0, int64_t r1, float* scratch) {
-    const DotJob job{matrix.at(rows(ids)), matrix.cols, x_.tokens(), out, count_, nullptr, false};
+  void project(const Matrix& matrix, const int32_t* ids, int64_t count, float* out, int64_t r0, int64_t r1,
+               float* scratch) {
+    const DotJob job{matrix.at(rows(ids), count), matrix.cols, x_.tokens(), out, count_, nullptr, false};
     dot_chunk(context_.kernels, matrix.format, job, r0, r1, tokens_, scratch);
   }
 
   // The up projection, with its bias where there is one.
-  void project_up(const int32_t* ids, float* out, int64_t r0, int64_t r1, float* scratch) {
-    project(*block_.up, ids, out, r0, r1, scratch);
+  void project_up(const int32_t* ids, int64_t count, float* out, int64_t r0, int64_t r1, float* scratch) {
+    project(*block_.up, ids, count, out, r0, r1, scratch);
     if (!block_.up_bias) return;
     for (int64_t t = 0; t < tokens_; ++t) {
       for (int64_t r = r0; r < r1; ++r) out[t * count_ + r] += block_.up_bias[ids ? ids[r] : r];
@@ -128,22 +137,24 @@ class Slice {
     }
   }
 
-  // Positions p0 .. p1: the activated gate (or up, if there is no gate); also h, unless closed neurons are to
-  // be skipped first.
+  const Matrix& first_matrix() const { return block_.gate ? *block_.gate : *block_.up; }
+  int64_t first_row(int worker) const {
+    const int32_t* at = rows(active_);
+    return at ? at[first_items_.begin(worker)] : first_items_.begin(worker);
+  }
+
+  // Positions p0 .. p1: the activated gate, or h if there is no gate.
   void open(int64_t p0, int64_t p1, float* scratch) {
     if (block_.gate) {
-      project(*block_.gate, active_, first_, p0, p1, scratch);
+      project(*block_.gate, active_, count_, first_, p0, p1, scratch);
     } else {
-      project_up(active_, first_, p0, p1, scratch);
+      project_up(active_, count_, first_, p0, p1, scratch);
     }
     activate(first_, p0, p1);
-    flag(first_, p0, p1, opened_);
-    if (compact_) return;
-    if (block_.gate) {
-      project_up(active_, h_, p0, p1, scratch);
-      gate(p0, p1);
-    }
-    fired_.fetch_add(flag(h_, p0, p1, wanted_), std::memory_order_relaxed);
+    const int64_t open = flag(first_, p0, p1, opened_);
+    if (block_.gate) return;
+    std::copy(opened_ + p0, opened_ + p1, wanted_ + p0);
+    fired_.fetch_add(open, std::memory_order_relaxed);
   }
 
   void keep_open() {
@@ -154,11 +165,12 @@ class Slice {
       if (kept_rows_) kept_rows_[kept_] = active_rows_[p];
       kept_ += opened_[p];
     }
-    kept_items_.reset(kept_, row_grain(kept_, block_.up->row_bytes, tokens_, team_.size()));
+    second_items_.reset(kept_, row_grain(kept_, block_.up->row_bytes, tokens_, team_.size()));
   }
 
-  void finish_kept(int64_t k0, int64_t k1, float* scratch) {
-    project_up(kept_ids_, h_, k0, k1, scratch);
+  // h of the kept neurons k0 .. k1.
+  void finish(int64_t k0, int64_t k1, float* scratch) {
+    project_up(ids(), kept_, h_, k0, k1, scratch);
     gate(k0, k1);
     fired_.fetch_add(flag(h_, k0, k1, wanted_), std::memory_order_relaxed);
   }
@@ -206,7 +218,7 @@ class Slice {
     for (int64_t k = 0; k < kept_; ++k) row[id[k]] = h[k];
   }
 
-  void add_standard(float* scratch, float* out, float* hidden) {
+  void add_standard(int worker, float* scratch, float* out, float* hidden) {
     token_items_.drain([&](int64_t t, int64_t) {
       if (full_ != h_) spread(t, full_);
       if (hidden) spread(t, hidden);
@@ -215,7 +227,7 @@ class Slice {
     full_batch_->prepare(context_, team_);
     const Matrix& down = *block_.down;
     const DotJob job{down.all(), down.cols, full_batch_->tokens(), out, down.rows, nullptr, true};
-    down_items_.drain([&](int64_t r0, int64_t r1) {
+    down_items_.drain(worker, [&](int64_t r0, int64_t r1) {
       dot_chunk(context_.kernels, down.format, job, r0, r1, tokens_, scratch);
     });
   }
@@ -237,7 +249,8 @@ class Slice {
   std::optional<Batch> full_batch_;
   float* scratch_;
   int64_t scratch_size_;
-  Items first_items_, kept_items_, token_items_, down_items_;
+  Streams first_items_, second_items_, down_items_;
+  Items token_items_;
   std::atomic<int64_t> fired_{0};
 };
 

@@ -10,11 +10,13 @@
 
 namespace thermocline {
 
-// Rows of a matrix: row i lies at base + (ids ? ids[i] : i) * row_bytes.
+// Rows of a matrix: row i lies at base + (ids ? ids[i] : i) * row_bytes. There are `count` of them, which a
+// kernel may fetch ahead of its own; 0 says no more than the kernel is given.
 struct Rows {
   const uint8_t* base;
   int64_t row_bytes;
   const int32_t* ids;
+  int64_t count = 0;
 };
 
 // Activations of a batch. Integer formats read the quantised form: per block of 32 a float scale `d` and 32

@@ -165,14 +165,22 @@ void linear(Context& context, const float* x, int64_t tokens, int64_t columns, c
   Pool& team = context.team(bytes);
   Batch batch(context, x, tokens, columns, forms);
   float* wide = context.arena.take<float>(scratch * team.size());
-  Items items;
-  items.reset(pieces, 1);
+  Streams streams = context.streams(team);
+  streams.reset(pieces, 1);
+  const auto part_of = [&](int64_t piece) {
+    return std::upper_bound(first, first + count, piece) - first - 1;
+  };
   team.run([&](int worker) {
+    const int64_t own = streams.begin(worker);
+    if (own < pieces) {
+      const int64_t p = part_of(own);
+      fetch(parts[p].matrix.data + (own - first[p]) * grain[p] * parts[p].matrix.row_bytes);
+    }
     batch.prepare(context, team);
-    items.drain([&](int64_t item, int64_t) {
-      const int64_t p = std::upper_bound(first, first + count + 1, item) - first - 1;
+    streams.drain(worker, [&](int64_t piece, int64_t) {
+      const int64_t p = part_of(piece);
       const LinearPart& part = parts[p];
-      const int64_t r0 = (item - first[p]) * grain[p], r1 = std::min(r0 + grain[p], part.matrix.rows);
+      const int64_t r0 = (piece - first[p]) * grain[p], r1 = std::min(r0 + grain[p], part.matrix.rows);
       const DotJob job{part.matrix.all(), columns, batch.tokens(), part.out, part.matrix.rows,
                        part.bias,         add};
       dot_chunk(kernels, part.matrix.format, job, r0, r1, tokens, wide + worker * scratch);

@@ -42,6 +42,12 @@ class Batch {
 // Rows that one worker takes at a time: enough bytes to stream, few enough that the workers end together.
 int64_t row_grain(int64_t rows, int64_t row_bytes, int64_t tokens, int workers);
 
+// Brings the first lines that a worker will read on their way, while it does something else.
+inline void fetch(const uint8_t* data) {
+  constexpr int kBytes = 4096;
+  for (int i = 0; i < kBytes; i += 64) __builtin_prefetch(data + i);
+}
+
 // Floats of scratch that dot_chunk needs for a matrix and a batch.
 int64_t dot_scratch(const Kernels& kernels, Format format, int64_t columns, int64_t tokens);
 

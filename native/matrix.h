@@ -12,8 +12,9 @@ struct Matrix {
   Format format;
   int64_t rows, cols, row_bytes;
 
-  Rows all() const { return {data, row_bytes, nullptr}; }
-  Rows at(const int32_t* ids) const { return {data, row_bytes, ids}; }
+  Rows all() const { return {data, row_bytes, nullptr, rows}; }
+  // Some rows, or all if `ids` is null.
+  Rows at(const int32_t* ids, int64_t count) const { return {data, row_bytes, ids, count}; }
 };
 
 // The format with that ggml number. Throws std::invalid_argument if there is none.

@@ -1,6 +1,7 @@
 // A persistent thread pool for many short parallel sections a second.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <thread>
@@ -124,6 +125,51 @@ class Items {
  private:
   int64_t count_ = 0, grain_ = 1;
   alignas(128) std::atomic<int64_t> next_{0};
+};
+
+// Hands out the items 0 .. count - 1 so that each worker goes through a stretch of its own, for memory is
+// read fastest in few long streams, and then helps the others with what is left of theirs.
+class Streams {
+ public:
+  struct alignas(128) Stretch {
+    std::atomic<int64_t> next;
+    int64_t begin, end;
+  };
+
+  // `stretches` has room for one of each worker.
+  Streams(Stretch* stretches, int workers) : stretches_(stretches), workers_(workers) {}
+
+  void reset(int64_t count, int64_t grain) {
+    grain_ = grain;
+    const int64_t pieces = (count + grain - 1) / grain;
+    for (int w = 0; w < workers_; ++w) {
+      Stretch& s = stretches_[w];
+      s.begin = std::min(pieces * w / workers_ * grain, count);
+      s.end = std::min(pieces * (w + 1) / workers_ * grain, count);
+      s.next.store(s.begin, std::memory_order_relaxed);
+    }
+  }
+
+  // Where a worker begins.
+  int64_t begin(int worker) const { return stretches_[worker].begin; }
+
+  // body(begin, end) for pieces until none is left.
+  template <class Body>
+  void drain(int worker, Body&& body) {
+    for (int i = 0; i < workers_; ++i) {
+      Stretch& s = stretches_[(worker + i) % workers_];
+      for (;;) {
+        const int64_t begin = s.next.fetch_add(grain_, std::memory_order_relaxed);
+        if (begin >= s.end) break;
+        body(begin, std::min(begin + grain_, s.end));
+      }
+    }
+  }
+
+ private:
+  Stretch* stretches_;
+  int workers_;
+  int64_t grain_ = 1;
 };
 
 }  // namespace thermocline

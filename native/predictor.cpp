@@ -16,24 +16,27 @@ void predict(Context& context, const float* x, int64_t tokens, const Matrix& fc1
   const int64_t room = std::max(dot_scratch(context.kernels, fc1.format, fc1.cols, tokens),  //
                                 dot_scratch(context.kernels, fc2.format, rank, tokens));
   float* scratch = context.arena.take<float>(room * team.size());
-  Items first, second;
+  Streams first = context.streams(team), second = context.streams(team);
   first.reset(rank, row_grain(rank, fc1.row_bytes, tokens, team.size()));
   second.reset(neurons, row_grain(neurons, fc2.row_bytes, tokens, team.size()));
   team.run([&](int worker) {
     float* own = scratch + worker * room;
+    fetch(fc1.data + first.begin(worker) * fc1.row_bytes);
     in.prepare(context, team);
     const DotJob down{fc1.all(), fc1.cols, in.tokens(), hidden, rank, nullptr, false};
-    first.drain([&](int64_t r0, int64_t r1) {
+    first.drain(worker, [&](int64_t r0, int64_t r1) {
       dot_chunk(context.kernels, fc1.format, down, r0, r1, tokens, own);
       for (int64_t t = 0; t < tokens; ++t) {
         context.kernels.activate(kRelu, 0.0f, hidden + t * rank + r0, r1 - r0);
       }
     });
+    fetch(fc2.data + second.begin(worker) * fc2.row_bytes);
     team.barrier();
     middle.prepare(context, team);
     const DotJob up{fc2.all(), rank, middle.tokens(), scores, neurons, nullptr, false};
-    second.drain(
-        [&](int64_t r0, int64_t r1) { dot_chunk(context.kernels, fc2.format, up, r0, r1, tokens, own); });
+    second.drain(worker, [&](int64_t r0, int64_t r1) {
+      dot_chunk(context.kernels, fc2.format, up, r0, r1, tokens, own);
+    });
   });
 }
 

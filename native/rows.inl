@@ -4,7 +4,7 @@ static inline const uint8_t* row_at(const Rows& rows, int64_t r) {
   return rows.base + (rows.ids ? rows.ids[r] : r) * rows.row_bytes;
 }
 
-// What a tile reads: R rows, and the rows of the tile after it, which are fetched ahead if FETCH.
+// What a tile reads: R rows, and the rows of the tile after it.
 template <int R>
 struct RowTile {
   const uint8_t* now[R];
@@ -13,14 +13,31 @@ struct RowTile {
 
 template <int R>
 static inline RowTile<R> row_tile(const Rows& rows, int64_t r, int64_t end) {
+  const int64_t limit = end > rows.count ? end : rows.count;
   RowTile<R> tile;
   for (int i = 0; i < R; ++i) {
     tile.now[i] = row_at(rows, r + i);
-    tile.next[i] = row_at(rows, r + R + i < end ? r + R + i : r + i);
+    tile.next[i] = row_at(rows, r + R + i < limit ? r + R + i : r + i);
   }
   return tile;
 }
 
-// Random rows are fetched ahead up to this many bytes each; past that the hardware follows a row by itself,
-// and more would push the current rows out of the first cache.
-constexpr int64_t kFetchBytes = 4096;
+// step(s) for all steps, which read kStepBytes of every row of a tile. If FETCH, the next tile is fetched
+// meanwhile, row after row: where the rows are neighbours, memory sees a single stream.
+template <bool Fetch, int kStepBytes, int R, class Step>
+static inline void for_steps(const RowTile<R>& tile, int64_t offset, int64_t steps, Step step) {
+  if constexpr (!Fetch) {
+    for (int64_t s = 0; s < steps; ++s) step(s);
+    return;
+  }
+  int64_t s = 0;
+  for (int r = 0; r < R; ++r) {
+    const uint8_t* ahead = tile.next[r] + offset;
+    for (const int64_t end = steps * (r + 1) / R; s < end; ++s) {
+#pragma GCC unroll 16
+      for (int i = 0; i < R * kStepBytes; i += 64) __builtin_prefetch(ahead + i);
+      ahead += R * kStepBytes;
+      step(s);
+    }
+  }
+}

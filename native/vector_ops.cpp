@@ -16,7 +16,7 @@ void share(Context& context, int64_t count, int64_t bytes, Body body) {
 
 void embed(Context& context, const Matrix& table, const int32_t* ids, int64_t tokens, float* out) {
   share(context, tokens, table.cols * 4, [&](int64_t begin, int64_t end) {
-    context.kernels.dequantize[table.format](table.at(ids), begin, end, 0, table.cols,
+    context.kernels.dequantize[table.format](table.at(ids, end), begin, end, 0, table.cols,
                                              out + begin * table.cols, table.cols);
   });
 }
