@@ -64,10 +64,14 @@ class Placing:
 
     @property
     def sent_from(self) -> tuple[int, ...]:
-        """Tokens of a step from which each layer's neurons in RAM are sent to the GPU; 0 for never."""
-        if self.plan is None or self.problem is None or Tier.VRAM not in self.memory.devices:
+        """Tokens of a step from which each layer's neurons in RAM are sent to the GPU; 0 for never.
+
+        They are not where the plan sets aside no buffers for them, as for a device that is emulated.
+        """
+        plan = self.plan
+        if plan is None or self.problem is None or (Tier.VRAM, Purpose.STAGING) not in {d[:2] for d in plan.demands}:
             return ()
-        return sent_from(self.problem, self.plan.layers)
+        return sent_from(self.problem, plan.layers)
 
     def unclaimed(self, tier: Tier) -> int:
         """Bytes that `claim_scratch` will claim of a tier."""
