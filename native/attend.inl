@@ -148,6 +148,13 @@ static void mix(const AxpyJob& job, int64_t k0, int64_t k1, int64_t t0, int64_t 
   mix_queries<F, (kMost > 1 ? kMost : 1)>(job, k0, k1, t0, t1, columns);
 }
 
+static void blend(float* total, float keep, const float* part, float take, int64_t n) {
+  const Vec a = splat(keep), b = splat(take);
+  int64_t c = 0;
+  for (; c + kLanes <= n; c += kLanes) store(total + c, fma(load(part + c), b, mul(load(total + c), a)));
+  for (; c < n; ++c) total[c] = fma_one(part[c], take, total[c] * keep);
+}
+
 static constexpr AttendKernels make_attend() {
   AttendKernels kernels{};
   kernels.score[kF32] = score<kF32>;
@@ -156,6 +163,7 @@ static constexpr AttendKernels make_attend() {
   kernels.mix[kF32] = mix<kF32>;
   kernels.mix[kF16] = mix<kF16>;
   kernels.mix[kQ8_0] = mix<kQ8_0>;
+  kernels.blend = blend;
   return kernels;
 }
 

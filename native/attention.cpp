@@ -1,6 +1,7 @@
 #include "attention.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -10,7 +11,7 @@
 namespace thermocline {
 namespace {
 
-constexpr int64_t kChunk = 256;       // keys of a chunk
+constexpr int64_t kChunk = 512;       // keys of a chunk
 constexpr int64_t kStep = 16;         // keys that softmax_part takes at once
 constexpr int64_t kQueries = 64;      // queries of a block: tokens times the heads that share a kv head
 constexpr int64_t kWidenQueries = 8;  // from here on half keys and values are widened once for all queries
@@ -19,6 +20,7 @@ constexpr int64_t kWidenQueries = 8;  // from here on half keys and values are w
 constexpr int64_t kSplitTokens = 4;
 constexpr int64_t kAhead = 8192;  // bytes of keys or values that are fetched before they are used
 constexpr int64_t kLine = 64;     // bytes of a cache line
+constexpr int64_t kNoItem = -1;
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 
 // The softmax sums of some queries over some keys.
@@ -53,7 +55,7 @@ class Stream {
       bytes -= end - at_;
       if constexpr (Fetch) {
         for (const uint8_t* line = piece.data + at_; line < piece.data + end; line += kLine)
-          __builtin_prefetch(line);
+          __builtin_prefetch(line, 0, 0);  // it is read once: no cache need keep it
       }
       at_ = end;
       if (at_ < piece.bytes) return;
@@ -83,15 +85,17 @@ class Attention {
                            (job.keys.row_bytes + job.values.row_bytes) * job.tokens)) {
     const int64_t queries = block_tokens_ * group_;
     sums_size_ = queries * (dim_ + 2);
-    // Query block, scores, widened chunk, the queries in 8 bits, sums of the chunk, sums so far.
     bytes_size_ = job.keys.format == kQ8_0 ? queries * (q_stride_ / 4 + 2 * q_stride_ / kBlock) : 0;
-    scratch_size_ = queries * dim_ + queries * kChunk + kChunk * dim_ + bytes_size_ + 2 * sums_size_;
+    queries_size_ = aligned(queries * dim_ + bytes_size_);
+    // Queries, scores, widened chunk, sums of the chunk, sums so far.
+    scratch_size_ = queries_size_ + aligned(queries * kChunk + kChunk * dim_ + 2 * sums_size_);
     scratch_ = context.arena.take<float>(scratch_size_ * team_.size());
     const int64_t blocks = (job.tokens + block_tokens_ - 1) / block_tokens_;
     if (split_) {
       parts_ = context.arena.take<float>(job.kv_heads * chunks_ * sums_size_);
-      items_.reset(job.kv_heads * chunks_, 1);
-      merge_items_.reset(job.kv_heads, 1);
+      prepared_ = context.arena.take<float>(job.kv_heads * queries_size_);
+      prepare_items_.reset(job.kv_heads, 1);
+      merge_items_.reset(job.kv_heads * queries, 1);
     } else {
       items_.reset(job.kv_heads * blocks, 1);
     }
@@ -101,19 +105,24 @@ class Attention {
   void run() {
     team_.run([&](int worker) {
       write_items_.drain([&](int64_t begin, int64_t end) { write(begin, end); });
+      prepare_items_.drain(
+          [&](int64_t head, int64_t) { prepare(head, 0, job_.tokens, prepared_ + head * queries_size_); });
       team_.barrier();
       float* scratch = scratch_ + worker * scratch_size_;
       if (!split_) {
         items_.drain([&](int64_t item, int64_t) { attend_block(item, scratch); });
         return;
       }
-      items_.drain([&](int64_t item, int64_t) { attend_chunk(item, scratch); });
+      attend_chunks(scratch);
       team_.barrier();
-      merge_items_.drain([&](int64_t head, int64_t) { merge_chunks(head, scratch); });
+      merge_items_.drain([&](int64_t item, int64_t) { merge_chunks(item, scratch); });
     });
   }
 
  private:
+  // Floats in whole vectors of any level.
+  static int64_t aligned(int64_t floats) { return (floats + 15) / 16 * 16; }
+
   // The first position that token t sees.
   int64_t visible_from(int64_t t) const {
     return job_.window > 0 ? std::max<int64_t>(0, job_.start + t - job_.window + 1) : 0;
@@ -149,31 +158,47 @@ class Attention {
     std::fill(sums.weight, sums.weight + queries, 0.0f);
   }
 
-  // Queries of tokens t0 .. t1 and one kv head, one after another.
-  void gather(int64_t head, int64_t t0, int64_t t1, float* queries) const {
+  // Puts the queries of tokens t0 .. t1 and one kv head into `memory`, one after another, and in 8 bits too
+  // if the keys are.
+  void prepare(int64_t head, int64_t t0, int64_t t1, float* memory) const {
     for (int64_t t = t0; t < t1; ++t) {
       const float* from = job_.q + (t * job_.heads + head * group_) * dim_;
-      std::copy(from, from + group_ * dim_, queries + (t - t0) * group_ * dim_);
+      std::copy(from, from + group_ * dim_, memory + (t - t0) * group_ * dim_);
     }
+    if (job_.keys.format != kQ8_0) return;
+    const Queries to = queries_at(memory);
+    std::memset(to.q, 0, static_cast<size_t>(bytes_size_) * sizeof(float));
+    const int64_t blocks = q_stride_ / kBlock;
+    for (int64_t i = 0; i < (t1 - t0) * group_; ++i)
+      context_.kernels.quantize(to.x + i * dim_, dim_, to.q + i * q_stride_, to.d + i * blocks,
+                                to.sums + 2 * i * blocks);
   }
 
-  // The queries, in 8 bits too if the keys are.
-  Tokens tokens_of(const float* q, int64_t queries, float* memory) const {
+  struct Queries {
+    float* x;
+    int8_t* q;
+    float* d;
+    int16_t* sums;
+  };
+
+  Queries queries_at(float* memory) const {
+    const int64_t room = block_tokens_ * group_;
+    float* bytes = memory + room * dim_;
+    float* d = bytes + room * q_stride_ / 4;
+    return {memory, reinterpret_cast<int8_t*>(bytes), d,
+            reinterpret_cast<int16_t*>(d + room * q_stride_ / kBlock)};
+  }
+
+  // What prepare() put there.
+  Tokens tokens_at(float* memory) const {
     Tokens tokens{};
-    tokens.x = q;
+    const Queries from = queries_at(memory);
+    tokens.x = from.x;
     tokens.x_stride = dim_;
     if (job_.keys.format != kQ8_0) return tokens;
-    const int64_t blocks = q_stride_ / kBlock, room = block_tokens_ * group_;
-    auto* bytes = reinterpret_cast<int8_t*>(memory);
-    float* d = memory + room * q_stride_ / 4;
-    auto* sums = reinterpret_cast<int16_t*>(d + room * blocks);
-    std::memset(memory, 0, static_cast<size_t>(bytes_size_) * sizeof(float));
-    for (int64_t i = 0; i < queries; ++i)
-      context_.kernels.quantize(q + i * dim_, dim_, bytes + i * q_stride_, d + i * blocks,
-                                sums + 2 * i * blocks);
-    tokens.q = bytes;
-    tokens.d = d;
-    tokens.sums = sums;
+    tokens.q = from.q;
+    tokens.d = from.d;
+    tokens.sums = from.sums;
     tokens.q_stride = q_stride_;
     return tokens;
   }
@@ -189,20 +214,31 @@ class Attention {
     return {reinterpret_cast<const uint8_t*>(wide), dim_ * 4, nullptr};
   }
 
+  // Chunks of heads, first come, first served. As long as there are many, a worker takes one more than it
+  // works on, so that it knows what it will read next.
+  void attend_chunks(float* scratch) {
+    const int64_t count = job_.kv_heads * chunks_, many = 4 * team_.size();
+    for (int64_t item = next_.fetch_add(1, std::memory_order_relaxed); item < count;) {
+      const bool early = count - item > many;
+      const int64_t next = early ? next_.fetch_add(1, std::memory_order_relaxed) : item + team_.size();
+      attend_chunk(item, next < count ? next : kNoItem, scratch);
+      item = early ? next : next_.fetch_add(1, std::memory_order_relaxed);
+    }
+  }
+
   // The keys or the values of an item of the decode path.
   Stream::Piece piece(const Cache& cache, int64_t item) const {
-    if (item >= job_.kv_heads * chunks_) return {nullptr, 0};
+    if (item == kNoItem) return {nullptr, 0};
     const int64_t from = std::max((first_chunk_ + item % chunks_) * kChunk, visible_from(0));
     const int64_t to = std::min((first_chunk_ + item % chunks_ + 1) * kChunk, job_.start + job_.tokens);
     return {cache.row(item / chunks_, from), (to - from) * cache.row_bytes};
   }
 
-  // The sums of tokens t0 .. t1 over the keys that they see in one chunk.
-  void attend(int64_t head, int64_t t0, int64_t t1, int64_t chunk, float* scratch, const Sums& sums,
-              Stream* stream = nullptr) {
+  // The sums of tokens t0 .. t1, whose queries are `tokens`, over the keys that they see in one chunk.
+  void attend(int64_t head, int64_t t0, int64_t t1, int64_t chunk, const Tokens& tokens, float* scratch,
+              const Sums& sums, Stream* stream = nullptr) {
     const int64_t queries = (t1 - t0) * group_;
-    float* q = scratch;
-    float* scores = q + block_tokens_ * group_ * dim_;
+    float* scores = scratch + queries_size_;
     float* wide = scores + block_tokens_ * group_ * kChunk;
     const int64_t origin = chunk * kChunk;
     const int64_t from = std::max(origin, visible_from(t0));
@@ -218,7 +254,6 @@ class Attention {
     const Rows keys = format == kQ8_0 || stream
                           ? Rows{job_.keys.row(head, from), job_.keys.row_bytes, nullptr}
                           : rows(job_.keys, head, from, to, queries, wide, &format);
-    const Tokens tokens = tokens_of(q, queries, wide + kChunk * dim_);
     const DotJob dots{keys, dim_, tokens, scores + (from - base), kChunk, nullptr, false};
     if (stream) {
       const auto few = context_.kernels.attend.score[format];
@@ -254,43 +289,38 @@ class Attention {
     context_.kernels.axpy[format](add, 0, to - from, 0, queries, 0, dim_);
   }
 
-  // total += part, both brought to the larger of the two maxima.
-  void merge(const Sums& total, const Sums& part, int64_t queries) const {
-    for (int64_t i = 0; i < queries; ++i) {
-      if (part.weight[i] == 0.0f) continue;
-      const float most = std::max(total.most[i], part.most[i]);
-      const float keep = std::exp(total.most[i] - most), take = std::exp(part.most[i] - most);
-      for (int64_t c = i * dim_; c < (i + 1) * dim_; ++c)
-        total.acc[c] = total.acc[c] * keep + part.acc[c] * take;
-      total.weight[i] = total.weight[i] * keep + part.weight[i] * take;
-      total.most[i] = most;
-    }
+  // Query `to` of total += query i of part, both brought to the larger of the two maxima.
+  void merge(const Sums& total, int64_t to, const Sums& part, int64_t i) const {
+    if (part.weight[i] == 0.0f) return;
+    const float most = std::max(total.most[to], part.most[i]);
+    const float keep = std::exp(total.most[to] - most), take = std::exp(part.most[i] - most);
+    context_.kernels.attend.blend(total.acc + to * dim_, keep, part.acc + i * dim_, take, dim_);
+    total.weight[to] = total.weight[to] * keep + part.weight[i] * take;
+    total.most[to] = most;
   }
 
-  void finish(int64_t head, int64_t t0, int64_t t1, const Sums& total) const {
-    for (int64_t i = 0; i < (t1 - t0) * group_; ++i) {
-      float* out = job_.out + ((t0 + i / group_) * job_.heads + head * group_ + i % group_) * dim_;
-      const float share = 1.0f / total.weight[i];
-      for (int64_t c = 0; c < dim_; ++c) out[c] = total.acc[i * dim_ + c] * share;
-    }
+  // Writes the result of query i of a block of tokens from t0 on, whose sums are those of query `from` of
+  // total.
+  void finish(int64_t head, int64_t t0, int64_t i, const Sums& total, int64_t from) const {
+    float* out = job_.out + ((t0 + i / group_) * job_.heads + head * group_ + i % group_) * dim_;
+    const float share = 1.0f / total.weight[from];
+    for (int64_t c = 0; c < dim_; ++c) out[c] = total.acc[from * dim_ + c] * share;
   }
 
-  void attend_chunk(int64_t item, float* scratch) {
+  void attend_chunk(int64_t item, int64_t next, float* scratch) {
     const int64_t head = item / chunks_, chunk = first_chunk_ + item % chunks_;
-    gather(head, 0, job_.tokens, scratch);
-    Stream stream(piece(job_.keys, item), piece(job_.values, item), piece(job_.keys, item + team_.size()));
-    attend(head, 0, job_.tokens, chunk, scratch, sums_at(parts_ + item * sums_size_),
-           dim_ % kAttendColumns == 0 ? &stream : nullptr);
+    Stream stream(piece(job_.keys, item), piece(job_.values, item), piece(job_.keys, next));
+    attend(head, 0, job_.tokens, chunk, tokens_at(prepared_ + head * queries_size_), scratch,
+           sums_at(parts_ + item * sums_size_), dim_ % kAttendColumns == 0 ? &stream : nullptr);
   }
 
-  void merge_chunks(int64_t head, float* scratch) {
-    const int64_t queries = job_.tokens * group_;
+  void merge_chunks(int64_t item, float* scratch) {
+    const int64_t queries = job_.tokens * group_, head = item / queries, i = item % queries;
     const Sums total = sums_at(scratch);
-    clear(total, queries);
-    for (int64_t c = 0; c < chunks_; ++c) {
-      merge(total, sums_at(parts_ + (head * chunks_ + c) * sums_size_), queries);
-    }
-    finish(head, 0, job_.tokens, total);
+    clear(total, 1);
+    for (int64_t c = 0; c < chunks_; ++c)
+      merge(total, 0, sums_at(parts_ + (head * chunks_ + c) * sums_size_), i);
+    finish(head, 0, i, total, 0);
   }
 
   void attend_block(int64_t item, float* scratch) {
@@ -301,13 +331,14 @@ class Attention {
     const int64_t queries = (t1 - t0) * group_;
     float* memory = scratch + scratch_size_ - 2 * sums_size_;
     const Sums part = sums_at(memory), total = sums_at(memory + sums_size_);
-    gather(head, t0, t1, scratch);
+    prepare(head, t0, t1, scratch);
+    const Tokens tokens = tokens_at(scratch);
     clear(total, queries);
     for (int64_t c = visible_from(t0) / kChunk; c <= (job_.start + t1 - 1) / kChunk; ++c) {
-      attend(head, t0, t1, c, scratch, part);
-      merge(total, part, queries);
+      attend(head, t0, t1, c, tokens, scratch, part);
+      for (int64_t i = 0; i < queries; ++i) merge(total, i, part, i);
     }
-    finish(head, t0, t1, total);
+    for (int64_t i = 0; i < queries; ++i) finish(head, t0, i, total, i);
   }
 
   Context& context_;
@@ -316,10 +347,12 @@ class Attention {
   const bool split_;
   const int64_t block_tokens_, first_chunk_, chunks_;
   Pool& team_;
-  int64_t sums_size_, bytes_size_, scratch_size_;
+  int64_t sums_size_, bytes_size_, queries_size_, scratch_size_;
   float* scratch_;
   float* parts_ = nullptr;
-  Items items_, merge_items_, write_items_;
+  float* prepared_ = nullptr;
+  Items items_, merge_items_, write_items_, prepare_items_;
+  alignas(128) std::atomic<int64_t> next_{0};
 };
 
 }  // namespace

@@ -93,6 +93,8 @@ struct AttendKernels {
   void (*score[kFormats])(const DotJob& job, int64_t r0, int64_t r1, int64_t t0, int64_t t1);
   // What axpy gives, to the bit, where rows follow each other and are taken in order.
   void (*mix[kFormats])(const AxpyJob& job, int64_t k0, int64_t k1, int64_t t0, int64_t t1, int64_t columns);
+  // total[c] = total[c] * keep + part[c] * take
+  void (*blend)(float* total, float keep, const float* part, float take, int64_t n);
 };
 
 constexpr int64_t kAttendColumns = 16;
