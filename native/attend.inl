@@ -17,7 +17,8 @@ static inline Vec load_numbers(const uint8_t* row, int64_t c) {
 // The products of T queries and the R rows at `first`, query by query: T * R is kLanes. Of the rows, `count`
 // are there; the others are the last again.
 template <Format F, int T>
-static inline Vec score_tile(const DotJob& job, const uint8_t* first, int64_t count, const float* x) {
+static inline Vec score_tile(const DotJob& job, const uint8_t* first, int64_t count, const float* x,
+                             const Ahead& ahead, int64_t row) {
   constexpr int R = kLanes / T, kRows = R < 8 ? R : 8;
   const int64_t row_bytes = job.rows.row_bytes, x_stride = job.tokens.x_stride;
   Vec sums[kLanes];
@@ -32,7 +33,12 @@ static inline Vec score_tile(const DotJob& job, const uint8_t* first, int64_t co
 #pragma GCC unroll 8
       for (int j = 0; j < kRows; ++j) acc[i][j] = zero();
     }
-    for (int64_t c = 0; c < job.columns; c += kLanes) {
+    // As much with every column as rows like these would take.
+    constexpr int64_t kPiece = kRows * kLanes * kFormatInfo[F].block_bytes;
+    const int64_t end = (row + part + kRows) * ahead.row_bytes;
+    int64_t at = (row + part) * ahead.row_bytes;
+    for (int64_t c = 0; c < job.columns; c += kLanes, at += kPiece) {
+      fetch(ahead, at, at + kPiece < end ? at + kPiece : end);
 #pragma GCC unroll 8
       for (int j = 0; j < kRows; ++j) {
         const Vec w = load_numbers<F>(rows[j], c);
@@ -40,6 +46,7 @@ static inline Vec score_tile(const DotJob& job, const uint8_t* first, int64_t co
         for (int i = 0; i < T; ++i) acc[i][j] = fma(w, load(x + i * x_stride + c), acc[i][j]);
       }
     }
+    fetch(ahead, at, end);
 #pragma GCC unroll 8
     for (int i = 0; i < T; ++i) {
 #pragma GCC unroll 8
@@ -50,7 +57,7 @@ static inline Vec score_tile(const DotJob& job, const uint8_t* first, int64_t co
 }
 
 template <Format F, int T>
-static void score_queries(const DotJob& job, int64_t r0, int64_t r1, int64_t t, int64_t t1) {
+static void score_queries(const DotJob& job, int64_t r0, int64_t r1, int64_t t, int64_t t1, Ahead ahead) {
   constexpr int R = kLanes / T;
   for (; t + T <= t1; t += T) {
     const float* x = job.tokens.x + t * job.tokens.x_stride;
@@ -58,25 +65,26 @@ static void score_queries(const DotJob& job, int64_t r0, int64_t r1, int64_t t, 
     for (int64_t r = r0; r < r1; r += R, row += R * job.rows.row_bytes) {
       float sums[kLanes];
       if (r1 - r >= R) {
-        store(sums, score_tile<F, T>(job, row, R, x));
+        store(sums, score_tile<F, T>(job, row, R, x, ahead, r - r0));
         for (int i = 0; i < T; ++i)
           memcpy(job.out + (t + i) * job.out_stride + r, sums + i * R, R * sizeof(float));
       } else {
-        store(sums, score_tile<F, T>(job, row, r1 - r, x));
+        store(sums, score_tile<F, T>(job, row, r1 - r, x, ahead, r - r0));
         for (int i = 0; i < T; ++i)
           memcpy(job.out + (t + i) * job.out_stride + r, sums + i * R,
                  static_cast<size_t>(r1 - r) * sizeof(float));
       }
     }
+    ahead.row_bytes = 0;  // all was fetched with the first queries
   }
   if constexpr (T > 1) {
-    if (t < t1) score_queries<F, T / 2>(job, r0, r1, t, t1);
+    if (t < t1) score_queries<F, T / 2>(job, r0, r1, t, t1, ahead);
   }
 }
 
 template <Format F>
-static void score(const DotJob& job, int64_t r0, int64_t r1, int64_t t0, int64_t t1) {
-  score_queries<F, kScoreQueries>(job, r0, r1, t0, t1);
+static void score(const DotJob& job, int64_t r0, int64_t r1, int64_t t0, int64_t t1, const Ahead& ahead) {
+  score_queries<F, kScoreQueries>(job, r0, r1, t0, t1, ahead);
 }
 
 // Vectors that are unpacked together.
@@ -85,7 +93,8 @@ constexpr int kUnitVecs = is_integer(F) ? kBlock / kLanes : 1;
 
 // V vectors of columns from c on of T queries stay in registers while rows k0 .. k1 are added.
 template <Format F, int T, int V>
-static inline void mix_tile(const AxpyJob& job, int64_t k0, int64_t k1, int64_t t, int64_t c) {
+static inline void mix_tile(const AxpyJob& job, int64_t k0, int64_t k1, int64_t t, int64_t c,
+                            const Ahead& ahead) {
   const float* h = job.h + t * job.h_stride;
   float* acc = job.acc + t * job.acc_stride + c;
   Vec sum[T][V];
@@ -95,7 +104,9 @@ static inline void mix_tile(const AxpyJob& job, int64_t k0, int64_t k1, int64_t 
     for (int v = 0; v < V; ++v) sum[i][v] = load(acc + i * job.acc_stride + v * kLanes);
   }
   const uint8_t* row = job.rows.base + k0 * job.rows.row_bytes;
-  for (int64_t k = k0; k < k1; ++k, row += job.rows.row_bytes) {
+  int64_t at = 0;
+  for (int64_t k = k0; k < k1; ++k, row += job.rows.row_bytes, at += ahead.row_bytes) {
+    fetch(ahead, at, at + ahead.row_bytes);
     Vec w[V];
     if constexpr (is_integer(F)) {
       constexpr int kUnit = kUnitVecs<F>;
@@ -125,27 +136,35 @@ static inline void mix_tile(const AxpyJob& job, int64_t k0, int64_t k1, int64_t 
 }
 
 template <Format F, int T, int V>
-static inline void mix_columns(const AxpyJob& job, int64_t k0, int64_t k1, int64_t t, int64_t c, int64_t c1) {
-  for (; c + V * kLanes <= c1; c += V * kLanes) mix_tile<F, T, V>(job, k0, k1, t, c);
+static inline void mix_columns(const AxpyJob& job, int64_t k0, int64_t k1, int64_t t, int64_t c, int64_t c1,
+                               Ahead ahead) {
+  for (; c + V * kLanes <= c1; c += V * kLanes) {
+    mix_tile<F, T, V>(job, k0, k1, t, c, ahead);
+    ahead.row_bytes = 0;  // all was fetched with the first columns
+  }
   if constexpr (V > kUnitVecs<F>) {
-    if (c < c1) mix_columns<F, T, V / 2>(job, k0, k1, t, c, c1);
+    if (c < c1) mix_columns<F, T, V / 2>(job, k0, k1, t, c, c1, ahead);
   }
 }
 
 template <Format F, int T>
-static void mix_queries(const AxpyJob& job, int64_t k0, int64_t k1, int64_t t, int64_t t1, int64_t columns) {
+static void mix_queries(const AxpyJob& job, int64_t k0, int64_t k1, int64_t t, int64_t t1, int64_t columns,
+                        Ahead ahead) {
   constexpr int kFit = kMixVecs / T < 8 ? kMixVecs / T : 8;
-  for (; t + T <= t1; t += T)
-    mix_columns<F, T, (kFit > kUnitVecs<F> ? kFit : kUnitVecs<F>)>(job, k0, k1, t, 0, columns);
+  for (; t + T <= t1; t += T) {
+    mix_columns<F, T, (kFit > kUnitVecs<F> ? kFit : kUnitVecs<F>)>(job, k0, k1, t, 0, columns, ahead);
+    ahead.row_bytes = 0;
+  }
   if constexpr (T > 1) {
-    if (t < t1) mix_queries<F, T / 2>(job, k0, k1, t, t1, columns);
+    if (t < t1) mix_queries<F, T / 2>(job, k0, k1, t, t1, columns, ahead);
   }
 }
 
 template <Format F>
-static void mix(const AxpyJob& job, int64_t k0, int64_t k1, int64_t t0, int64_t t1, int64_t columns) {
+static void mix(const AxpyJob& job, int64_t k0, int64_t k1, int64_t t0, int64_t t1, int64_t columns,
+                const Ahead& ahead) {
   constexpr int kMost = kMixVecs / kUnitVecs<F> < 8 ? kMixVecs / kUnitVecs<F> : 8;
-  mix_queries<F, (kMost > 1 ? kMost : 1)>(job, k0, k1, t0, t1, columns);
+  mix_queries<F, (kMost > 1 ? kMost : 1)>(job, k0, k1, t0, t1, columns, ahead);
 }
 
 static void blend(float* total, float keep, const float* part, float take, int64_t n) {

@@ -88,7 +88,7 @@ static inline Vec add_rows(const FourRows& four, const int8_t* q, Vec d, __m512i
 // Sixteen rows, of which `count` are there, and T queries.
 template <int T>
 static inline void score_bytes_tile(const DotJob& job, const uint8_t* first, int64_t count, int64_t t,
-                                    float (&out)[T][16]) {
+                                    const Ahead& ahead, int64_t row, float (&out)[T][16]) {
   const Tokens& tokens = job.tokens;
   const int64_t blocks = job.columns / kBlock;
   Vec acc[T][4];
@@ -109,6 +109,7 @@ static inline void score_bytes_tile(const DotJob& job, const uint8_t* first, int
     }
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
+      if (b == 0) fetch(ahead, (row + 4 * j) * ahead.row_bytes, (row + 4 * j + 4) * ahead.row_bytes);
       const uint8_t* rows[4];
       for (int r = 0; r < 4; ++r)
         rows[r] = first + (count == 16 || 4 * j + r < count ? 4 * j + r : count - 1) * job.rows.row_bytes;
@@ -123,29 +124,32 @@ static inline void score_bytes_tile(const DotJob& job, const uint8_t* first, int
 }
 
 template <int T>
-static void score_bytes_queries(const DotJob& job, int64_t r0, int64_t r1, int64_t t, int64_t t1) {
+static void score_bytes_queries(const DotJob& job, int64_t r0, int64_t r1, int64_t t, int64_t t1,
+                                Ahead ahead) {
   for (; t + T <= t1; t += T) {
     for (int64_t r = r0; r < r1; r += 16) {
       const uint8_t* row = job.rows.base + r * job.rows.row_bytes;
       const int64_t count = r1 - r < 16 ? r1 - r : 16;
       float sums[T][16];
       if (count == 16) {
-        score_bytes_tile<T>(job, row, 16, t, sums);
+        score_bytes_tile<T>(job, row, 16, t, ahead, r - r0, sums);
       } else {
-        score_bytes_tile<T>(job, row, count, t, sums);
+        score_bytes_tile<T>(job, row, count, t, ahead, r - r0, sums);
       }
       for (int i = 0; i < T; ++i)
         std::memcpy(job.out + (t + i) * job.out_stride + r, sums[i],
                     static_cast<size_t>(count) * sizeof(float));
     }
+    ahead.row_bytes = 0;  // all was fetched with the first queries
   }
   if constexpr (T > 1) {
-    if (t < t1) score_bytes_queries<T / 2>(job, r0, r1, t, t1);
+    if (t < t1) score_bytes_queries<T / 2>(job, r0, r1, t, t1, ahead);
   }
 }
 
-static void score_bytes(const DotJob& job, int64_t r0, int64_t r1, int64_t t0, int64_t t1) {
-  score_bytes_queries<kByteQueries>(job, r0, r1, t0, t1);
+static void score_bytes(const DotJob& job, int64_t r0, int64_t r1, int64_t t0, int64_t t1,
+                        const Ahead& ahead) {
+  score_bytes_queries<kByteQueries>(job, r0, r1, t0, t1, ahead);
 }
 
 }  // namespace thermocline::THERMOCLINE_ISA

@@ -18,8 +18,8 @@ constexpr int64_t kWidenQueries = 8;  // from here on half keys and values are w
 // Up to so many tokens the chunks of one head are shared among workers; a longer batch has work enough in its
 // blocks.
 constexpr int64_t kSplitTokens = 4;
-constexpr int64_t kAhead = 8192;  // bytes of keys or values that are fetched before they are used
-constexpr int64_t kLine = 64;     // bytes of a cache line
+constexpr int64_t kAhead = 3 * kStep;  // keys or values that are fetched before they are used
+constexpr int64_t kLine = 64;          // bytes of a cache line
 constexpr int64_t kNoItem = -1;
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 
@@ -30,43 +30,24 @@ struct Sums {
   float* weight;  // (queries): sum of exp(score - most)
 };
 
-// What a worker reads one after another, of which it fetches some ahead of their use.
-class Stream {
- public:
+// The keys and the values of an item, and the keys of the one after, which a worker reads one after another.
+struct Stream {
   struct Piece {
     const uint8_t* data;
-    int64_t bytes;
+    int64_t rows, row_bytes;
   };
+  Piece pieces[3];
 
-  // The first kAhead bytes were fetched while what came before was used.
-  Stream(const Piece& keys, const Piece& values, const Piece& next) : pieces_{keys, values, next} {
-    step<false>(kAhead);
-  }
-
-  // As much again is about to be used.
-  void fetch(int64_t bytes) { step<true>(bytes); }
-
- private:
-  template <bool Fetch>
-  void step(int64_t bytes) {
-    while (bytes > 0 && piece_ < 3) {
-      const Piece& piece = pieces_[piece_];
-      const int64_t end = std::min(piece.bytes, at_ + bytes);
-      bytes -= end - at_;
-      if constexpr (Fetch) {
-        for (const uint8_t* line = piece.data + at_; line < piece.data + end; line += kLine)
-          __builtin_prefetch(line, 0, 0);  // it is read once: no cache need keep it
-      }
-      at_ = end;
-      if (at_ < piece.bytes) return;
-      at_ = 0;
-      ++piece_;
+  // What lies kAhead rows after row `k` of a piece, each of which counts whole steps.
+  Ahead after(int piece, int64_t k) const {
+    for (k += kAhead; piece < 3; ++piece) {
+      const Piece& now = pieces[piece];
+      const int64_t rows = (now.rows + kStep - 1) / kStep * kStep;
+      if (k < rows) return {now.data + k * now.row_bytes, now.row_bytes};
+      k -= rows;
     }
+    return {nullptr, 0};
   }
-
-  const Piece pieces_[3];
-  int piece_ = 0;
-  int64_t at_ = 0;
 };
 
 class Attention {
@@ -228,15 +209,31 @@ class Attention {
 
   // The keys or the values of an item of the decode path.
   Stream::Piece piece(const Cache& cache, int64_t item) const {
-    if (item == kNoItem) return {nullptr, 0};
+    if (item == kNoItem) return {nullptr, 0, 0};
     const int64_t from = std::max((first_chunk_ + item % chunks_) * kChunk, visible_from(0));
     const int64_t to = std::min((first_chunk_ + item % chunks_ + 1) * kChunk, job_.start + job_.tokens);
-    return {cache.row(item / chunks_, from), (to - from) * cache.row_bytes};
+    return {cache.row(item / chunks_, from), to - from, cache.row_bytes};
+  }
+
+  // The scores of `rows` keys, while those after them are fetched.
+  void score(const DotJob& dots, Format format, int64_t rows, int64_t queries, const Stream& stream) const {
+    const auto few = context_.kernels.attend.score[format];
+    for (int64_t k = 0; k < rows; k += kStep) {
+      const int64_t end = std::min(k + kStep, rows);
+      const Ahead ahead = stream.after(0, k);
+      if (few) {
+        few(dots, k, end, 0, queries, ahead);
+        continue;
+      }
+      for (int64_t at = 0; at < kStep * ahead.row_bytes; at += kLine)
+        __builtin_prefetch(ahead.data + at, 0, 0);
+      context_.kernels.dot[format](dots, k, end, 0, queries);
+    }
   }
 
   // The sums of tokens t0 .. t1, whose queries are `tokens`, over the keys that they see in one chunk.
   void attend(int64_t head, int64_t t0, int64_t t1, int64_t chunk, const Tokens& tokens, float* scratch,
-              const Sums& sums, Stream* stream = nullptr) {
+              const Sums& sums, const Stream* stream = nullptr) {
     const int64_t queries = (t1 - t0) * group_;
     float* scores = scratch + queries_size_;
     float* wide = scores + block_tokens_ * group_ * kChunk;
@@ -256,12 +253,7 @@ class Attention {
                           : rows(job_.keys, head, from, to, queries, wide, &format);
     const DotJob dots{keys, dim_, tokens, scores + (from - base), kChunk, nullptr, false};
     if (stream) {
-      const auto few = context_.kernels.attend.score[format];
-      const auto dot = few ? few : context_.kernels.dot[format];
-      for (int64_t k = 0; k < to - from; k += kStep) {
-        stream->fetch(kStep * keys.row_bytes);
-        dot(dots, k, std::min(k + kStep, to - from), 0, queries);
-      }
+      score(dots, format, to - from, queries, *stream);
     } else {
       context_.kernels.dot[format](dots, 0, to - from, 0, queries);
     }
@@ -277,11 +269,9 @@ class Attention {
     if (stream) {
       const Rows values{job_.values.row(head, from), job_.values.row_bytes, nullptr};
       const AxpyJob add{values, nullptr, scores + (from - base), kChunk, sums.acc, dim_};
-      for (int64_t k = 0; k < to - from; k += kStep) {
-        stream->fetch(kStep * values.row_bytes);
-        context_.kernels.attend.mix[job_.values.format](add, k, std::min(k + kStep, to - from), 0, queries,
-                                                        dim_);
-      }
+      const auto mix = context_.kernels.attend.mix[job_.values.format];
+      for (int64_t k = 0; k < to - from; k += kStep)
+        mix(add, k, std::min(k + kStep, to - from), 0, queries, dim_, stream->after(1, k));
       return;
     }
     const Rows values = rows(job_.values, head, from, to, queries, wide, &format);
@@ -309,7 +299,7 @@ class Attention {
 
   void attend_chunk(int64_t item, int64_t next, float* scratch) {
     const int64_t head = item / chunks_, chunk = first_chunk_ + item % chunks_;
-    Stream stream(piece(job_.keys, item), piece(job_.values, item), piece(job_.keys, next));
+    const Stream stream{{piece(job_.keys, item), piece(job_.values, item), piece(job_.keys, next)}};
     attend(head, 0, job_.tokens, chunk, tokens_at(prepared_ + head * queries_size_), scratch,
            sums_at(parts_ + item * sums_size_), dim_ % kAttendColumns == 0 ? &stream : nullptr);
   }

@@ -86,13 +86,26 @@ struct ListJob {
   const float* h;
 };
 
+// What will be read soon: it is fetched meanwhile, so many bytes for each row that is worked on.
+struct Ahead {
+  const uint8_t* data;
+  int64_t row_bytes;
+};
+
+// Fetches bytes from .. to of what is ahead, each line of 64 once: all that begin there.
+static inline void fetch(const Ahead& ahead, int64_t from, int64_t to) {
+  for (int64_t at = (from + 63) / 64 * 64; at < to; at += 64) __builtin_prefetch(ahead.data + at, 0, 0);
+}
+
 // For the few queries of a decode step, which meet every key and value of the cache once.
 struct AttendKernels {
   // What dot gives, to the bit, where rows follow each other and there is neither bias nor add. Columns are a
   // multiple of kAttendColumns, as below. Null where dot is as fast.
-  void (*score[kFormats])(const DotJob& job, int64_t r0, int64_t r1, int64_t t0, int64_t t1);
+  void (*score[kFormats])(const DotJob& job, int64_t r0, int64_t r1, int64_t t0, int64_t t1,
+                          const Ahead& ahead);
   // What axpy gives, to the bit, where rows follow each other and are taken in order.
-  void (*mix[kFormats])(const AxpyJob& job, int64_t k0, int64_t k1, int64_t t0, int64_t t1, int64_t columns);
+  void (*mix[kFormats])(const AxpyJob& job, int64_t k0, int64_t k1, int64_t t0, int64_t t1, int64_t columns,
+                        const Ahead& ahead);
   // total[c] = total[c] * keep + part[c] * take
   void (*blend)(float* total, float keep, const float* part, float take, int64_t n);
 };
