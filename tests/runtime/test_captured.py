@@ -345,14 +345,17 @@ def test_a_gpu_that_always_holds_more_is_refused(tiny_model: Any, monkeypatch: p
         LLM.load(tiny_model, ctx_size=32, threads=1, device="cuda", vram_budget=BUDGET)
 
 
-def test_scratch_of_the_longest_prompt_is_in_the_ledger(tiny_model: Any) -> None:
-    """A prompt and its answer take no more than loading has shown."""
-    with LLM.load(tiny_model, ctx_size=64, threads=1, device="cuda", vram_budget=BUDGET) as llm:
+@pytest.mark.parametrize("mode", [Mode.EXACT, Mode.PREDICTED])
+def test_scratch_of_the_longest_prompt_is_in_the_ledger(tiny_model: Any, with_predictor: Any, mode: Mode) -> None:
+    """Prompts and their answers take no more than loading has shown."""
+    model = with_predictor(tiny_model, shares=0.05)
+    with LLM.load(model, ctx_size=64, threads=1, device="cuda", vram_budget=BUDGET, mode=mode) as llm:
         memory = llm._loaded.placing.memory
         scratch = memory.devices[VRAM].ops.scratch
         before, claimed = scratch.nbytes, memory.arenas[VRAM].claimed
         assert 0 < before <= claimed
-        llm.generate(list(range(5, 60)), max_tokens=2)
+        for prompt in (range(5, 60), range(5, 8)):
+            llm.generate(list(prompt), max_tokens=2)
         assert (scratch.nbytes, memory.arenas[VRAM].claimed) == (before, claimed)
         assert memory.is_true
 

@@ -304,9 +304,16 @@ class Transformer:
             ffn = layer.ffn
             if ffn.sent is not None and tokens >= ffn.sent_from and not sent:
                 ffn, sent = ffn.sent, True  # all that travel take the same buffers
+            predictor = layer.predictor
+            predicted = self.mode is Mode.PREDICTED and predictor is not None and tokens <= predictor.tokens
+            if predictor is not None and predicted and predictor.device.tier is tier:
+                predictor.device.ops.predict(views.x, predictor.fc1, predictor.fc2, views.scores)
+                predictor.device.ops.select(views.scores, predictor.threshold, views.active)
             for part in ffn.parts:
                 if part.device.tier is tier:
-                    part.ffn(views.normed, ALL, views.x, skip_zeros=self.mode is not Mode.DENSE)
+                    count = part.stop - part.start
+                    some = ActiveSet(np.arange(count, dtype=np.int32)) if predicted else ALL
+                    part.ffn(views.normed, some, views.x, skip_zeros=self.mode is not Mode.DENSE)
         if self.exit.tier is tier:
             self._logits(views, segments, workspace, Outputs.LAST)
 

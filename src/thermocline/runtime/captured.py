@@ -133,8 +133,9 @@ class CapturedStep:
         self._logits = self.ops.streams.pinned((1, transformer.spec.n_vocab), torch.float32)
         self._replay: Callable[[], None] = self._record
         self.captured = False
+        self._rehearse()
         if ops.streams.real and (self._crossing is None or self._crossing.captured):
-            self._capture()
+            self._replay, self.captured = ops.streams.captured(self._record), True
 
     @property
     def way(self) -> CrossingKind | None:
@@ -180,8 +181,8 @@ class CapturedStep:
         self._logits.copy_(logits, non_blocking=True)
         counts_host.copy_(counts, non_blocking=True)
 
-    def _capture(self) -> None:
-        """Run once to compile and to make the scratch memory, then once more into a graph, at the cache's end."""
+    def _rehearse(self) -> None:
+        """Run once, at the cache's end: kernels are compiled, and their scratch is made."""
         self._position[0][0] = self.cache.n_ctx - 1
         streams = self.ops.streams
         with streams.aside(), self._worker.step() if self._worker is not None else nullcontext():
@@ -189,7 +190,8 @@ class CapturedStep:
                 self._record()
             finally:
                 streams.settle(self._worker)
-        self._replay, self.captured = streams.captured(self._record), True
+        if self._worker is not None:
+            self._worker.take_work()
 
     def _worker_of(
         self, transformer: Transformer, way: CrossingKind, patience: float

@@ -59,13 +59,14 @@ class GpuSequence(TransformerSequence):
     def rehearse(self) -> None:
         """Run what is the GPU's of the longest prompt and of a token, at the end of the context and on nothing.
 
-        Kernels are compiled then, and all scratch memory is as large as it will ever be.
+        Kernels are compiled then, and all scratch memory is as large as it will ever be. Short prompts, which are
+        predicted, take other scratch than long ones.
 
         Raises:
             BudgetError: the GPU's memory has no room for them.
         """
         try:
-            for tokens in (self.ubatch, 1):
+            for tokens in {self.ubatch, min(self.ubatch, max(self._transformer.scored, 1)), 1}:
                 start = self._cache.n_ctx - tokens
                 self._transformer.rehearse(Tier.VRAM, tokens, start, self._cache, self._workspace)
         except torch.OutOfMemoryError as error:
