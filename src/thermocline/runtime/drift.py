@@ -34,6 +34,8 @@ SHARE = 0.05
 """Of what the memories can carry, in mode auto: moving then takes a twentieth of the time at most."""
 MARGIN = 0.02
 """Least difference between two temperatures that makes an exchange worth its bytes."""
+WORTH = 0.02
+"""Least share of the predicted time that other depths must save: less is noise in the counts."""
 FEWEST_TOKENS = 16
 """Fewer say more of chance than of the text."""
 LONGEST = 10.0
@@ -154,16 +156,24 @@ class Drift:
         taken = {tier: max(self.plan.bytes_of(tier), 1) for tier in self.problem.limits}
         problem = replace(self.problem, temperatures=heat, budgets={**self.problem.limits, **taken})
         problem = as_for_a_gpu(problem) if self.stands_in else problem
-        bounds, last = problem.cost.bounds, problem.cost.clusters
-        places = tuple(
-            LayerPlace(layer.home, layer.predictor or layer.home, 0, last if layer.warm == self.plan.n_ff else 0)
-            for layer in self.plan.layers
-        )
+        bounds = problem.cost.bounds
+        here = self._placement([int(np.abs(bounds - hot).argmin()) for hot in now], problem)
         try:
-            found = solve_depths(problem, Placement(self.plan.embedding, self.plan.head, places))
+            found = solve_depths(problem, here)
         except BudgetError:  # what is there fits, but not by whole clusters
             return now
+        if problem.seconds(found) > (1 - WORTH) * problem.seconds(here):
+            return now
         return [int(bounds[layer.hot]) for layer in found.layers]
+
+    def _placement(self, clusters: list[int], problem: Problem) -> Placement:
+        """The plan's placement with other depths of VRAM, in clusters."""
+        last = problem.cost.clusters
+        layers = (
+            LayerPlace(layer.home, layer.predictor or layer.home, hot, last if layer.warm == self.plan.n_ff else hot)
+            for layer, hot in zip(self.plan.layers, clusters, strict=True)
+        )
+        return Placement(self.plan.embedding, self.plan.head, tuple(layers))
 
 
 @dataclass(slots=True)
