@@ -133,7 +133,7 @@ def test_crossings_are_counted(make_source: Callable[..., Any]) -> None:
     run(transformer, tally=tally)
     assert tally.crossings == 2 * LAYERS
     assert tally.crossed_bytes == 2 * LAYERS * TOKENS * 64 * 4
-    assert {"attention", "ffn", "ffn hot", "ffn cold", "crossing", "head"} <= set(tally.seconds)
+    assert {"attention ram", "ffn", "ffn hot", "ffn cold", "crossing", "head"} <= set(tally.seconds)
     memory.close()
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from thermocline.config import Mode
 from thermocline.errors import HardwareError, UsageError
 from thermocline.files.formats import F16
-from thermocline.hardware.machine import Disk, Machine, Processor, ReadCurve, Tier
+from thermocline.hardware.machine import Corrections, Disk, Machine, Processor, ReadCurve, Tier
 from thermocline.placement.cost import ATTENTION_KERNELS, FFN_KERNELS, PREDICTOR_KERNELS, CostModel, FfnMode, ffn_mode
 from thermocline.placement.footprint import Footprint
 from thermocline.placement.workload import Workload
@@ -83,6 +83,26 @@ def test_each_side_reads_its_expected_bytes(mode: FfnMode) -> None:
     assert float(time.total) == pytest.approx(
         time.attention + predictor + 2 * crossing + max(float(time.hot), float(time.cold))
     )
+
+
+def test_what_a_run_measured_corrects_decode_steps_part_by_part() -> None:
+    off = Corrections(
+        attention_vram=2.0, attention_ram=3.0, predictor=5.0, hot=7.0, cold=11.0, crossing=13.0, rest=17.0
+    )
+    work = Workload(context=2048, prompt=600, output=64)
+    plain = priced(FfnMode.PREDICTED, workload=work)
+    corrected = priced(FfnMode.PREDICTED, workload=work, machine=replace(MACHINE, corrections=off))
+    at = (0, Tier.VRAM, Tier.VRAM, 3, 8)
+    before, after = plain.layer(plain.decode, *at), corrected.layer(corrected.decode, *at)
+    for name, factor in (("attention", 2), ("predictor", 5), ("hot", 7), ("cold", 11), ("crossing", 13)):
+        assert float(getattr(after, name)) == pytest.approx(factor * float(getattr(before, name))), name
+    assert corrected.attention(corrected.decode, 0, Tier.RAM) == pytest.approx(
+        3 * plain.attention(plain.decode, 0, Tier.RAM)
+    )
+    assert corrected.head(Tier.RAM) == pytest.approx(17 * plain.head(Tier.RAM))
+    prefill, same = (cost.layer(cost.phases[1], *at) for cost in (plain, corrected))
+    assert float(prefill.hot) == float(same.hot)
+    assert off.times(off).cold == 121.0
 
 
 def test_one_side_alone_crosses_nothing_and_reads_at_full_rate() -> None:

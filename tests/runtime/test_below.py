@@ -72,5 +72,6 @@ def test_the_standard_layout_has_no_disk_tier(tiny_model: Path, tmp_path: Path) 
     shutil.copy(tiny_model, path)
     planned = plan(path, ram_budget="2GiB")
     assert any("convert" in line for line in planned.notices)
-    with pytest.raises(BudgetError, match="ram-budget"):
+    with pytest.raises(BudgetError, match="ram-budget") as refusal:
         LLM.load(path, threads=1, ram_budget=f"{planned.plan.bytes_of(RAM) - 1}B")
+    assert "a file with neuron records, which `thermocline convert` writes" in refusal.value.remedy

@@ -27,13 +27,13 @@ from thermocline.errors import (
 from thermocline.files.companion import companion
 from thermocline.files.open import open_model
 from thermocline.files.sidecar import SidecarKind
-from thermocline.hardware.machine import Tier
+from thermocline.hardware.machine import Corrections, Tier
 from thermocline.memory.arena import make_array
 from thermocline.placement.ledger import Purpose
 from thermocline.placement.plan import Plan
 from thermocline.placement.plan_file import save_plan
 from thermocline.runtime import loading
-from thermocline.runtime.split import Account, Measured, measured_of, recall, remember, split_report
+from thermocline.runtime.split import Account, measured_of, recall, remember, split_report
 
 VRAM, RAM = Tier.VRAM, Tier.RAM
 WEIGHTS = (Purpose.ATTENTION, Purpose.FFN, Purpose.EMBEDDING, Purpose.OUTPUT, Purpose.PREDICTOR, Purpose.KV)
@@ -132,7 +132,7 @@ def test_a_run_tells_what_each_side_did(profiled: Path) -> None:
     assert split.crossings > 0
     assert split.crossed_bytes == split.crossings * 384 * 4
     names = [c.name for c in split.components]
-    assert names == ["step", "attention", "ffn", "ffn hot", "ffn cold", "crossing", "rest"]
+    assert names == ["step", "attention", "ffn", "predictor", "ffn hot", "ffn cold", "crossing", "rest"]
     assert all(c.predicted_ms >= 0 and c.measured_ms >= 0 for c in split.components)
     assert split.step.measured_ms == pytest.approx(report.decode_seconds * 1e3 / 23)
     parts = sum(c.measured_ms for c in split.components if c.name in ("attention", "ffn", "rest"))
@@ -162,19 +162,32 @@ def test_the_last_run_is_what_replan_plans_with(profiled: Path, tmp_path: Path, 
         plan = llm.plan
     assert plan is not None
     cold = sum(layer.cold_ms for layer in plan.layers)
-    account = Account(steps=10, seconds={"ffn cold": 2 * cold * 10 / 1e3})
+    attention = sum(layer.attention_ms for layer in plan.layers if layer.home is VRAM)
+    seconds = {"ffn cold": 2 * cold * 10 / 1e3, "attention vram": 3 * attention * 10 / 1e3}
+    account = Account(steps=10, seconds=seconds)
     measured = measured_of(plan, account)
-    assert measured == Measured(1.0, pytest.approx(2.0), 1.0)
+    assert measured is not None
+    assert replace(measured, attention_vram=1.0) == Corrections(cold=pytest.approx(2.0))  # type: ignore[arg-type]
+    assert measured.attention_vram == pytest.approx(3.0 if attention else 1.0)
     assert measured_of(plan, replace(account, steps=2)) is None
     monkeypatch.setenv("THERMOCLINE_HOME", str(tmp_path / "other"))
     assert recall(plan.machine, plan.model) is None
     with emulated(profiled, replan=True) as llm:
         assert any("no run with this model was measured" in notice for notice in llm.notices)
     remember(plan, measured)
-    assert recall(plan.machine, plan.model) == Measured(1.0, pytest.approx(2.0), 1.0)
+    assert recall(plan.machine, plan.model) == measured
     with emulated(profiled, replan=True) as llm:
         assert "planned with the last run's figures" in llm.notices
-    (next((tmp_path / "other").glob("run-*"))).write_text('{"vram": 1e9, "ram": 1, "crossing": 1}')
+        assert llm.plan is not None
+        assert llm._loaded.placing.corrections == measured
+        greedy(llm)
+        found = measured_of(llm.plan, llm._loaded.engine.account)
+    assert found is not None
+    again = recall(plan.machine, plan.model)  # measured against corrected figures, kept against the machine's own
+    assert again is not None
+    assert again.cold == pytest.approx(2 * found.cold)
+    file = next((tmp_path / "other").glob("run-*"))
+    file.write_text(file.read_text().replace("{", '{"cold": 1e9,', 1).replace(f'"cold": {again.cold}', '"old": 1'))
     assert recall(plan.machine, plan.model) is None
 
 

@@ -59,6 +59,9 @@ def bench(
         write_json(record)
     else:
         print_tables(_header(record), _table(rows, peak))
+        for row in rows:
+            for line in row.split.lines() if row.split is not None else ():
+                print(line)
     return 0
 
 

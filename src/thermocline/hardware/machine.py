@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from bisect import bisect_right
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import StrEnum
 
 from thermocline.errors import HardwareError
@@ -94,11 +94,39 @@ class Disk:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Corrections:
+    """How many times longer parts of a decode step took than the machine's figures say; 1 where nothing was measured.
+
+    `hot` and `cold` are the FFN's two sides, `rest` is embedding and output head.
+    """
+
+    attention_vram: float = 1.0
+    attention_ram: float = 1.0
+    predictor: float = 1.0
+    hot: float = 1.0
+    cold: float = 1.0
+    crossing: float = 1.0
+    rest: float = 1.0
+
+    def attention(self, home: Tier) -> float:
+        """Of attention with its cache on `home`."""
+        return self.attention_vram if home is Tier.VRAM else self.attention_ram
+
+    def times(self, other: Corrections) -> Corrections:
+        """What was measured against figures that were corrected already, `other`, against the figures themselves."""
+        return Corrections(**{f.name: getattr(self, f.name) * getattr(other, f.name) for f in fields(self)})
+
+
+UNCORRECTED = Corrections()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
     """One computer. `gpu` may be an emulated device; None means that everything runs on the CPU.
 
     `link` is bytes/s from RAM to VRAM through pinned memory; `crossing` is the seconds that handing a small
-    vector to the other side costs, waiting included. `source` says where the figures come from.
+    vector to the other side costs, waiting included. `source` says where the figures come from, `corrections` how far
+    off a run found what they predict.
 
     Raises:
         HardwareError: a figure is not a usable number.
@@ -111,6 +139,7 @@ class Machine:
     link: float = 1.0
     crossing: float = 0.0
     source: str = "measured"
+    corrections: Corrections = UNCORRECTED
 
     def __post_init__(self) -> None:
         _positive(self.name, "link", self.link)

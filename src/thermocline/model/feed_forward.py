@@ -237,7 +237,7 @@ class FeedForward:
             if side.device is not home:
                 tally.carry(home, views.normed, side.device, space.normed)
                 space.x[...] = 0.0
-        crossing = time.perf_counter() - began
+        copying = time.perf_counter() - began
 
         def work_of(side: _Side, space: Views) -> FfnWork:
             total = NOTHING
@@ -267,10 +267,13 @@ class FeedForward:
             if side.device is not home:
                 tally.carry(side.device, space.x, home, views.normed)
                 home.ops.add(views.x, views.normed)
+        copying += time.perf_counter() - merging
         if tally.timed:
-            tally.lap("crossing", merging - crossing)
             for side in self._sides:
                 tally.spend(_name(side.device), side.device.seconds, side.device)
+            # What both did not spend computing was spent waiting for one another, and copying.
+            longest = max(side.device.seconds for side in self._sides)
+            tally.spend("crossing", time.perf_counter() - began - longest if longest else copying)
 
 
 def _name(device: Device) -> str:

@@ -260,7 +260,7 @@ class Transformer:
                 here = layer.device
             self._attend(index, layer, views, positions, segments)
             if tally.timed:
-                clock = tally.lap("attention", clock, layer.device)
+                clock = tally.lap(f"attention {layer.device.tier}", clock, layer.device)
             self._feed_forward(index, layer, views, workspace, tally, observer, counter)
             if tally.timed:
                 clock = tally.lap("ffn", clock)

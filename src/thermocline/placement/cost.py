@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from thermocline.config import Mode
 from thermocline.errors import HardwareError, UsageError
-from thermocline.hardware.machine import Machine, Processor, ReadCurve, Tier
+from thermocline.hardware.machine import UNCORRECTED, Corrections, Machine, Processor, ReadCurve, Tier
 from thermocline.placement.footprint import Footprint
 from thermocline.placement.workload import Workload
 
@@ -179,6 +179,8 @@ class CostModel:
             vram = read + works_hot * FFN_KERNELS * gpu.launch
         scored = self._predictor(phase, layer, predictor)
         crossing = self._crossings(home, predictor, scored > 0, works_hot, works_cold) * self._crossing(phase)
+        off = self._corrections(phase)
+        cold, vram, disk, scored = cold * off.cold, vram * off.hot, disk * off.cold, scored * off.predictor
         time = LayerTime(self.attention(phase, layer, home), scored, crossing, vram, cold, disk, run, hot < 0)
         return time if phase is self.decode or gpu is None else self._streamed(phase, layer, home, hot, time)
 
@@ -190,6 +192,7 @@ class CostModel:
         flops = phase.tokens * (2.0 * f.attention_params + 4.0 * seen * f.n_q)
         nbytes = f.attention[layer] + f.kv_token * seen * phase.sequences
         computed = _roofline(side, nbytes, flops) + ATTENTION_KERNELS * side.launch
+        computed *= self._corrections(phase).attention(home)
         return max(computed, self._streaming(f.attention[layer])) if home is Tier.DISK else computed
 
     def _streaming(self, nbytes: int) -> float:
@@ -217,7 +220,7 @@ class CostModel:
             time = max(time, self._streaming(f.head))
         if tier is Tier.VRAM:
             time += self.machine.crossing + f.n_vocab * ACTIVATION_BYTES * batch / self.machine.link
-        return time * self.decode.weight
+        return time * self.decode.weight * self.machine.corrections.rest
 
     def edge(self, here: Tier, there: Tier) -> float:
         """Seconds per token of output to take the residual stream from one layer's home to the next one's."""
@@ -334,8 +337,13 @@ class CostModel:
         scores_back = at_home if far_predictor else np.zeros_like(at_home)
         return (away | far_predictor).astype(np.float64) + away + scores_back
 
+    def _corrections(self, phase: Phase) -> Corrections:
+        """Those of the machine, which are of decode steps."""
+        return self.machine.corrections if phase is self.decode else UNCORRECTED
+
     def _crossing(self, phase: Phase) -> float:
-        return self.machine.crossing + phase.tokens * self.footprint.n_embd * ACTIVATION_BYTES / self.machine.link
+        handed = self.machine.crossing + phase.tokens * self.footprint.n_embd * ACTIVATION_BYTES / self.machine.link
+        return handed * self.machine.corrections.crossing
 
     def _streamed(self, phase: Phase, layer: int, home: Tier, hot: Ints, split: LayerTime) -> LayerTime:
         """The split, or sending the cold records to the GPU in pieces while it computes, where that is faster."""

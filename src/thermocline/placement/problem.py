@@ -54,6 +54,7 @@ class Problem:
     `budgets` are bytes of VRAM and RAM; a tier that is not named may be used whole. `temperatures` is
     (n_layer, n_ff), hottest first, or None for unknown (see `CostModel`). `watched` says that somebody counts what
     fires, for which activations are kept, and may move neurons.
+    `no_disk` is what would give a machine with a disk a disk tier, for refusals; empty where nothing would.
 
     Raises:
         UsageError: a budget is not a whole number of bytes or names a tier without one.
@@ -68,6 +69,7 @@ class Problem:
     overheads: Overheads = field(default_factory=Overheads)
     cluster: int = LARGEST_CLUSTER
     watched: bool = False
+    no_disk: str = ""
 
     def __post_init__(self) -> None:
         for tier in self.budgets:

@@ -261,6 +261,8 @@ def _nothing_fits(problem: Problem, vram: bool) -> BudgetError:
     kv = next((d for d in demands if d.purpose is Purpose.KV and d.step), None)
     if kv is not None and missing < kv.nbytes:
         ways.append(f"lower --ctx-size from {kv.count} to {kv.count - -(-missing // kv.step)}")
+    if problem.no_disk:
+        ways.append(problem.no_disk)
     what = "rest that must be in memory" if problem.machine.disk is not None else "model"
     return BudgetError(
         Tier.RAM, missing, f"the {what} does not fit; " + ", or ".join(ways), ledger.table(Tier.RAM, demands)

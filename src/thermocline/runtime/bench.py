@@ -15,6 +15,7 @@ from thermocline.config import SamplingSettings
 from thermocline.errors import UsageError
 from thermocline.runtime.engine import Engine
 from thermocline.runtime.sampler import Sampler
+from thermocline.runtime.split import SplitReport
 
 SEED = 1
 """The same prompts and the same drawn tokens in every run."""
@@ -23,7 +24,7 @@ SEED = 1
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchRow:
     """One test. Rates are tokens a second; `bytes_per_token`, `gigabytes_per_second` and `active_share` are of
-    decoding only (None for prefill).
+    decoding only (None for prefill). `split` tells of the last repetition by a plan, None without one.
     """
 
     test: str
@@ -32,6 +33,7 @@ class BenchRow:
     bytes_per_token: float | None = None
     gigabytes_per_second: float | None = None
     active_share: float | None = None
+    split: SplitReport | None = None
 
     @property
     def mean(self) -> float:
@@ -45,7 +47,8 @@ class BenchRow:
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, for JSON."""
-        return asdict(self) | {"mean": self.mean, "deviation": self.deviation}
+        split = None if self.split is None else self.split.as_dict()
+        return asdict(self) | {"mean": self.mean, "deviation": self.deviation, "split": split}
 
 
 def run_bench(engine: Engine, *, prompt: int, generate: int, repetitions: int) -> Iterator[BenchRow]:
@@ -104,6 +107,7 @@ def _decode(engine: Engine, count: int, repetitions: int) -> BenchRow:
         bytes_per_token=statistics.fmean(sizes[1:]),
         gigabytes_per_second=statistics.fmean(bandwidths[1:]),
         active_share=statistics.fmean(shares[1:]),
+        split=engine.split(seconds),
     )
 
 

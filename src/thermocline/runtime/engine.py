@@ -13,7 +13,7 @@ from thermocline.placement.plan import Plan
 from thermocline.runtime.below import Below
 from thermocline.runtime.drift import Moved, Watch
 from thermocline.runtime.sequence import Logits, Sequence
-from thermocline.runtime.split import Account
+from thermocline.runtime.split import Account, SplitReport, split_report
 from thermocline.runtime.traffic import Traffic
 
 
@@ -57,6 +57,14 @@ class Engine:
         self._held: list[int] = []
         self._token = np.zeros(1, np.int32)
         self._generation = 0
+
+    def split(self, seconds: float) -> SplitReport | None:
+        """What the decode steps since `begin`, which took `seconds`, did by the plan; None without one."""
+        if self.plan is None:
+            return None
+        return split_report(
+            self.plan, self.account, fired=self.fired, bytes_read=self.bytes_read, seconds=seconds, curve=self.curve
+        )
 
     @property
     def curve(self) -> ReadCurve | None:

@@ -72,7 +72,7 @@ class LoadedModel:
         measured = None if plan is None else measured_of(plan, self.engine.account)
         if plan is not None and measured is not None:
             with contextlib.suppress(OutputError):  # a home that cannot be written only means that nothing is kept
-                remember(plan, measured)
+                remember(plan, measured.times(self.placing.corrections))
         self.placing.close()
         watch, self.engine.watch = self.engine.watch, None
         if watch is not None:

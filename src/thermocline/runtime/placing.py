@@ -10,7 +10,7 @@ from thermocline.activity.order import Order
 from thermocline.config import DeviceKind, LoadSettings, OpsKind
 from thermocline.errors import UsageError
 from thermocline.files.source import ModelSource
-from thermocline.hardware.machine import Tier
+from thermocline.hardware.machine import UNCORRECTED, Corrections, Tier
 from thermocline.memory.arena import Make, Memory, make_array
 from thermocline.memory.streamed import StreamingOps
 from thermocline.ops.device import Device, EmulatedDevice, Host
@@ -32,7 +32,8 @@ KERNELS = (Purpose.ACTIVATIONS, Purpose.STAGING, Purpose.GRAPHS, Purpose.MARGIN)
 class Placing:
     """The devices with their memory, and the plan that fills it; None where everything is in RAM, unbudgeted.
 
-    `problem` is what the plan solves; `stands_in` says that its device is part of RAM.
+    `problem` is what the plan solves; `stands_in` says that its device is part of RAM. `corrections` are those that the
+    plan is priced with.
     """
 
     memory: Memory
@@ -42,6 +43,7 @@ class Placing:
     below: Below
     problem: Problem | None = None
     stands_in: bool = False
+    corrections: Corrections = UNCORRECTED
 
     def close(self) -> None:
         """Give the memory back and let go of devices and files; twice does no harm."""
@@ -116,7 +118,7 @@ def place(
         return Placing(Memory({Tier.RAM: host}, {}, make), None, None, tuple(notices), Below(None))
     wanted = load_plan(settings.plan) if settings.plan is not None else None
     problem, order, more = _problem(source, settings, kind, wanted, tell)
-    plan, why = _plan(problem, order, settings, wanted, kind)
+    plan, why, corrections = _plan(problem, order, settings, wanted, kind)
     if order is None and kind is not DeviceKind.CPU:
         notices.append(
             "which neurons are hot is not known, so all count as equally hot: `thermocline profile` finds out"
@@ -131,7 +133,9 @@ def place(
     except BaseException:
         memory.close()
         raise
-    return Placing(memory, plan, order, (*notices, *more, *why, *lower.notices), lower, problem, _stands_in(kind))
+    return Placing(
+        memory, plan, order, (*notices, *more, *why, *lower.notices), lower, problem, _stands_in(kind), corrections
+    )
 
 
 def _device(settings: LoadSettings) -> DeviceKind:
@@ -212,8 +216,8 @@ def _problem(
 
 def _plan(
     problem: Problem, order: Order | None, settings: LoadSettings, wanted: Plan | None, kind: DeviceKind
-) -> tuple[Plan, tuple[str, ...]]:
-    """The plan that was named if it serves, else a new one, with the reasons."""
+) -> tuple[Plan, tuple[str, ...], Corrections]:
+    """The plan that was named if it serves, else a new one; with the reasons, and what it is priced with."""
     fingerprint = None if order is None else order.fingerprint
     machine = problem.machine.fingerprint
     why: tuple[str, ...] = ()
@@ -228,17 +232,18 @@ def _plan(
             limits=problem.limits,
         )
         if status is Status.FRESH and not settings.replan:
-            return wanted, ()
+            return wanted, (), UNCORRECTED
         name = Path(str(settings.plan)).name
         why = (f"a new plan was made instead of {name}: {'; '.join(reasons) or '--replan asks for it'}",)
+    make = stand_in if _stands_in(kind) else make_plan
     if settings.replan:
         measured = recall(machine, problem.footprint.fingerprint)
         if measured is not None:
-            plan = make_plan(replace(problem, machine=measured.machine(problem.machine)), fingerprint)
-            return replace(plan, machine=machine), (*why, "planned with the last run's figures")
+            corrected = replace(problem.machine, corrections=measured, source="the last run")
+            plan = make_plan(replace(problem, machine=corrected), fingerprint)
+            return replace(plan, machine=machine), (*why, "planned with the last run's figures"), measured
         why = (*why, "--replan: no run with this model was measured on this machine yet")
-    make = stand_in if _stands_in(kind) else make_plan
-    return replace(make(problem, fingerprint), machine=machine), why
+    return replace(make(problem, fingerprint), machine=machine), why, UNCORRECTED
 
 
 def require_device(plan: Plan, memory: Memory) -> None:

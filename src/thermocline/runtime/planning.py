@@ -47,6 +47,7 @@ FEWEST_TOKENS = 16
 """Passes of a prompt are not made shorter than this to leave VRAM for weights."""
 SCRATCH_SHARE = 4
 """Scratch may take one part in so many of VRAM's budget, unless passes would be too short."""
+NO_RECORDS = "leave cold neurons on disk: that takes a file with neuron records, which `thermocline convert` writes"
 CONTEXT = 4096
 """Tokens that a plan is made for where nobody says, if the model was trained on as many."""
 
@@ -165,10 +166,14 @@ def problem_of(
     )
     order, notices = find_order(source, activity)
     machine, budgets, overheads = machine_and_budgets(settings, source.path, tell)
+    no_disk = ""
     if machine.disk is not None and not has_records(weights):
-        machine = replace(machine, disk=None)
+        machine, no_disk = replace(machine, disk=None), NO_RECORDS
         if settings.ram_budget != AUTO:
-            notices = (*notices, "no neuron can stay on disk: that takes a file with neuron records, see `convert`")
+            notices = (
+                *notices,
+                "no neuron can stay on disk: that takes a file with neuron records, which `convert` writes",
+            )
     problem = Problem(
         footprint,
         machine,
@@ -179,6 +184,7 @@ def problem_of(
         overheads,
         LARGEST_CLUSTER,
         load.watched,
+        no_disk,
     )
     problem, shorter = _with_short_passes(problem)
     return problem, order, (*prediction.notices, *notices, *shorter)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from thermocline.errors import OutputError
 from thermocline.files.atomic import atomic_write
 from thermocline.hardware.cache import home
-from thermocline.hardware.machine import Machine, Processor, ReadCurve, Tier
+from thermocline.hardware.machine import Corrections, ReadCurve, Tier
 from thermocline.hardware.reader import ReadStats
 from thermocline.memory.record_cache import Uses
 from thermocline.model.feed_forward import Tally
@@ -130,7 +130,8 @@ class DiskReport:
 class SplitReport:
     """A generation over several devices. Bytes are sums over its `steps` decode steps, as are crossings.
 
-    `hot_fired` of `fired` neurons were computed beside VRAM. The components "ffn hot" and "ffn cold" overlap.
+    `hot_fired` of `fired` neurons were computed beside VRAM. The component "ffn" holds the predictor, both sides,
+    which overlap, and the crossing.
     `vram_busy` and `ram_busy` are seconds that the two sides computed, 0 where that was not measured; RAM's hold the
     waiting for the disk. `disk` is None where nothing is there.
     """
@@ -213,8 +214,9 @@ def split_report(
     total = sum(layer.total_ms for layer in layers)
     components = (
         Component("step", plan.predicted.step_ms, seconds * 1e3 / max(account.steps, 1)),
-        Component("attention", attention, account.mean_ms("attention")),
+        Component("attention", attention, account.mean_ms(*(f"attention {tier}" for tier in Tier))),
         Component("ffn", total - attention, account.mean_ms("ffn")),
+        Component("predictor", sum(layer.predictor_ms for layer in layers), account.mean_ms("predictor")),
         Component("ffn hot", sum(layer.hot_ms for layer in layers), account.mean_ms("ffn hot")),
         Component("ffn cold", sum(layer.cold_ms for layer in layers), account.mean_ms("ffn cold")),
         Component("crossing", sum(layer.crossing_ms for layer in layers), account.mean_ms("crossing")),
@@ -253,39 +255,40 @@ def _disk_report(account: Account, seconds: float, curve: ReadCurve | None) -> D
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """How many times longer a side, or a crossing, took than the machine's figures say; 1 where none was measured."""
-
-    vram: float = 1.0
-    ram: float = 1.0
-    crossing: float = 1.0
-
-    def machine(self, machine: Machine) -> Machine:
-        """The machine with what was measured."""
-        gpu = None if machine.gpu is None else _slower(machine.gpu, self.vram)
-        crossing = machine.crossing * self.crossing
-        return replace(machine, cpu=_slower(machine.cpu, self.ram), gpu=gpu, crossing=crossing, source="the last run")
-
-
-def measured_of(plan: Plan, account: Account) -> Measured | None:
-    """What a generation says of the machine; None if it saw too little."""
+def measured_of(plan: Plan, account: Account) -> Corrections | None:
+    """What a generation says of the figures that its plan was priced with; None if it saw too little."""
     if account.steps < FEWEST_STEPS:
         return None
-    report = split_report(plan, account, fired=0, bytes_read=0.0, seconds=0.0)
-    found = {c.name: _ratio(c) for c in report.components}
-    return Measured(found["ffn hot"], found["ffn cold"], found["crossing"])
+    layers = plan.layers
+
+    def ratio(predicted: float, *names: str) -> float:
+        return _ratio(Component("", predicted, account.mean_ms(*names)))
+
+    def attention(tier: Tier) -> float:
+        # What is on disk is computed beside RAM.
+        homes = (layer for layer in layers if (layer.home is Tier.VRAM) == (tier is Tier.VRAM))
+        return ratio(sum(layer.attention_ms for layer in homes), f"attention {tier}")
+
+    rest = plan.predicted.step_ms - sum(layer.total_ms for layer in layers)
+    return Corrections(
+        attention_vram=attention(Tier.VRAM),
+        attention_ram=attention(Tier.RAM),
+        predictor=ratio(sum(layer.predictor_ms for layer in layers), "predictor"),
+        hot=ratio(sum(layer.hot_ms for layer in layers), "ffn hot"),
+        cold=ratio(sum(layer.cold_ms for layer in layers), "ffn cold"),
+        crossing=ratio(sum(layer.crossing_ms for layer in layers), "crossing"),
+        rest=ratio(rest, "head"),
+    )
 
 
-def remember(plan: Plan, measured: Measured) -> None:
-    """Keep what a run of this plan's model on its machine measured, relative to what the plan was priced with.
+def remember(plan: Plan, measured: Corrections) -> None:
+    """Keep what a run of this plan's model on its machine measured, relative to the machine's own figures.
 
     Raises:
         OutputError: the folder cannot be written.
     """
     path = _path(plan.machine, plan.model)
-    values = {"vram": measured.vram, "ram": measured.ram, "crossing": measured.crossing}
-    content = json.dumps(values, indent=2).encode()
+    content = json.dumps(asdict(measured), indent=2).encode()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -294,15 +297,15 @@ def remember(plan: Plan, measured: Measured) -> None:
         file.write(content)
 
 
-def recall(machine: str, model: str) -> Measured | None:
+def recall(machine: str, model: str) -> Corrections | None:
     """What was measured before on the machine and model with these fingerprints; None if nothing usable was."""
     try:
         with _path(machine, model).open("rb") as file:
             kept: Mapping[str, Any] = json.loads(file.read(LARGEST))
-        ratios = [float(kept[name]) for name in ("vram", "ram", "crossing")]
+        ratios = {f.name: float(kept[f.name]) for f in fields(Corrections)}
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
-    return Measured(*ratios) if all(1 / FURTHEST <= ratio <= FURTHEST for ratio in ratios) else None
+    return Corrections(**ratios) if all(1 / FURTHEST <= ratio <= FURTHEST for ratio in ratios.values()) else None
 
 
 def _path(machine: str, model: str) -> Path:
@@ -314,7 +317,3 @@ def _ratio(component: Component) -> float:
         return 1.0
     ratio = component.measured_ms / component.predicted_ms
     return min(FURTHEST, max(1 / FURTHEST, ratio)) if math.isfinite(ratio) else 1.0
-
-
-def _slower(side: Processor, times: float) -> Processor:
-    return replace(side, bandwidth=side.bandwidth / times, bandwidth_busy=side.bandwidth_busy / times)
