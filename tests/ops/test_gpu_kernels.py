@@ -20,6 +20,7 @@ from thermocline.ops.contract import Activation, ActiveSet, FfnKind, KVLayer, Ne
 from thermocline.ops.cuda import ahead
 from thermocline.ops.cuda.kernels import KERNELS
 from thermocline.ops.cuda.ops import CudaOps
+from thermocline.ops.cuda.scratch import Scratch
 
 BEYOND = (1 << 31) + 4096
 
@@ -175,3 +176,14 @@ def test_devices_that_are_not_there_are_refused_with_a_remedy() -> None:
             [sys.executable, "-c", code.format(device)], capture_output=True, text=True, env=environment, check=False
         )
         assert words in done.stderr
+
+
+def test_scratch_that_a_graph_may_use_is_never_let_go() -> None:
+    scratch = Scratch(torch.device("cpu"))
+    small = scratch.take("a", (4,))
+    scratch.take("a", (8,))
+    assert scratch.nbytes == 32
+    scratch.hold()
+    large = scratch.take("a", (16,))
+    assert scratch.nbytes == 32 + 64
+    assert large.data_ptr() == scratch.take("a", (4,)).data_ptr() != small.data_ptr()

@@ -301,11 +301,10 @@ class Transformer:
         for index, layer in enumerate(self.layers):
             if layer.device.tier is tier:
                 self._attend(index, layer, views, positions, segments)
-            ffn = layer.ffn
-            if ffn.sent is not None and tokens >= ffn.sent_from and not sent:
-                ffn, sent = ffn.sent, True  # all that travel take the same buffers
-            predictor = layer.predictor
+            ffn, predictor = layer.ffn, layer.predictor
             predicted = self.mode is Mode.PREDICTED and predictor is not None and tokens <= predictor.tokens
+            if ffn.sent is not None and tokens >= ffn.sent_from and not (sent or predicted):
+                ffn, sent = ffn.sent, True  # all that travel take the same buffers
             if predictor is not None and predicted and predictor.device.tier is tier:
                 predictor.device.ops.predict(views.x, predictor.fc1, predictor.fc2, views.scores)
                 predictor.device.ops.select(views.scores, predictor.threshold, views.active)

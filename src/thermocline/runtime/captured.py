@@ -135,6 +135,7 @@ class CapturedStep:
         self.captured = False
         self._rehearse()
         if ops.streams.real and (self._crossing is None or self._crossing.captured):
+            ops.scratch.hold()
             self._replay, self.captured = ops.streams.captured(self._record), True
 
     @property

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Final
 
 import torch
 
 from thermocline.config import CrossingKind
-from thermocline.errors import BudgetError, UsageError
+from thermocline.errors import BudgetError, HardwareError, UsageError
 from thermocline.hardware.machine import Tier
 from thermocline.memory.kv_cache import KVCache
 from thermocline.model.network import Transformer
@@ -17,6 +18,11 @@ from thermocline.placement.ledger import Purpose
 from thermocline.runtime.captured import CapturedStep
 from thermocline.runtime.placing import Placing
 from thermocline.runtime.sequence import Step, Tokens, TransformerSequence
+
+FAILURES: Final[tuple[type[Exception], ...]] = tuple(
+    found for name in ("AcceleratorError",) if (found := getattr(torch, name, None)) is not None
+)
+"""What torch raises where the device itself failed; older versions raise no class of their own."""
 
 
 class GpuSequence(TransformerSequence):
@@ -31,17 +37,16 @@ class GpuSequence(TransformerSequence):
         cache: KVCache,
         ubatch: int,
         arrays: Mapping[Tier, Arrays] | None = None,
-        captured: CapturedStep | None = None,
     ) -> None:
         super().__init__(transformer, cache, ubatch, arrays)
-        self.captured = captured
+        self.captured: CapturedStep | None = None
 
     def step(self, tokens: Tokens, start: int, *, logits: bool) -> Step:
         """See the protocol.
 
         Raises:
             BudgetError: the GPU's memory ran out; the next request may succeed.
-            HardwareError: the CPU's side of a token failed.
+            HardwareError: the CPU's side of a token failed, or the GPU itself.
         """
         try:
             if self.captured is None or len(tokens) > 1 or not logits:
@@ -54,6 +59,8 @@ class GpuSequence(TransformerSequence):
             raise BudgetError(
                 Tier.VRAM, 0, f"this request ran out of it; lower --vram-budget or --ubatch-size ({error})"
             ) from error
+        except FAILURES as error:
+            raise HardwareError(f"the GPU failed: {str(error).splitlines()[0]}; restart the program") from error
         return Step(row, FfnWork(*(a + b for a, b in zip(hot, cold, strict=True))), hot)
 
     def rehearse(self) -> None:
@@ -82,16 +89,15 @@ def sequence_of(
         UsageError: a way of crossing was asked for that does not work.
     """
     notices: list[str] = []
-    captured = None
+    sequence = GpuSequence(transformer, cache, ubatch, arrays)
+    sequence.rehearse()  # before a graph is captured, which goes on using the scratch of its time
     try:
-        captured = CapturedStep(transformer, cache, way=way, arrays=arrays)
+        captured = sequence.captured = CapturedStep(transformer, cache, way=way, arrays=arrays)
         notices += [captured.notice] if captured.notice is not None else []
     except UsageError as error:
         if way is not CrossingKind.AUTO:
             raise
         notices.append(f"decoding takes the plain way: {error}")
-    sequence = GpuSequence(transformer, cache, ubatch, arrays, captured)
-    sequence.rehearse()
     return sequence, notices
 
 

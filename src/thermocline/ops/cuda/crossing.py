@@ -160,7 +160,7 @@ def probe(crossing: Crossing, worker: ColdWorker, streams: Streams) -> None:
         crossing.post(1)
         crossing.wait(1)
 
-    with worker.step():
+    with streams.aside(), worker.step():
         cross()
         streams.settle(worker)
     if streams.real:
