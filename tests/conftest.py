@@ -102,6 +102,29 @@ def write_tiny(path: Path, *, architecture: str = "arcee", chat: bool = True, n_
     return path
 
 
+def rounding_bound(layers: int, width: int, *, integers: bool) -> float:
+    """How far logits of two devices may be apart, as a share of their norm.
+
+    A layer has seven products whose inputs one side may round and the other not (q, k, v, output, gate, up, down), the
+    head is one more. Their errors are independent, so squares add. Where weights are integers the CPU rounds blocks of
+    32 activations to steps of a 127th of the largest, here 4 standard deviations (a normal number is beyond once in
+    16,000), which is off by a step's 12th root; else sums of `width` terms are off by eps a term.
+    """
+    one = 4 / 127 / 12**0.5 if integers else width * 2.0**-24
+    return float((7 * layers + 1) ** 0.5 * one)
+
+
+@pytest.fixture(scope="session")
+def agree() -> Callable[..., None]:
+    """`agree(got, wanted, layers, width, integers)`: two devices computed the same, but for rounding."""
+
+    def check(got: np.ndarray, wanted: np.ndarray, layers: int, width: int, *, integers: bool) -> None:
+        off = float(np.linalg.norm(got - wanted) / np.linalg.norm(wanted))
+        assert off <= rounding_bound(layers, width, integers=integers)
+
+    return check
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A ReLU² model with a chat template."""
