@@ -44,7 +44,17 @@ def block() -> str:
     """What stands between the marks in the README."""
     parts = [
         part
-        for part in (_machine(), _decode(), _prefill(), _context(), _ops(), _start(), _agreement(), _perplexity())
+        for part in (
+            _machine(),
+            _decode(),
+            _prefill(),
+            _context(),
+            _ops(),
+            _start(),
+            _agreement(),
+            _perplexity(),
+            _gpu(),
+        )
         if part
     ]
     return "\n\n".join([BEGIN, *parts, END]) + "\n"
@@ -54,6 +64,36 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Markdown; the first column is words, the others are figures."""
     lines = ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 1)]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def _gpu() -> str:
+    path = RESULTS / "gpu.json"
+    return gpu_part(json.loads(path.read_text())) if path.exists() else ""
+
+
+def gpu_part(result: Result) -> str:
+    """A GPU's models at every budget, ours beside a split by whole layers; from what `benchmarks.gpu` kept."""
+    cases: dict[tuple[str, str, str], dict[str, Result]] = {}
+    for row in result["models"]:
+        if "tok/s" in row:
+            cases.setdefault((row["model"], row["budget"], row["mode"]), {})[row["placement"]] = row
+    rows = []
+    for (model, budget, mode), found in sorted(cases.items(), key=lambda item: (len(item[0][0]), item[0])):
+        ours, split = found.get("ours"), found.get("layer split")
+        if ours is None:
+            continue
+        times = f"{ours['tok/s'] / split['tok/s']:.2f}" if split else "-"
+        held = f"{ours['held GB']:.1f} of {ours['budget GB']:.1f}" if "held GB" in ours else "-"
+        rates = [f"{ours['tok/s']:.1f}", f"{ours['predicted']:.1f}", f"{split['tok/s']:.1f}" if split else "-"]
+        rows.append([f"{model}, {mode}, {budget}", *rates, times, f"{ours['prompt tok/s']:.0f}", held])
+    if not rows:
+        return ""
+    heads = ("model, mode, share of VRAM", "tok/s", "predicted", "layer split", "×", "prompt tok/s", "GB held")
+    said = (
+        f"On {result['device']}, synthetic ReGLU models in F16 whose neurons fire 12 % of the time; budgets are shares "
+        f"of what the whole model takes; copies on the device reach {result['copy GB/s']:.0f} GB/s."
+    )
+    return f"{said}\n\n{table(heads, rows)}"
 
 
 def _machine() -> str:

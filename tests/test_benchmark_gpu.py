@@ -66,3 +66,22 @@ def test_drawn_models_are_as_sparse_as_asked_and_their_predictors_know() -> None
     assert 0.10 < fired[Mode.EXACT] / (20 * 3 * 512) < 0.14
     assert fired[Mode.PREDICTED] >= 0.98 * fired[Mode.EXACT]
     assert rows[Mode.PREDICTED] < 0.2 * rows[Mode.EXACT]
+
+
+def test_what_was_measured_becomes_a_table() -> None:
+    from benchmarks.report import gpu_part
+
+    row = {"model": "7b", "budget": "50%", "mode": "predicted", "predicted": 45.0, "prompt tok/s": 900.0}
+    kept = {
+        "device": "cuda/a card",
+        "copy GB/s": 3000.0,
+        "models": [
+            row | {"placement": "ours", "tok/s": 40.0, "held GB": 7.1, "budget GB": 7.2},
+            row | {"placement": "layer split", "tok/s": 10.0},
+            row | {"placement": "ours", "budget": "10%", "failed": "vram lacks bytes"},
+        ],
+    }
+    lines = gpu_part(kept).splitlines()
+    assert lines[0].startswith("On cuda/a card")
+    assert lines[-1] == "| 7b, predicted, 50% | 40.0 | 45.0 | 10.0 | 4.00 | 900 | 7.1 of 7.2 |"
+    assert gpu_part(kept | {"models": kept["models"][2:]}) == ""

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from thermocline.ops.cuda.streams import Streams
 from thermocline.ops.device import Host
 from thermocline.ops.handover import Fault
 from thermocline.placement.budget import parse_budget
+from thermocline.placement.plan_file import save_plan
 from thermocline.placement.seats import LayerSeat, Seating
 from thermocline.runtime.captured import CapturedStep
 
@@ -336,6 +338,21 @@ def test_a_gpu_that_holds_more_than_its_budget_gets_a_smaller_plan(
     with LLM.load(tiny_model, ctx_size=32, threads=1, device="cuda", vram_budget=BUDGET) as llm:
         assert llm._loaded.placing.memory.ledger.budgets[VRAM] == whole - 4096
         assert any("planned again" in notice for notice in llm.notices)
+
+
+def test_a_plan_that_was_named_is_carried_out(tiny_model: Any, tmp_path: Path) -> None:
+    said, plans = [], []
+    settings: dict[str, Any] = {"ctx_size": 32, "threads": 1, "device": "cuda"}
+    for more in ({"vram_budget": BUDGET}, {"plan": tmp_path / "plan.json"}):
+        with LLM.load(tiny_model, **settings, **more) as llm:
+            assert llm.plan is not None
+            assert {layer.home for layer in llm.plan.layers} == {VRAM}
+            assert not any("new plan" in notice for notice in llm.notices)
+            plans.append(llm.plan)
+            save_plan(llm.plan, tmp_path / "plan.json")
+            said.append(llm.generate([5, 9, 2], max_tokens=3, temperature=0.0).text)
+    assert said[0] == said[1]
+    assert plans[0] == plans[1]
 
 
 def test_a_gpu_that_always_holds_more_is_refused(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
