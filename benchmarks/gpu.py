@@ -63,6 +63,8 @@ MODELS = {"7b": SHAPES["7b"], "13b": SHAPES["13b"], "dry": Shape(64, 512, 2, 2, 
 BUDGETS = (0.25, 0.50, 1.00, 0.10, 0.75)
 """Shares of what the whole model takes, the most telling first."""
 SECONDS_A_CASE, SECONDS_OF_TESTS = 30.0, 120.0
+COLD = 400_000_000
+"""Bytes that kernels read before they come back to the same: some times what second caches hold."""
 PROFILED = 5
 """Steps of the profile."""
 
@@ -82,16 +84,21 @@ class Bench:
         """What plans set aside; the driver's own part of the device is what it held before anything was made."""
         return NO_OVERHEADS if DRY else replace(Overheads(), margin_vram=Overheads().margin_vram + self.context)
 
-    def seconds(self, call: Callable[[], Any], repeats: int = 20) -> float:
-        """Median seconds of a call on the device."""
+    def seconds(self, call: Callable[[], Any], repeats: int = 20, *, graph: bool = True) -> float:
+        """Median seconds of a call on the device; as a graph, so that starting kernels costs nothing."""
         if DRY:
             repeats = 1
+        streams, timed = self.gpu.streams, call
+        with streams.aside():
+            call()
+        if graph and streams.real:
+            timed = streams.captured(call)
         times = []
         for _ in range(repeats + (0 if DRY else 3)):
-            self.gpu.streams.wait()
+            streams.wait()
             began = time.perf_counter()
-            call()
-            self.gpu.streams.wait()
+            timed()
+            streams.wait()
             times.append(time.perf_counter() - began)
         return median(times[-repeats:])
 
@@ -129,48 +136,50 @@ def copy_bandwidth(bench: Bench) -> float:
     return 2 * data.nbytes / bench.seconds(lambda: other.copy_(data))
 
 
-def random_matrix(ops: Any, rows: int, columns: int, fmt: BlockFormat) -> Any:
+def random_weight(rows: int, columns: int, fmt: BlockFormat) -> Weight:
     rng = np.random.default_rng(rows)
     piece = from_float("w", rng.standard_normal((min(rows, 64), columns), dtype=np.float32), fmt)
-    return ops.place(Weight("w", fmt, (rows, columns), np.resize(piece.data, (rows, piece.data.shape[1]))))
+    return Weight("w", fmt, (rows, columns), np.resize(piece.data, (rows, piece.data.shape[1])))
 
 
 def kernels(bench: Bench, copy: float) -> list[Row]:
     """GB/s of the kernels that read weights, cold: more matrices in turn than the device's caches hold."""
     rows, columns = (64, 64) if DRY else (11008, 4096)
-    result = []
+    active = np.sort(np.random.default_rng(1).choice(rows, max(1, int(rows * ACTIVE)), replace=False))
+    listed: Any = ActiveSet(torch.from_numpy(active.astype(np.int32)).to(bench.gpu.device))  # type: ignore[arg-type]
+    kind = FfnKind(Activation.SILU, gated=True)  # every neuron of the list is computed to its end
+    result: list[Row] = []
     for fmt in (F16, BF16, Q8_0, Q4_0):
-        turns = 1 if DRY else max(2, 300_000_000 // (rows * fmt.row_bytes(columns)))
-        matrices = [random_matrix(bench.gpu, rows, columns, fmt) for _ in range(turns)]
-        x, out = bench.gpu.array((1, columns)), bench.gpu.array((1, rows))
+        if result and not bench.time_for(f"kernels in {fmt.name}", 10):  # predictions need the first
+            continue
+        read = len(active) * fmt.row_bytes(columns)
+        turns = 1 if DRY else -(-COLD // (3 * read))
+        weight = random_weight(rows, columns, fmt)
+        matrices = [bench.gpu.place(weight) for _ in range(3 * turns)]
+        thirds = zip(matrices[::3], matrices[1::3], matrices[2::3], strict=True)
+        blocks = [NeuronBlock(gate, up, down, True, kind, rows) for gate, up, down in thirds]
+        x, out, y = (bench.gpu.array((1, n)) for n in (columns, rows, columns))
         x.normal_()
+        counts = bench.gpu.array((4,), "int64")
 
-        def dense(matrices: list[Any] = matrices, x: Any = x, out: Any = out) -> None:
+        def dense(matrices: Any = matrices, x: Any = x, out: Any = out) -> None:
             for matrix in matrices:
                 bench.gpu.linear(x, (matrix,), (out,))
 
-        active = np.sort(np.random.default_rng(1).choice(rows, max(1, int(rows * ACTIVE)), replace=False))
-        ids = torch.from_numpy(active.astype(np.int32)).to(bench.gpu.device)
-        kind = FfnKind(Activation.SILU, gated=True)  # every neuron of the list is computed to its end
-        counts, y = bench.gpu.array((4,), "int64"), bench.gpu.array((1, columns))
-
-        listed = ActiveSet(ids)  # type: ignore[arg-type]
-        blocks = [NeuronBlock(m, m, m, True, kind, rows) for m in matrices]
-
-        def sparse(blocks: Any = blocks, counts: Any = counts, listed: Any = listed, x: Any = x, y: Any = y) -> None:
+        def sparse(blocks: Any = blocks, counts: Any = counts, x: Any = x, y: Any = y) -> None:
             with bench.gpu.counting(counts):
                 for block in blocks:
                     bench.gpu.ffn(x, block, listed, y, skip_zeros=True)
 
-        for name, call, nbytes in (
-            ("matrix-vector", dense, turns * matrices[0].nbytes),
-            ("sparse FFN, 12 %", sparse, turns * 3 * len(active) * fmt.row_bytes(columns)),
+        for name, call, times, nbytes in (
+            ("matrix-vector", dense, 3 * turns, weight.nbytes),
+            ("sparse FFN, 12 %", sparse, turns, 3 * read),
         ):
-            seconds = bench.seconds(call)
-            rate = nbytes / seconds
+            each = bench.seconds(call) / times
+            rate = nbytes / each
             result.append({
-                "kernel": name, "format": fmt.name, "µs": round(seconds / turns * 1e6, 1),
-                "MB": round(nbytes / turns / 1e6, 2), "GB/s": round(rate / GB, 1), "of copy": round(rate / copy, 3),
+                "kernel": name, "format": fmt.name, "µs": round(each * 1e6, 1),
+                "MB": round(nbytes / 1e6, 2), "GB/s": round(rate / GB, 1), "of copy": round(rate / copy, 3),
             })  # fmt: skip
     return result
 
@@ -195,7 +204,7 @@ def crossings(bench: Bench) -> list[Row]:
         except ThermoclineError as error:
             print(f"crossing by {way}: {error}", file=sys.stderr)
             continue
-        seconds[name] = bench.seconds(partial(step.run, 1, 0), 50)
+        seconds[name] = bench.seconds(partial(step.run, 1, 0), 50, graph=False)
         memory.close()
     base = seconds.pop("none")
     return [
@@ -270,13 +279,14 @@ def profile(bench: Bench, source: Source, case: Case, budget: int, lengths: Leng
     return [{"kernel": "the step on the clock", "calls": 1.0, "µs": round(wall, 1), "of step": "100.0%"}, *rows]
 
 
-def machine_of(bench: Bench, copy: float, crossing: float) -> Machine:
+def machine_of(bench: Bench, rows: list[Row], crossing: float) -> Machine:
     """This machine as the cost model wants it, from what was measured in this run."""
     buffer = np.ones((1 << 22) if DRY else (1 << 30), np.uint8)
     ram = max(_native.read_bandwidth(bench.cpu.context, buffer) for _ in range(3))
-    cuda = bench.gpu.streams.real
-    capacity = torch.cuda.get_device_properties(bench.gpu.device).total_memory if cuda else 1 << 30
-    side = min(256 if DRY else 4096, 4096)
+    real = bench.gpu.streams.real
+    capacity = torch.cuda.get_device_properties(bench.gpu.device).total_memory if real else 1 << 30
+    vram = max(row["GB/s"] * GB for row in rows if row["format"] == F16.name and row["kernel"] == "matrix-vector")
+    side = 256 if DRY else 4096
     square = torch.ones((side, side), device=bench.gpu.device)
 
     def product() -> Any:
@@ -284,14 +294,29 @@ def machine_of(bench: Bench, copy: float, crossing: float) -> Machine:
             return square @ square
 
     gpu = Processor(
-        name=bench.gpu.name, capacity=capacity, bandwidth=copy, bandwidth_busy=copy,
+        name=bench.gpu.name, capacity=capacity, bandwidth=max(vram, 1.0), bandwidth_busy=max(vram, 1.0),
         flops=2 * side**3 / bench.seconds(product), launch=2e-6,
     )  # fmt: skip
-    cpu = Processor(name="cpu", capacity=1 << 37, bandwidth=ram, bandwidth_busy=ram, flops=1e12, launch=2e-6)
-    host = torch.zeros(1 << (20 if DRY else 28), dtype=torch.uint8, pin_memory=cuda)
+    cpu = Processor(
+        name="cpu", capacity=1 << 37, bandwidth=ram, bandwidth_busy=ram, flops=cpu_flops(bench.cpu), launch=2e-6
+    )
+    host = bench.gpu.streams.pinned((1 << (20 if DRY else 28),), torch.uint8)
     there = torch.zeros_like(host, device=bench.gpu.device)
     link = len(host) / bench.seconds(lambda: there.copy_(host, non_blocking=True))
     return Machine(name="this machine", cpu=cpu, gpu=gpu, link=link, crossing=max(crossing, 0.0))
+
+
+def cpu_flops(cpu: CpuOps) -> float:
+    """Operations/s of products over a prompt's tokens."""
+    tokens, side = (8, 64) if DRY else (256, 2048)
+    matrix = cpu.place(random_weight(side, side, F16))
+    x, out = np.ones((tokens, side), np.float32), np.zeros((tokens, side), np.float32)
+    times = []
+    for _ in range(7):
+        began = time.perf_counter()
+        cpu.linear(x, (matrix,), (out,))
+        times.append(time.perf_counter() - began)
+    return 2.0 * tokens * side * side / median(times)
 
 
 def main() -> None:
@@ -312,7 +337,7 @@ def main() -> None:
     print_table(results["kernels"])
     results["crossings"] = crossings(bench)
     print_table(results["crossings"])
-    machine = machine_of(bench, copy, min(row["µs a layer"] for row in results["crossings"]) * 1e-6)
+    machine = machine_of(bench, results["kernels"], min(row["µs a layer"] for row in results["crossings"]) * 1e-6)
     if DRY:
         machine = catalogue.machine("t4+i5-12400")  # on which a GPU is of use
     results["machine"] = machine

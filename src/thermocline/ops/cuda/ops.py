@@ -67,11 +67,11 @@ class CudaOps:
         self.streams = Streams(self.device)
         self.scratch = Scratch(self.device)
         self._pinned: Tensor | None = None
-        self._free = 0
+        self._free = self._others = 0
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
-            self._free = free or self._free_bytes()
+            self._free, self._others = free or self._free_bytes(), int(torch.cuda.memory_reserved(self.device))
         self.counts: Tensor | None = None
         """While not None, work is added up here, int64 (4), and calls return zeros: nothing waits for the device."""
 
@@ -124,8 +124,9 @@ class CudaOps:
         """
         if self.device.type != "cuda":
             return 0
-        beside = self._free - self._free_bytes() - int(torch.cuda.memory_reserved(self.device))
-        return int(torch.cuda.max_memory_reserved(self.device)) + max(0, beside)
+        now = int(torch.cuda.memory_reserved(self.device)) - self._others
+        beside = self._free - self._free_bytes() - now
+        return max(0, int(torch.cuda.max_memory_reserved(self.device)) - self._others) + max(0, beside)
 
     def _free_bytes(self) -> int:
         return int(torch.cuda.mem_get_info(self.device)[0]) if self.device.type == "cuda" else 0
