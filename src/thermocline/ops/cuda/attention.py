@@ -57,7 +57,7 @@ def _one(
         "attend", (kv_heads, parts),
         q=q, position=position, scale=scale, window=window, parts=parts, group=heads // kv_heads, head_dim=dim,
         **_strides(cache), **state, GROUP=group, DIM=wide, PART=part,
-        BLOCK=max(1, min(64, part, ops.tuning.attention_tile // (group * wide))), num_warps=4,
+        BLOCK=max(1, min(32, part, ops.tuning.attention_tile // (group * wide))), num_warps=4,
     )  # fmt: skip
     ops.launcher(
         "combine", (heads,), **state, out=out, position=position, parts=parts, head_dim=dim,

@@ -112,7 +112,7 @@ def _add_records(
         "add_rows", (groups, -(-down.columns // width)),
         h=h, places=block.rows, ids=ids,
         **down.arguments("down"), columns=down.columns, room=room, lists=lists, sizes=sizes,
-        partial=partial, AHEAD=tuning.ahead, BLOCK=width, num_warps=2 if width <= 512 else 4,
+        partial=partial, AHEAD=tuning.ahead_of(down), BLOCK=width, num_warps=2 if width <= 512 else 4,
     )  # fmt: skip
     ops.launcher(
         "add_groups", (-(-down.columns // 128),),

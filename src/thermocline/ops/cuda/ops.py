@@ -24,7 +24,7 @@ from thermocline.ops.cuda.layout import DeviceMatrix, arranged
 from thermocline.ops.cuda.scratch import Scratch
 from thermocline.ops.cuda.sizes import DECODED
 from thermocline.ops.cuda.streams import Streams
-from thermocline.ops.cuda.tuning import FEWER_PROGRAMS, Tuning, power_of_two
+from thermocline.ops.cuda.tuning import FEWER_PROGRAMS, K_QUANTS, Tuning, power_of_two
 from thermocline.ops.factory import interpreted
 
 Tensor = torch.Tensor
@@ -167,7 +167,7 @@ class CudaOps:
 
     def decode_rows(self, matrix: DeviceMatrix, ids: Tensor | None, first: int, count: int, out: Tensor) -> None:
         """Write rows into `out` (count, columns) float32: `ids`, or from `first` on."""
-        block = min(power_of_two(matrix.columns), 1024)
+        block = min(power_of_two(matrix.columns), 256 if matrix.kind in K_QUANTS else 1024)
         rows = 1 if count == 1 else 8
         self.launcher(
             "gather_rows", (-(-count // rows), -(-matrix.columns // block)),
@@ -233,7 +233,7 @@ class CudaOps:
         if tokens == 1:
             self.launcher("matvec", grid, **shared, BLOCK=self.tuning.block_of(matrix))
         else:
-            block = min(self.tuning.block, max(power_of_two(matrix.columns), 32))
+            block = min(self.tuning.block, self.tuning.block_of(matrix))
             self.launcher("matvec_few", grid, **shared, TOKENS=tokens, BLOCK=block)
 
     def _matvec_three(

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 from thermocline.ops.cuda.layout import DeviceMatrix, Kind
 from thermocline.ops.cuda.sizes import MOST_GROUPS, PART
+
+K_QUANTS: Final = (Kind.Q4_K, Kind.Q5_K, Kind.Q6_K)
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +21,8 @@ class Tuning:
     """Matrix rows of a program in matrix-vector products."""
     block: int = 1024
     """Elements of each of these rows that a program loads at a time."""
+    k_block: int = 512
+    """The same for K-quants, whose decoding takes many registers."""
     record_block: int = 512
     """Columns of a program that adds down rows."""
     ahead: int = 8
@@ -27,18 +32,22 @@ class Tuning:
     group_size: int = 64
     part: int = PART
     """Positions of a program of attention."""
-    attention_tile: int = 16384
+    attention_tile: int = 8192
     """Products of a query, a key and a head that a program of attention holds at once."""
     select_block: int = 1024
     """Scores that a program lists."""
 
     def block_of(self, matrix: DeviceMatrix) -> int:
         """Elements of a row that a program loads at a time: no more than the row has, and whole blocks."""
-        return _fitting(self.block, matrix)
+        return _fitting(min(self.block, self.k_block) if matrix.kind in K_QUANTS else self.block, matrix)
 
     def record_block_of(self, matrix: DeviceMatrix) -> int:
         """Columns of a program that adds down rows."""
-        return _fitting(self.record_block, matrix)
+        return _fitting(min(self.record_block, 256) if matrix.kind in K_QUANTS else self.record_block, matrix)
+
+    def ahead_of(self, matrix: DeviceMatrix) -> int:
+        """Down rows on their way at once."""
+        return max(1, self.ahead // 4) if matrix.kind in K_QUANTS else self.ahead
 
     def groups(self, neurons: int) -> int:
         """Into how many groups a block's positions are dealt; it depends on nothing else."""
