@@ -18,7 +18,7 @@ constexpr int64_t kWidenQueries = 8;  // from here on half keys and values are w
 // Up to so many tokens the chunks of one head are shared among workers; a longer batch has work enough in its
 // blocks.
 constexpr int64_t kSplitTokens = 4;
-constexpr int64_t kAhead = 3 * kStep;  // keys or values that are fetched before they are used
+constexpr int64_t kAhead = 4 * kStep;  // keys or values that are fetched before they are used
 constexpr int64_t kLine = 64;          // bytes of a cache line
 constexpr int64_t kNoItem = -1;
 constexpr float kNone = -std::numeric_limits<float>::infinity();
