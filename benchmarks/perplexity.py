@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("-m", "--model", type=Path, default=None, help="a GGUF file (default: the shipped model)")
     parser.add_argument("-c", "--ctx-size", type=int, default=512, help="tokens of a chunk")
     parser.add_argument("--chunks", type=int, default=0, help="most chunks to read; 0 reads all")
-    parser.add_argument("--modes", nargs="+", type=Mode, choices=Mode, default=[Mode.DENSE, Mode.PREDICTED])
+    parser.add_argument("--modes", nargs="+", type=Mode, choices=Mode, default=[Mode.DENSE])
     parser.add_argument("--dry", action="store_true", help="keep no results")
     add_flag(parser)
     args = parser.parse_args()
