@@ -5,7 +5,8 @@
 namespace thermocline {
 namespace {
 
-constexpr std::align_val_t kAlign{64};
+constexpr size_t kLines = 128;  // a pair of cache lines, as Streams::Stretch wants
+constexpr std::align_val_t kAlign{kLines};
 constexpr size_t kSmallest = size_t{1} << 20;
 
 }  // namespace
@@ -33,7 +34,7 @@ void Arena::release(const Mark& mark) {
 }
 
 void* Arena::take_bytes(size_t bytes) {
-  const size_t rounded = (bytes + 63) / 64 * 64;
+  const size_t rounded = (bytes + kLines - 1) / kLines * kLines;
   if (pieces_.empty() || pieces_.back().size - used_ < rounded) grow(rounded);
   std::byte* at = pieces_.back().bytes.get() + used_;
   used_ += rounded;

@@ -14,7 +14,7 @@ class Arena {
   // them.
   void reset();
 
-  // `count` uninitialised elements of a trivial type, aligned to 64 bytes, valid until reset().
+  // `count` uninitialised elements of a trivial type, aligned to 128 bytes, valid until reset().
   template <class T>
   T* take(int64_t count) {
     return static_cast<T*>(take_bytes(static_cast<size_t>(count) * sizeof(T)));

@@ -1,7 +1,6 @@
 #include "attention.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -63,7 +62,8 @@ class Attention {
         first_chunk_(visible_from(0) / kChunk),
         chunks_((job.start + job.tokens - 1) / kChunk + 1 - first_chunk_),
         team_(context.team((job.start + job.tokens - visible_from(0)) * job.kv_heads *
-                           (job.keys.row_bytes + job.values.row_bytes) * job.tokens)) {
+                           (job.keys.row_bytes + job.values.row_bytes) * job.tokens)),
+        streams_(context.streams(team_)) {
     const int64_t queries = block_tokens_ * group_;
     sums_size_ = queries * (dim_ + 2);
     bytes_size_ = job.keys.format == kQ8_0 ? queries * (q_stride_ / 4 + 2 * q_stride_ / kBlock) : 0;
@@ -76,6 +76,7 @@ class Attention {
       parts_ = context.arena.take<float>(job.kv_heads * chunks_ * sums_size_);
       prepared_ = context.arena.take<float>(job.kv_heads * queries_size_);
       prepare_items_.reset(job.kv_heads, 1);
+      streams_.reset(job.kv_heads * chunks_, 1);
       merge_items_.reset(job.kv_heads * queries, 1);
     } else {
       items_.reset(job.kv_heads * blocks, 1);
@@ -94,7 +95,11 @@ class Attention {
         items_.drain([&](int64_t item, int64_t) { attend_block(item, scratch); });
         return;
       }
-      attend_chunks(scratch);
+      // A worker goes on with the chunk after, whose keys it fetches at the end of this one.
+      const int64_t count = job_.kv_heads * chunks_;
+      streams_.drain(worker, [&](int64_t item, int64_t) {
+        attend_chunk(item, item + 1 < count ? item + 1 : kNoItem, scratch);
+      });
       team_.barrier();
       merge_items_.drain([&](int64_t item, int64_t) { merge_chunks(item, scratch); });
     });
@@ -193,18 +198,6 @@ class Attention {
     context_.kernels.dequantize[cache.format](stored, 0, k1 - k0, 0, dim_, wide, dim_);
     *format = kF32;
     return {reinterpret_cast<const uint8_t*>(wide), dim_ * 4, nullptr};
-  }
-
-  // Chunks of heads, first come, first served. As long as there are many, a worker takes one more than it
-  // works on, so that it knows what it will read next.
-  void attend_chunks(float* scratch) {
-    const int64_t count = job_.kv_heads * chunks_, many = 4 * team_.size();
-    for (int64_t item = next_.fetch_add(1, std::memory_order_relaxed); item < count;) {
-      const bool early = count - item > many;
-      const int64_t next = early ? next_.fetch_add(1, std::memory_order_relaxed) : item + team_.size();
-      attend_chunk(item, next < count ? next : kNoItem, scratch);
-      item = early ? next : next_.fetch_add(1, std::memory_order_relaxed);
-    }
   }
 
   // The keys or the values of an item of the decode path.
@@ -342,7 +335,7 @@ class Attention {
   float* parts_ = nullptr;
   float* prepared_ = nullptr;
   Items items_, merge_items_, write_items_, prepare_items_;
-  alignas(128) std::atomic<int64_t> next_{0};
+  Streams streams_;
 };
 
 }  // namespace
