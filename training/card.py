@@ -82,7 +82,7 @@ the plan of a split model is made) and a predictor (`epilimnion.q8_0.predictor.s
 token by token, {verdict}: {audit}.
 
 ![Neurons by how often they fire](pictures/ranked.svg)
-
+{curve}
 ## Data and licence
 
 {train_files} files ({train_mb:.1f} MB, {train_tokens:.1f} M tokens) for training and {held_files}
@@ -130,12 +130,25 @@ Temperature {temperature}; the prompt is in the first line or lines.
 * Its context ends at {context} tokens.
 """
 
+CURVE = """
+What a larger share buys: predictors of one rank in all layers, trained on {trained:,} tokens and audited on {audited:,}
+held-out ones. Each has its thresholds set for the same energy recall; a larger one reaches it with fewer neurons, and
+leaves out more of those that hardly count.
+
+| rank | share of the model's numbers | energy recall | recall | neurons selected | mean KL | top-1 |
+|---:|---:|---:|---:|---:|---:|---:|
+{rows}
+
+![Share of the parameters against recall and loss](predictor_shares.png)
+"""
+
 COMMANDS = """\
 python -m training.data --run build/epilimnion
 python -m training.train --run build/epilimnion --minutes {minutes:.0f}
 python -m training.evaluate --run build/epilimnion
 python -m training.export --run build/epilimnion --gguf src/thermocline/shipped/epilimnion.q8_0.gguf
 python -m training.predict --run build/epilimnion --gguf src/thermocline/shipped/epilimnion.q8_0.gguf
+python -m training.predict --run build/epilimnion --gguf src/thermocline/shipped/epilimnion.q8_0.gguf --curve
 python -m training.card --run build/epilimnion --out src/thermocline/shipped"""
 
 
@@ -197,6 +210,20 @@ def layer_rows(sparsity: Json) -> str:
     )
 
 
+def curve(run: Path) -> str:
+    """What `training.predict --curve` found; nothing where it did not run."""
+    file = run / "predictor_curve.json"
+    if not file.exists():
+        return ""
+    points = json.loads(file.read_text())
+    rows = "\n".join(
+        f"| {p['rank']} | {p['share']:.1%} | {p['energy_recall']:.3f} | {p['recall']:.1%} | {p['selected']:.1%} "
+        f"| {p['mean_kl']:.5f} | {p['top1']:.1%} |"
+        for p in points
+    )
+    return CURVE.format(trained=points[0]["trained"], audited=points[0]["audited"], rows=rows)
+
+
 def completions(evaluation: Json, temperature: float) -> str:
     shown = [entry for entry in evaluation["completions"] if entry["temperature"] == temperature]
     return "\n\n".join(f"```python\n{entry['prompt']}{entry['text'].rstrip()}\n```" for entry in shown)
@@ -251,6 +278,7 @@ def write_card(run: Path, out: Path, hardware: str, note: str) -> None:
         held_tokens=evaluation["held_out"]["tokens"],
         layer_rows=layer_rows(sparsity),
         predictor_share=predictor.share,
+        curve=curve(run),
         ranks=", ".join(map(str, predictor.ranks)),
         verdict="passed" if predictor.passed else "failed",
         audit=predictor.audit,

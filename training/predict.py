@@ -27,7 +27,7 @@ from training.data import collect, is_held_out, list_digest, standard_library
 
 Json = dict[str, Any]
 
-RANKS = (32, 64, 96, 160, 256, 384)
+RANKS = (32, 64, 96, 160)
 
 
 def write_texts(root: Path, run: Path) -> tuple[Path, Path]:
@@ -75,7 +75,8 @@ def point(rank: int, model: Path, activity: Path, texts: tuple[Path, Path], run:
     }
     print(f"rank {rank}: {found['summary']}", flush=True)
     return {
-        "rank": rank, "share": found["share_of_parameters"], **mean, **found["predicted"], "passed": found["passed"]
+        "rank": rank, "share": found["share_of_parameters"], **mean, **found["predicted"], "passed": found["passed"],
+        "trained": tokens, "audited": found["tokens"],
     }  # fmt: skip
 
 
@@ -116,8 +117,10 @@ def main() -> None:
     activity, predictor = out / f"{base}.activity.safetensors", out / f"{base}.predictor.safetensors"
     texts = train, held_out = write_texts(arguments.root, run)
     if arguments.curve:
-        points = [point(rank, model, activity, texts, run, arguments.curve_tokens) for rank in RANKS]
-        (run / "predictor_curve.json").write_text(json.dumps(points, indent=2) + "\n")
+        points = []
+        for rank in RANKS:
+            points.append(point(rank, model, activity, texts, run, arguments.curve_tokens))
+            (run / "predictor_curve.json").write_text(json.dumps(points, indent=2) + "\n")
         draw_curve(points, out / "predictor_shares.png")
         return
     command(
