@@ -22,6 +22,7 @@ from thermocline.ops.contract import ALL, ActiveSet, Array, FfnWork
 from thermocline.ops.device import Device
 
 Ints = npt.NDArray[np.int32]
+Counts = npt.NDArray[np.int64] | npt.NDArray[np.bool_]
 
 NOTHING = FfnWork(0, 0, 0, 0)
 
@@ -188,12 +189,16 @@ class FeedForward:
         named[:, self.order] = whole
         return named
 
-    def fired(self, workspace: Workspace, tokens: int) -> npt.NDArray[np.int64]:
+    def fired(self, workspace: Workspace, tokens: int) -> Counts:
         """For how many of the tokens each neuron was not zero (n_ff), by the file's numbers, as `run` left it."""
-        counts = np.empty(int(self._bounds[-1]), np.int64)
+        one = tokens == 1
+        counts: Counts = np.empty(int(self._bounds[-1]), bool if one else np.int64)
         for part in self.parts:
-            views = workspace.on(part.device.tier).views(tokens)
-            counts[part.start : part.stop] = np.count_nonzero(part.device.ops.to_host(_slice(views, part)), axis=0)
+            hidden = part.device.ops.to_host(_slice(workspace.on(part.device.tier).views(tokens), part))
+            if one:  # in every decode step
+                np.not_equal(hidden[0], 0.0, out=counts[part.start : part.stop])
+            else:
+                counts[part.start : part.stop] = np.count_nonzero(hidden, axis=0)
         if self.order is None:
             return counts
         named = np.empty_like(counts)

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from thermocline.config import Mode
 from thermocline.errors import ContextError, UsageError
 from thermocline.hardware.machine import Tier
-from thermocline.model.feed_forward import NOTHING, FeedForward, Tally
+from thermocline.model.feed_forward import NOTHING, Counts, FeedForward, Tally
 from thermocline.model.spec import ModelSpec
 from thermocline.model.workspace import Views, Workspace
 from thermocline.ops.contract import ALL, ActiveSet, Array, Arrays, FfnKind, FfnWork, KVLayer, Matrix, Ops
@@ -79,7 +79,7 @@ class SelectionObserver(Observer, Protocol):
 class Counter(Protocol):
     """Counts what fires in a step."""
 
-    def ffn_fired(self, layer: int, fired: npt.NDArray[np.int64]) -> None:
+    def ffn_fired(self, layer: int, fired: Counts) -> None:
         """After a layer's FFN: for how many tokens each neuron was not zero (n_ff)."""
 
 

@@ -10,8 +10,8 @@ import numpy.typing as npt
 
 from thermocline.activity.statistics import Activity
 from thermocline.activity.store import load_activity, save_activity
+from thermocline.model.feed_forward import Counts
 
-Counts = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
 HALF_LIFE = 2048.0
