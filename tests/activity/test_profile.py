@@ -22,7 +22,7 @@ from thermocline.config import LoadSettings, OpsKind
 from thermocline.errors import FingerprintError, ModelFormatError, NumericalError, OutputError, UsageError
 from thermocline.files.open import open_model
 from thermocline.files.quantize import to_float
-from thermocline.model.network import Observer
+from thermocline.model.observers import Observer
 from thermocline.runtime import profiling
 from thermocline.runtime.loading import load_model
 from thermocline.runtime.observed import ObservedRunner

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from thermocline.activity.predictor import load_predictor
 from thermocline.config import CacheType, Mode
 from thermocline.errors import BudgetError, HardwareError, ModelFormatError, UsageError
+from thermocline.files.companion import companion
 from thermocline.files.formats import F32
 from thermocline.files.open import open_model
 from thermocline.files.quantize import from_float
+from thermocline.files.sidecar import SidecarKind
 from thermocline.hardware.machine import ReadCurve, Tier
 from thermocline.hardware.reader import Reader
 from thermocline.memory.arena import Memory
@@ -53,13 +57,22 @@ def file(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
 class Loaded:
     """A network with `warm` neurons of each layer in RAM, the rest on disk with room for `slots`."""
 
-    def __init__(self, path: Path, warm: int, slots: int, order: np.ndarray | None = None, **how: Any) -> None:
+    def __init__(
+        self,
+        path: Path,
+        warm: int,
+        slots: int,
+        order: np.ndarray | None = None,
+        mode: Mode = Mode.EXACT,
+        predictor: Any = None,
+        **how: Any,
+    ) -> None:
         self.memory = Memory({RAM: Host(CpuOps(1))}, {RAM: LARGE})
         self.store = DiskStore(self.memory, slots * RECORD, Way(64), **how)
         self.source = open_model(path)
         seats = Seating(RAM, RAM, (LayerSeat(RAM, 0, warm),) * LAYERS)
         self.network, _ = load_transformer(
-            self.source, self.memory, mode=Mode.EXACT, seats=seats, order=order, store=self.store
+            self.source, self.memory, mode=mode, seats=seats, order=order, store=self.store, predictor=predictor
         )
 
     def close(self) -> None:
@@ -230,6 +243,75 @@ def test_every_nth_read_failing_ends_that_run_only(file: Path, plain: np.ndarray
         again = run(loaded.network, (3, 4))
         np.testing.assert_allclose(again, plain, rtol=0, atol=np.abs(plain).max() * NEURONS * 2.0**-24 * 100)
         assert loaded.memory.ledger.used(RAM) == before
+        loaded.close()
+        nth += 1
+    assert failures >= 3
+
+
+@pytest.fixture
+def predicted(file: Path, with_predictor: Callable[..., Path]) -> Path:
+    """The model with a predictor that is always right."""
+    return with_predictor(file)
+
+
+def oracle(path: Path) -> Any:
+    with open_model(path) as source:
+        return load_predictor(companion(path, SidecarKind.PREDICTOR), source.fingerprint)
+
+
+def with_oracle(path: Path, slots: int, **how: Any) -> Loaded:
+    return Loaded(path, 0, slots, mode=Mode.PREDICTED, predictor=oracle(path), **how)
+
+
+@pytest.mark.parametrize("slots", [2, 30, 60, 110, 300])
+def test_the_next_layers_records_are_read_ahead(predicted: Path, slots: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits, with what was foreseen rightly and wrongly, however little room there is."""
+    splits = tuple(range(1, TOKENS))
+    with open_model(predicted) as source:
+        plain = run(load_transformer(source, CpuOps(1), mode=Mode.PREDICTED, predictor=oracle(predicted))[0], splits)
+    foreseen: list[int] = []
+    real = RecordCache.claim_ahead
+
+    def claim_ahead(cache: RecordCache, layer: int, records: np.ndarray, most: int) -> Any:
+        found = real(cache, layer, records, most)
+        assert len(found[0]) <= max(0, most)
+        foreseen.append(len(found[0]))
+        return found
+
+    monkeypatch.setattr(RecordCache, "claim_ahead", claim_ahead)
+    loaded = with_oracle(predicted, slots)
+    for _ in range(2):
+        found = run(loaded.network, splits)
+        if slots >= NEURONS:
+            np.testing.assert_array_equal(found, plain)
+        else:
+            np.testing.assert_allclose(found, plain, rtol=0, atol=np.abs(plain).max() * NEURONS * 2.0**-24 * 100)
+        (pool,) = loaded.store._pools.values()
+        held = [slot for rows in pool.cache.rows for slot in rows.tolist() if slot >= 0]
+        pending = sum(len(layer._ahead.missing) for layer in loaded.store._layers if layer._ahead is not None)
+        assert len(set(held)) == len(held) == slots - pool.cache.free - pending
+    assert len(foreseen) == 2 * TOKENS * (LAYERS - 1)
+    assert (sum(foreseen) > 0) == (slots >= 60)
+    loaded.close()
+
+
+def test_every_nth_read_failing_with_reads_ahead(predicted: Path) -> None:
+    splits, nth, failures = tuple(range(1, TOKENS)), 1, 0
+    whole = with_oracle(predicted, 60)
+    plain = run(whole.network, splits)
+    whole.close()
+    while True:
+        loaded = with_oracle(predicted, 60, open_reader=lambda path, nth=nth: Faulty(path, nth))
+        try:
+            run(loaded.network, splits)
+        except HardwareError:
+            failures += 1
+        else:
+            loaded.close()
+            break
+        np.testing.assert_allclose(
+            run(loaded.network, splits), plain, rtol=0, atol=np.abs(plain).max() * NEURONS * 2.0**-24 * 100
+        )
         loaded.close()
         nth += 1
     assert failures >= 3

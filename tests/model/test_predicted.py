@@ -17,7 +17,8 @@ from thermocline.files.powerinfer import PredictorLayer
 from thermocline.files.quantize import from_float
 from thermocline.memory.kv_cache import KVCache
 from thermocline.memory.loader import load_transformer
-from thermocline.model.network import Outputs, Segment, SelectionObserver, Transformer, resolve_mode
+from thermocline.model.network import Outputs, Segment, Transformer, resolve_mode
+from thermocline.model.observers import SelectionObserver
 from thermocline.model.workspace import Workspace, workspace_bytes
 from thermocline.ops.contract import Activation, ActiveSet, Array, FfnKind, Ops
 from thermocline.ops.cpu import CpuOps

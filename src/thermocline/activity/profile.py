@@ -23,7 +23,7 @@ from thermocline.activity.store import activity_of, load_activity, save_activity
 from thermocline.activity.texts import Corpus, Reading, Tokenize
 from thermocline.errors import FingerprintError, ModelFormatError, OutputError, UsageError, printable
 from thermocline.files.sidecar import SidecarKind, read_sidecar
-from thermocline.model.network import Observer
+from thermocline.model.observers import Observer
 from thermocline.ops.contract import Array
 
 JOURNAL_SECONDS: Final = 20.0

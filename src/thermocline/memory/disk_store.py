@@ -23,10 +23,11 @@ from thermocline.hardware.reader import Reader, ReadStats, RecordReader
 from thermocline.memory.arena import Memory
 from thermocline.memory.first_rows import FirstRows, Scanner
 from thermocline.memory.neuron_store import Records
+from thermocline.memory.pool import Pool
 from thermocline.memory.reads import Place, Way, merged, place_of
-from thermocline.memory.record_cache import SPARE, RecordCache, Uses
+from thermocline.memory.record_cache import SPARE, Uses
 from thermocline.model.feed_forward import NOTHING
-from thermocline.ops.contract import ActiveSet, Array, FfnWork, Matrix, NeuronBlock
+from thermocline.ops.contract import ActiveSet, Array, FfnWork, NeuronBlock
 from thermocline.ops.device import Device
 from thermocline.placement.cost import SCANNED_TOKENS
 from thermocline.placement.ledger import Purpose
@@ -78,6 +79,8 @@ class DiskStore:
         self._pools: dict[tuple[tuple[str, int], ...], Pool] = {}
         self._layers: list[DiskNeurons] = []
         self._entered = -1
+        self.in_use = 0
+        """Slots that the layer at hand takes."""
 
     def neurons(self, records: Records, device: Device) -> DiskNeurons:
         """A layer's slice.
@@ -192,6 +195,8 @@ class DiskStore:
         if layer <= self._entered:
             for pool in self._pools.values():
                 pool.cache.step()
+            for other in self._layers:  # a step that failed has left what it had begun
+                other.let_go()
         self._entered = layer
 
     @property
@@ -214,43 +219,6 @@ class DiskStore:
             arena = self._memory.arenas[Tier.RAM].array((size,), "uint8", Purpose.STAGING)
             self._pools[shape] = Pool.of(matrices, slots, device.ops.to_host(arena), device)
         return self._pools[shape]
-
-
-@dataclass(frozen=True, slots=True)
-class Pool:
-    """Slots for records of one shape: the cache's account, its bytes, and the matrices that kernels see.
-
-    `starts` are where each matrix begins in `memory`, `row_bytes` the bytes of its rows.
-    """
-
-    cache: RecordCache
-    memory: Bytes
-    starts: tuple[int, ...]
-    row_bytes: tuple[int, ...]
-    matrices: tuple[Matrix, ...]
-
-    @classmethod
-    def of(cls, like: list[Weight], slots: int, memory: Bytes, device: Device) -> Pool:
-        """Slots laid out matrix after matrix in `memory`."""
-        sizes = tuple(w.format.row_bytes(w.columns) for w in like)
-        starts, placed = [], []
-        at = 0
-        for weight, size in zip(like, sizes, strict=True):
-            view = memory[at : at + slots * size].reshape(slots, size)
-            placed.append(device.ops.place(Weight(weight.name, weight.format, (slots, weight.columns), view)))
-            starts.append(at)
-            at += slots * size
-        return cls(RecordCache(slots), memory, tuple(starts), sizes, tuple(placed))
-
-    def rows(self, matrix: int) -> Bytes:
-        """The rows of a matrix in all slots."""
-        start, size = self.starts[matrix], self.row_bytes[matrix]
-        return self.memory[start : start + self.cache.slots * size].reshape(-1, size)
-
-    def targets(self, slots: Ints) -> list[Longs]:
-        """Of each matrix, the places in `memory` of the rows in these slots."""
-        wide = slots.astype(np.int64)
-        return [start + wide * size for start, size in zip(self.starts, self.row_bytes, strict=True)]
 
 
 @dataclass(slots=True)
@@ -296,6 +264,7 @@ class DiskNeurons:
             rows=pool.cache.rows[self._layer],
         )
         self._begun: _Fetch | None = None
+        self._ahead: _Fetch | None = None
         self._known: _Known | None = None
         self._first: FirstRows | None = None
         if store.scanner is not None and records.kind.sparse:
@@ -308,7 +277,7 @@ class DiskNeurons:
         Only a slice without biases can.
         """
         assert self._block.up_bias is None
-        self._drop()
+        self.let_go()
         places = np.full(max(int(self._numbers.max(initial=-1)), int(numbers.max(initial=-1))) + 1, -1, np.int32)
         places[numbers] = np.arange(len(numbers), dtype=np.int32)
         self.pool.cache.renumber(self._layer, places[self._numbers], len(numbers))
@@ -322,7 +291,7 @@ class DiskNeurons:
         Raises:
             HardwareError: a read failed.
         """
-        self._drop()
+        self.let_go()
         self._settle(self._fetch(records))
         slots = self.pool.cache.rows[self._layer][records]
         return [self.pool.rows(matrix)[slots] for matrix in range(len(self.pool.row_bytes))]
@@ -347,7 +316,7 @@ class DiskNeurons:
         Raises:
             HardwareError: a read failed.
         """
-        self._drop()
+        self.let_go()
         for start in range(0, len(records), PIECE):
             piece = records[start : start + PIECE]
             fetch = self._fetch(piece)
@@ -360,7 +329,28 @@ class DiskNeurons:
         if active.indices is None and self._first is not None:
             return  # what is wanted will be known when the first matrix is read
         wanted = self._wanted(active)
+        coming = 0 if self._ahead is None else len(self._ahead.missing)
+        if len(wanted) + coming > self._room:
+            self._settle_ahead()
         self._begun = self._fetch(wanted[: self._room])
+        self._store.in_use = min(len(wanted) + coming, self._room)
+
+    def foresee(self, active: ActiveSet) -> None:
+        """Start reading what is missing of a set that is probably the next layer's, which this is.
+
+        What is read in vain stays in memory until its place is needed.
+        """
+        self._settle_ahead()
+        room = (self._room - self._store.in_use) // 2
+        missing, slots = self.pool.cache.claim_ahead(self._layer, self._wanted(active), max(0, room))
+        fetch = _Fetch(missing, missing, slots, [])
+        try:
+            if len(missing):
+                self._start_reads(fetch)
+        except BaseException:
+            self._abandon(fetch)
+            raise
+        self._ahead = fetch
 
     def ffn(self, x: Array, active: ActiveSet, out: Array, *, skip_zeros: bool, hidden: Array | None = None) -> FfnWork:
         """See `Neurons.ffn`.
@@ -415,6 +405,7 @@ class DiskNeurons:
 
     def _finish(self, piece: Ints) -> None:
         """Have `piece` in its slots."""
+        self._settle_ahead()
         fetch, self._begun = self._begun, None
         if fetch is not None and not np.array_equal(fetch.wanted, piece):
             self._abandon(fetch)
@@ -422,6 +413,19 @@ class DiskNeurons:
         if fetch is None:
             fetch = self._fetch(piece)
         self._settle(fetch)
+
+    def let_go(self) -> None:
+        """Forget all that was begun."""
+        self._drop()
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            self._abandon(ahead)
+
+    def _settle_ahead(self) -> None:
+        """Have in memory what was foreseen."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            self._settle(ahead)
 
     def _settle(self, fetch: _Fetch, heat: npt.NDArray[np.float64] | None = None) -> None:
         """Wait for reads, and enter what they brought."""
@@ -437,18 +441,23 @@ class DiskNeurons:
 
     def _drop(self) -> None:
         """Forget what a step before has read, or had begun to when it failed."""
-        fetch, self._begun, self._known = self._begun, None, None
-        if fetch is not None:
-            self._abandon(fetch)
+        begun, self._begun, self._known = self._begun, None, None
+        if begun is not None:
+            self._abandon(begun)
 
     def _abandon(self, fetch: _Fetch) -> None:
         _wait(fetch.tickets)
         self.pool.cache.give_back(fetch.slots)
 
     def _fetch(self, wanted: Ints) -> _Fetch:
-        """Start reads of the records that are not in memory."""
-        wanted = wanted.copy()
-        missing, slots = self.pool.cache.claim(self._layer, wanted)
+        """Start reads of the records that are not in memory, nor on their way."""
+        cache, wanted = self.pool.cache, wanted.copy()
+        if self._ahead is not None and len(self._ahead.missing):
+            coming = np.isin(wanted, self._ahead.missing, assume_unique=True)
+            cache.uses.asked += int(np.count_nonzero(coming))
+            missing, slots = cache.claim(self._layer, wanted[~coming])
+        else:
+            missing, slots = cache.claim(self._layer, wanted)
         fetch = _Fetch(wanted, missing, slots, [])
         try:
             if len(missing):

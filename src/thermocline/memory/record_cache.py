@@ -47,6 +47,7 @@ class RecordCache:
         self._score = np.zeros(slots)
         self._free = list(range(slots - 1, -1, -1))
         self._weight = 1.0
+        self._in_use = np.empty(0, np.int32)
 
     def add_layer(self, records: int) -> int:
         """The number of a new layer of so many records, none of which is in memory."""
@@ -82,17 +83,27 @@ class RecordCache:
 
         The slots belong to nobody until `fill` or `give_back`. `records` are at most as many as there are slots.
         """
-        rows = self.rows[layer]
-        slots = rows[records]
+        slots = self.rows[layer][records]
         present = slots >= 0
         self._score[slots[present]] += self._weight
+        self._in_use = slots[present]
         missing = records[~present]
         self.uses.asked += len(records)
         self.uses.found += len(records) - len(missing)
-        if len(missing) > len(self._free):
-            self._evict(len(missing) - len(self._free), keep=slots[present])
-        taken = np.array([self._free.pop() for _ in range(len(missing))], np.int32)
-        return missing, taken
+        return missing, self._take(len(missing))
+
+    def claim_ahead(self, layer: int, records: Ints, most: int) -> tuple[Ints, Ints]:
+        """At most so many of the records that are not in memory, which may be used next, and slots for them.
+
+        What the last `claim` uses stays where it is.
+        """
+        missing = records[self.rows[layer][records] < 0][:most]
+        return missing, self._take(len(missing))
+
+    def _take(self, count: int) -> Ints:
+        if count > len(self._free):
+            self._evict(count - len(self._free), keep=self._in_use)
+        return np.array([self._free.pop() for _ in range(count)], np.int32)
 
     def fill(self, layer: int, records: Ints, slots: Ints, heat: npt.NDArray[np.float64] | None = None) -> None:
         """Slots that `claim` gave hold these records now.

@@ -9,9 +9,9 @@ So the result is the same, bit for bit, whatever the number of threads and whoev
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -52,6 +52,14 @@ class Neurons(Protocol):
         Raises:
             ThermoclineError: records could not be read; nothing of the slice's part may be used then.
         """
+
+
+@runtime_checkable
+class Foreseeing(Protocol):
+    """A slice that must read its records, and can begin while the layer before is computed."""
+
+    def foresee(self, active: ActiveSet) -> None:
+        """What will probably be announced in this step, counted from the slice's start."""
 
 
 class NeuronStore(Protocol):
@@ -146,24 +154,51 @@ class FeedForward:
         self.parts, self.order = new.parts, new.order
         self._sides, self._bounds, self._alone = new._sides, new._bounds, new._alone
 
+    @property
+    def foresees(self) -> bool:
+        """Whether a part reads ahead."""
+        return any(isinstance(part, Foreseeing) for part in self.parts)
+
+    def foresee(self, active: ActiveSet) -> None:
+        """Tell the parts what will probably be computed when this layer comes; `active` is overwritten."""
+        for part, cut in zip(self.parts, self._cut(active), strict=True):
+            if isinstance(part, Foreseeing):
+                part.foresee(cut)
+
     def run(
-        self, views: Views, workspace: Workspace, active: ActiveSet, *, skip_zeros: bool, tally: Tally, hidden: bool
+        self,
+        views: Views,
+        workspace: Workspace,
+        active: ActiveSet,
+        *,
+        skip_zeros: bool,
+        tally: Tally,
+        hidden: bool,
+        meanwhile: Callable[[], None] | None = None,
     ) -> None:
         """Add the FFN of `views.normed` to `views.x`, both on the home device.
 
         `active` is of the whole order, and what it refers to is overwritten. With `hidden` each device's own array of
-        activations is filled, slice after slice; `gather` puts them together.
+        activations is filled, slice after slice; `gather` puts them together. `meanwhile` is called when reads of what
+        is on disk have begun; it may overwrite `active`.
         """
         if self.sent is not None and len(views.x) >= self.sent_from and active.indices is None and not hidden:
             self.sent.run(views, workspace, active, skip_zeros=skip_zeros, tally=tally, hidden=hidden)
             return
         if self._alone is not None and not (hidden or tally.timed):  # nothing to cut, to carry or to measure
             self._alone.announce(active)
+            if meanwhile is not None:
+                active = ActiveSet(None if active.indices is None else active.indices.copy())
+                meanwhile()
             tally.work.append((self._alone, self._alone.ffn(views.normed, active, views.x, skip_zeros=skip_zeros)))
             return
+        if meanwhile is not None and active.indices is not None:
+            active = ActiveSet(active.indices.copy())
         cuts = self._cut(active)
         for part, cut in zip(self.parts, cuts, strict=True):
             part.announce(cut)
+        if meanwhile is not None:
+            meanwhile()
         if len(self._sides) == 1 and self._sides[0].device is self.home:
             began = time.perf_counter() if tally.timed else 0.0
             for (_, part), cut in zip(self._sides[0].parts, cuts, strict=True):

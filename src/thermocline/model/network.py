@@ -8,10 +8,10 @@ stream is carried along where a layer's home is not that of the one before.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,8 @@ import numpy.typing as npt
 from thermocline.config import Mode
 from thermocline.errors import ContextError, UsageError
 from thermocline.hardware.machine import Tier
-from thermocline.model.feed_forward import NOTHING, Counts, FeedForward, Tally
+from thermocline.model.feed_forward import NOTHING, FeedForward, Tally
+from thermocline.model.observers import Counter, Observer, SelectionObserver
 from thermocline.model.spec import ModelSpec
 from thermocline.model.workspace import Views, Workspace
 from thermocline.ops.contract import ALL, ActiveSet, Array, Arrays, FfnKind, FfnWork, KVLayer, Matrix, Ops
@@ -56,31 +57,6 @@ class Outputs(StrEnum):
     LAST = "last"
     ALL = "all"
     NONE = "none"
-
-
-class Observer(Protocol):
-    """Watches the FFNs of a step. Arrays are the step's own: copy what should outlive the call."""
-
-    def ffn_input(self, layer: int, residual: Array, normed: Array) -> None:
-        """Before a layer's FFN: the residual stream and its norm, both (T, n_embd)."""
-
-    def ffn_hidden(self, layer: int, hidden: Array) -> None:
-        """After it: the neurons' activations (T, n_ff), zero for those that were not computed."""
-
-
-@runtime_checkable
-class SelectionObserver(Observer, Protocol):
-    """An observer that is also told which neurons were computed."""
-
-    def ffn_active(self, layer: int, active: ActiveSet) -> None:
-        """Between the two calls of `Observer`: the neurons that are computed, ALL where nothing was predicted."""
-
-
-class Counter(Protocol):
-    """Counts what fires in a step."""
-
-    def ffn_fired(self, layer: int, fired: Counts) -> None:
-        """After a layer's FFN: for how many tokens each neuron was not zero (n_ff)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -383,13 +359,41 @@ class Transformer:
         if self.spec.parallel:
             self._add_attention(layer, views)
         skip, watched = self.mode is not Mode.DENSE, observer is not None or counter is not None
-        layer.ffn.run(views, workspace, active, skip_zeros=skip, tally=tally, hidden=watched)
+        layer.ffn.run(
+            views,
+            workspace,
+            active,
+            skip_zeros=skip,
+            tally=tally,
+            hidden=watched,
+            meanwhile=self._lookahead(index, layer, views),
+        )
         if layer.down_bias is not None:
             layer.device.ops.add(views.x, layer.down_bias)
         if observer is not None:
             observer.ffn_hidden(index, layer.ffn.gather(workspace, len(views.x)))
         if counter is not None:
             counter.ffn_fired(index, layer.ffn.fired(workspace, len(views.x)))
+
+    def _lookahead(self, index: int, layer: Layer, views: Views) -> Callable[[], None] | None:
+        """What foresees the next layer's active set while this one's is read from disk; None where nothing reads ahead.
+
+        The residual stream changes little from one layer to the next, so that what the next predictor sees in it now is
+        most of what it will select. Source of the idea: Deja Vu (Liu et al., ICML 2023).
+        """
+        following = self.layers[index + 1] if index + 1 < len(self.layers) else None
+        predictor = None if following is None else following.predictor
+        if self.mode is not Mode.PREDICTED or following is None or predictor is None or not following.ffn.foresees:
+            return None
+        if len(views.x) > predictor.tokens or not layer.device is following.device is predictor.device:
+            return None
+
+        def foresee() -> None:
+            ops = predictor.device.ops
+            ops.predict(views.x, predictor.fc1, predictor.fc2, views.scores)
+            following.ffn.foresee(ops.select(views.scores, predictor.threshold, views.active))
+
+        return foresee
 
     def _select(self, layer: Layer, views: Views, workspace: Workspace, tally: Tally, to_host: bool) -> ActiveSet:
         """The neurons to compute: those that the predictor selects for any token, or all.

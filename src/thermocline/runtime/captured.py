@@ -57,8 +57,18 @@ class Crossed:
         """The part on the device."""
         return () if self.hot is None else (self.hot,)
 
+    foresees = False
+
     def run(
-        self, views: Views, workspace: Workspace, active: ActiveSet, *, skip_zeros: bool, tally: Tally, hidden: bool
+        self,
+        views: Views,
+        workspace: Workspace,
+        active: ActiveSet,
+        *,
+        skip_zeros: bool,
+        tally: Tally,
+        hidden: bool,
+        meanwhile: Callable[[], None] | None = None,
     ) -> None:
         """See `FeedForward.run`; nothing here looks at a value."""
         hot, cold = self._cut(views, active)

@@ -9,7 +9,8 @@ import numpy.typing as npt
 
 from thermocline.config import LoadSettings
 from thermocline.memory.kv_cache import KVCache
-from thermocline.model.network import Observer, Outputs, Segment, Transformer
+from thermocline.model.network import Outputs, Segment, Transformer
+from thermocline.model.observers import Observer
 from thermocline.ops.contract import Array
 from thermocline.runtime.sequence import Tokens
 

@@ -8,7 +8,8 @@ import numpy as np
 
 from thermocline.config import LoadSettings, Mode
 from thermocline.memory.kv_cache import KVCache
-from thermocline.model.network import Observer, Outputs, Segment, Transformer
+from thermocline.model.network import Outputs, Segment, Transformer
+from thermocline.model.observers import Observer
 from thermocline.runtime.sequence import Logits, Tokens
 
 ROW_BYTES = 64 << 20

@@ -11,7 +11,8 @@ import numpy.typing as npt
 from thermocline.hardware.machine import Tier
 from thermocline.memory.kv_cache import KVCache
 from thermocline.model.feed_forward import NOTHING, Tally
-from thermocline.model.network import Counter, Outputs, Segment, Transformer
+from thermocline.model.network import Outputs, Segment, Transformer
+from thermocline.model.observers import Counter
 from thermocline.ops.contract import Arrays, FfnWork
 
 Tokens = npt.NDArray[np.int32]
