@@ -50,6 +50,7 @@ def block() -> str:
             _prefill(),
             _context(),
             _ops(),
+            _attention(),
             _start(),
             _agreement(),
             _perplexity(),
@@ -203,6 +204,21 @@ def _ops() -> str:
     )
     picture = f"![roofline]({PICTURE.relative_to(README.parent)})\n\n" if PICTURE.is_file() else ""
     return f"{picture}{note}\n\n" + table(["op", *formats], rows)
+
+
+def _attention() -> str:
+    """Of the decode path, for each kind of cache, by how many keys there are."""
+    ops = [op for r in read("ops/attention.json") for op in r["ops"] if op["op"] == "attention"]
+    by: dict[str, dict[str, str]] = {}
+    for op in ops:
+        heads, _, keys = op["size"].partition(", ")
+        by.setdefault(f"{heads}, {op['format']}", {})[keys] = f"{op['share']:.0%}"
+    if not by:
+        return ""
+    sizes = list(dict.fromkeys(keys for row in by.values() for keys in row))
+    heads_row = [f"{int(size.split()[0]):,} keys" for size in sizes]
+    rows = [[name, *(row.get(size, "") for size in sizes)] for name, row in by.items()]
+    return table(["decode attention, of the bandwidth: heads/of keys, cache", *heads_row], rows)
 
 
 def _start() -> str:

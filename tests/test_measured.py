@@ -59,6 +59,18 @@ def test_depths_are_held_to_what_the_cache_costs(tmp_path: Path, monkeypatch: py
     assert "| Q8_0, cache F16, 8,192 tokens | 40.0 | 30.0 |  |" in report.block()
 
 
+def test_attention_is_told_by_heads_and_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    (tmp_path / "ops").mkdir()
+    cases = (("F16", "16/16", 512, 0.5), ("F16", "16/16", 8192, 0.9), ("Q8_0", "16/2", 8192, 0.25))
+    ops = [
+        {"op": "attention", "format": fmt, "size": f"{heads} heads, {keys} keys", "share": share}
+        for fmt, heads, keys, share in cases
+    ]
+    (tmp_path / "ops/attention.json").write_text(json.dumps({"peaks": None, "ops": ops}))
+    assert "| 16/16 heads, F16 | 50% | 90% |\n| 16/2 heads, Q8_0 |  | 25% |" in report.block()
+
+
 def test_perplexities_stand_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     measured = {
