@@ -57,8 +57,12 @@ class Streams:
         torch.cuda.current_stream(self._device).wait_stream(side)
 
     def another(self) -> Any:
-        """A stream beside the current one."""
-        return torch.cuda.Stream(self._device) if self.real else None  # type: ignore[no-untyped-call]
+        """A stream beside the current one, which begins when that has done what it was given so far."""
+        if not self.real:
+            return None
+        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        return stream
 
     def mark(self) -> Any:
         """An event that comes when the current stream has done what it was given so far."""
