@@ -384,6 +384,12 @@ def test_learned_positions_where_the_embedding_is_on_the_cpu(make_opt: Callable[
     assert rows[0].tobytes() == rows[1].tobytes()
 
 
+def test_memory_that_runs_out_at_loading_is_one_error(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CudaOps, "rms_norm", full)
+    with pytest.raises(BudgetError, match="--ubatch-size"):
+        LLM.load(tiny_model, ctx_size=32, threads=1, device="cuda", vram_budget=BUDGET)
+
+
 def test_memory_that_runs_out_ends_one_request(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with LLM.load(tiny_model, ctx_size=32, threads=1, device="cuda", vram_budget=BUDGET) as llm:
         with monkeypatch.context() as patch:

@@ -68,16 +68,10 @@ class GpuSequence(TransformerSequence):
 
         Kernels are compiled then, and all scratch memory is as large as it will ever be. Short prompts, which are
         predicted, take other scratch than long ones.
-
-        Raises:
-            BudgetError: the GPU's memory has no room for them.
         """
-        try:
-            for tokens in {self.ubatch, min(self.ubatch, max(self._transformer.scored, 1)), 1}:
-                start = self._cache.n_ctx - tokens
-                self._transformer.rehearse(Tier.VRAM, tokens, start, self._cache, self._workspace)
-        except torch.OutOfMemoryError as error:
-            raise BudgetError(Tier.VRAM, 0, f"lower --vram-budget or --ubatch-size ({error})") from error
+        for tokens in sorted({self.ubatch, min(self.ubatch, max(self._transformer.scored, 1)), 1}, reverse=True):
+            start = self._cache.n_ctx - tokens
+            self._transformer.rehearse(Tier.VRAM, tokens, start, self._cache, self._workspace)
 
 
 def sequence_of(
@@ -87,17 +81,20 @@ def sequence_of(
 
     Raises:
         UsageError: a way of crossing was asked for that does not work.
+        BudgetError: the GPU's memory has no room for what the kernels need.
     """
     notices: list[str] = []
     sequence = GpuSequence(transformer, cache, ubatch, arrays)
-    sequence.rehearse()  # before a graph is captured, which goes on using the scratch of its time
     try:
+        sequence.rehearse()  # before a graph is captured, which goes on using the scratch of its time
         captured = sequence.captured = CapturedStep(transformer, cache, way=way, arrays=arrays)
         notices += [captured.notice] if captured.notice is not None else []
     except UsageError as error:
         if way is not CrossingKind.AUTO:
             raise
         notices.append(f"decoding takes the plain way: {error}")
+    except torch.OutOfMemoryError as error:
+        raise BudgetError(Tier.VRAM, 0, f"lower --vram-budget or --ubatch-size ({error})") from error
     return sequence, notices
 
 
