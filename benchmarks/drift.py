@@ -1,7 +1,7 @@
 """Does it pay to move neurons when the text changes? The shipped model's activity is of code; it is given prose.
 
     python -m benchmarks.drift
-    python -m benchmarks.drift -m models/synthetic-1.3b.f16.records.gguf --ram-budget 1400MiB
+    python -m benchmarks.drift -m models/synthetic-1.3b.f16.records.gguf --ram-budget 1800MiB
 
 Held-out text is run token by token (nothing is sampled): turns of the project's tests, of its documents, and of tests
 again. Three runs: plain; counting, with the placement of drift but nothing ever moved; and drift. The second device is
@@ -163,8 +163,8 @@ def show_on_disk(pair: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-m", "--model", type=Path)
-    parser.add_argument("--vram-budget", default="9MB")
-    parser.add_argument("--ram-budget", default="1400MiB")
+    parser.add_argument("--vram-budget", default="10MB")
+    parser.add_argument("--ram-budget", default="1800MiB")
     parser.add_argument("--drift", default="auto")
     parser.add_argument("--length", type=int, default=160, help="tokens of a turn")
     parser.add_argument("--turns", type=int, default=6, help="of the disk's")
