@@ -104,6 +104,8 @@ def measure(path: Path, budget: str | None, tokens: int, threads: int, mode: str
         record["reads"] = {
             name: kind_of_read(name, after[name].since(read), files, tokens) for name, read in before.items()
         }
+        alone = sum(read["seconds_alone"] for read in record["reads"].values() if read)
+        record["of_allowed"] = alone / seconds  # of all the time, computing included; reads of both kinds overlap
     return record
 
 
@@ -129,6 +131,7 @@ def kind_of_read(kind: str, read: ReadStats, files: tuple[Path, Path], tokens: i
         "rate": read.bandwidth / MB,
         "probe_rate": probe / MB,
         "of_probe": read.bandwidth / probe,
+        "seconds_alone": read.nbytes / probe,
     }
 
 
@@ -222,6 +225,8 @@ def show(records: dict[str, Any], args: argparse.Namespace) -> None:
                 f"{read['bytes_of_a_read']} bytes reach alone; in flight {read['busy_seconds'] / with_['seconds']:.0%} "
                 "of the time"
             )
+    if "of_allowed" in with_:
+        print(f"one after another at those rates, the reads alone would take {with_['of_allowed']:.0%} of the time")
     if "hit_rate" in with_:
         print(f"{with_['hit_rate']:.1%} of the wanted neurons were in memory")
     if "tokens_per_second" in records.get("llama", {}) and "tokens_per_second" in with_:
