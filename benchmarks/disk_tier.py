@@ -19,6 +19,7 @@ import ctypes
 import json
 import mmap
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -159,6 +160,7 @@ def main() -> None:
     parser.add_argument("--llama-python", help="interpreter of an environment with llama-cpp-python")
     parser.add_argument("--llama-model", type=Path, help="the model in the layout that llama.cpp reads")
     parser.add_argument("--llama-tokens", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3, help="turns of the limited runs")
     parser.add_argument("--dry", action="store_true", help="keep no results")
     parser.add_argument("--one", choices=["with", "without", "llama"], help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -177,8 +179,9 @@ def compare(args: argparse.Namespace) -> None:
     limit = MemoryLimit(int(parse_budget(args.ram_budget).amount * ALLOWANCE))
     print(limit.means or f"memory is not limited but by the budget: no control group could be made ({limit.why})")
     records: dict[str, Any] = {}
+    rates: dict[str, list[float]] = {}
     with limit:
-        for name in which:
+        for name in which[:1] + which[1:] * args.rounds:
             for file in (args.model, bundle_path(args.model), args.llama_model):
                 if file is not None:
                     forget(file)
@@ -193,6 +196,10 @@ def compare(args: argparse.Namespace) -> None:
                 records[name] = {"error": str(error)}
                 continue
             records[name] = json.loads(out) | {"most_charged": charged}
+            rates.setdefault(name, []).append(records[name]["tokens_per_second"])
+    for name, found in rates.items():
+        records[name]["rates"] = found
+        records[name]["tokens_per_second"] = statistics.median(found)
     show(records, args)
     if not args.dry:
         about = {"model": args.model.name, "mode": args.mode, "limited_by": limit.means or limit.why}
@@ -229,8 +236,12 @@ def show(records: dict[str, Any], args: argparse.Namespace) -> None:
         print(f"one after another at those rates, the reads alone would take {with_['of_allowed']:.0%} of the time")
     if "hit_rate" in with_:
         print(f"{with_['hit_rate']:.1%} of the wanted neurons were in memory")
-    if "tokens_per_second" in records.get("llama", {}) and "tokens_per_second" in with_:
-        print(f"{with_['tokens_per_second'] / records['llama']['tokens_per_second']:.1f} times as fast as llama.cpp")
+    if "rates" in records.get("llama", {}) and "rates" in with_:
+        times = [a / b for a, b in zip(with_["rates"], records["llama"]["rates"], strict=True)]
+        print(
+            f"{statistics.median(times):.1f} times as fast as llama.cpp (median of {len(times)} rounds, "
+            f"{min(times):.1f} to {max(times):.1f})"
+        )
     for line in with_.get("notices", ()):
         print(f"note: {line}")
 

@@ -47,6 +47,8 @@ FEWEST_TOKENS = 16
 """Passes of a prompt are not made shorter than this to leave VRAM for weights."""
 SCRATCH_SHARE = 4
 """Scratch may take one part in so many of VRAM's budget, unless passes would be too short."""
+HOST_MARGIN = 128 << 20
+"""Of RAM without a GPU: the interpreter, its libraries and the tokenizer take some 60 to 100 MB."""
 NO_RECORDS = "leave cold neurons on disk: that takes a file with neuron records, which `thermocline convert` writes"
 CONTEXT = 4096
 """Tokens that a plan is made for where nobody says, if the model was trained on as many."""
@@ -250,6 +252,8 @@ def machine_and_budgets(
             f"{machine.name} has no GPU, and --vram-budget says how much of one to use; leave it out, plan for "
             "--device emulated, or for a --machine with a GPU"
         )
+    if machine.gpu is None:  # nor a driver that takes memory of the host
+        overheads = replace(overheads, margin_ram=min(overheads.margin_ram, HOST_MARGIN))
     budgets = {Tier.RAM: _resolved(ram, "ram-budget", machine.cpu.capacity, free[Tier.RAM])}
     if machine.gpu is not None:
         budgets[Tier.VRAM] = _resolved(vram, "vram-budget", machine.gpu.capacity, free[Tier.VRAM])
