@@ -8,8 +8,10 @@
 
 namespace thermocline::THERMOCLINE_ISA {
 
+#include "parts.inl"
+
 template <Format F>
-static inline Vec load_numbers(const uint8_t* row, int64_t c) {
+static inline Vec load_floats(const uint8_t* row, int64_t c) {
   if constexpr (F == kF32) return load(row + 4 * c);
   if constexpr (F == kF16) return load_f16(row + 2 * c);
 }
@@ -41,7 +43,7 @@ static inline Vec score_tile(const DotJob& job, const uint8_t* first, int64_t co
       fetch(ahead, at, at + kPiece < end ? at + kPiece : end);
 #pragma GCC unroll 8
       for (int j = 0; j < kRows; ++j) {
-        const Vec w = load_numbers<F>(rows[j], c);
+        const Vec w = load_floats<F>(rows[j], c);
 #pragma GCC unroll 8
         for (int i = 0; i < T; ++i) acc[i][j] = fma(w, load(x + i * x_stride + c), acc[i][j]);
       }
@@ -119,7 +121,7 @@ static inline void mix_tile(const AxpyJob& job, int64_t k0, int64_t k1, int64_t 
       }
     } else {
 #pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) w[v] = load_numbers<F>(row, c + v * kLanes);
+      for (int v = 0; v < V; ++v) w[v] = load_floats<F>(row, c + v * kLanes);
     }
 #pragma GCC unroll 8
     for (int i = 0; i < T; ++i) {

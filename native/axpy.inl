@@ -99,27 +99,8 @@ template <Format F>
 static void axpy(const AxpyJob& job, int64_t k0, int64_t k1, int64_t t0, int64_t t1, int64_t c0, int64_t c1) {
   int64_t k = k0;
   for (; k + kAxpyRows <= k1; k += kAxpyRows) axpy_rows<F, kAxpyRows>(job, k, k1, t0, t1, c0, c1);
+  for (; k + 2 <= k1; k += 2) axpy_rows<F, 2>(job, k, k1, t0, t1, c0, c1);
   for (; k < k1; ++k) axpy_rows<F, 1>(job, k, k1, t0, t1, c0, c1);
-}
-
-static int32_t axpy_list(const ListJob& job, int32_t next, float* acc) {
-  constexpr int kVecs = 8, kColumns = kVecs * kLanes;
-  int32_t end = next;
-  for (int c = 0; c < kListColumns; c += kColumns) {
-    Vec sum[kVecs];
-#pragma GCC unroll 8
-    for (int v = 0; v < kVecs; ++v) sum[v] = load(acc + c + v * kLanes);
-    for (end = next; job.list[end] < job.k1; ++end) {
-      const int32_t k = job.list[end];
-      const Vec scale = splat(job.h[job.positions[k]]);
-      const float* row = job.weights + (k - job.k0) * kListColumns + c;
-#pragma GCC unroll 8
-      for (int v = 0; v < kVecs; ++v) sum[v] = fma(scale, load(row + v * kLanes), sum[v]);
-    }
-#pragma GCC unroll 8
-    for (int v = 0; v < kVecs; ++v) store(acc + c + v * kLanes, sum[v]);
-  }
-  return end;
 }
 
 template <Format F>

@@ -1,8 +1,8 @@
 // Integer dot products, four blocks of 32 of four rows at a time.
 
 template <Format F, int T>
-static inline void int_step(const RowTile<4>& tile, const Tokens& tokens, int64_t t0, int64_t b, int64_t last,
-                            Vec (&acc)[T]) {
+[[gnu::always_inline]] static inline void int_step(const RowTile<4>& tile, const Tokens& tokens, int64_t t0,
+                                                   int64_t b, int64_t last, Vec (&acc)[T]) {
   Quad w[4];
 #pragma GCC unroll 4
   for (int r = 0; r < 4; ++r) w[r] = load_quad_of<F>(tile.now[r], b, last);
@@ -16,8 +16,8 @@ static inline void int_step(const RowTile<4>& tile, const Tokens& tokens, int64_
 }
 
 template <Format F, int R, int T, bool Fetch>
-static inline void int_tile(const RowTile<R>& tile, const Tokens& tokens, int64_t t0, int64_t n,
-                            float (&out)[T][R]) {
+[[gnu::always_inline]] static inline void int_tile(const RowTile<R>& tile, const Tokens& tokens, int64_t t0,
+                                                   int64_t n, float (&out)[T][R]) {
   RowTile<4> four;
   for (int i = 0; i < 4; ++i) {
     four.now[i] = tile.now[i % R];

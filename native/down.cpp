@@ -37,7 +37,8 @@ DownRecords::DownRecords(Context& context, Pool& team, const Matrix& down, int64
                                        parts_of(tokens, kTokenBlock));
     most_ = most;
     fired_ = context.arena.take<int32_t>(tokens * (most + 1));
-    scratch_size_ = kTileColumns * kTileRows + (2 * kTileColumns + 1) * parts_of(tokens, token_parts_);
+    scratch_size_ =
+        (kTileColumns + 2 * kListParts) * kTileRows + (2 * kTileColumns + 1) * parts_of(tokens, token_parts_);
     scratch_ = context.arena.take<float>(scratch_size_ * team.size());
     token_items_.reset(tokens, 1);
   }
@@ -81,7 +82,7 @@ void DownRecords::add_one(float* out) {
     AxpyJob part = job;
     part.acc = parts_ + group * down_.cols + c0;
     std::fill(part.acc, part.acc + (c1 - c0), 0.0f);
-    context_.kernels.axpy[down_.format](part, start_[group], start_[group + 1], 0, 1, c0, c1);
+    context_.kernels.add_scaled[down_.format](part, start_[group], start_[group + 1], c0, c1);
   });
   team_.barrier();
   reduce_.drain([&](int64_t begin, int64_t end) {
@@ -105,23 +106,25 @@ void DownRecords::add_tile(int worker, int64_t item, float* out) {
   const int64_t c0 = item % column_parts_ * kTileColumns, c1 = std::min(c0 + kTileColumns, down_.cols);
   const int64_t size = parts_of(tokens_, token_parts_);
   const int64_t t0 = std::min(item / column_parts_ * size, tokens_), t1 = std::min(t0 + size, tokens_);
-  float* weights = scratch_ + worker * scratch_size_;
-  float* sums = weights + kTileRows * kTileColumns;
+  float* numbers = scratch_ + worker * scratch_size_;
+  float* scales = numbers + kTileRows * kTileColumns;
+  const ListTile tile{numbers, scales, scales + kTileRows * kListParts};
+  float* sums = tile.minima + kTileRows * kListParts;
   float* total = sums + size * kTileColumns;
   auto* next = reinterpret_cast<int32_t*>(total + size * kTileColumns);  // of each token, in its list
   const int64_t floats = (t1 - t0) * kTileColumns;
 
-  if (c1 - c0 < kTileColumns) std::fill(weights, weights + kTileRows * kTileColumns, 0.0f);
+  if (c1 - c0 < kTileColumns) std::fill(numbers, sums, 0.0f);
   std::fill(total, total + floats, 0.0f);
   std::fill(next, next + (t1 - t0), 0);
   for (int g = 0; g < kGroups; ++g) {
     std::fill(sums, sums + floats, 0.0f);
     for (int64_t k = start_[g]; k < start_[g + 1]; k += kTileRows) {
       const int64_t rows = std::min(kTileRows, start_[g + 1] - k);
-      kernels.dequantize[down_.format](down_.at(ids_, k + rows), k, k + rows, c0, c1, weights, kTileColumns);
+      kernels.unpack[down_.format](down_.at(ids_, k + rows), k, k + rows, c0, c1, tile);
       for (int64_t t = t0; t < t1; ++t) {
-        const ListJob job{weights, k, k + rows, fired_ + t * (most_ + 1), positions_, h_ + t * h_stride_};
-        next[t - t0] = kernels.axpy_list(job, next[t - t0], sums + (t - t0) * kTileColumns);
+        const ListJob job{tile, k, k + rows, fired_ + t * (most_ + 1), positions_, h_ + t * h_stride_};
+        next[t - t0] = kernels.add_listed[down_.format](job, next[t - t0], sums + (t - t0) * kTileColumns);
       }
     }
     for (int64_t i = 0; i < floats; ++i) total[i] += sums[i];

@@ -10,8 +10,8 @@ namespace thermocline {
 
 // Neighbouring neurons (a cluster) lie together in memory and go to the same group; the groups take turns, so
 // that they are of equal length however the active neurons lie.
-constexpr int kGroups = 16;
-constexpr int kClusterShift = 4;
+constexpr int kGroups = 8;
+constexpr int kClusterShift = 6;
 
 class DownRecords {
  public:

@@ -75,11 +75,18 @@ struct AxpyJob {
 };
 
 constexpr int kListColumns = 128;
+constexpr int kListParts = kListColumns / 16;
 
-// The rows k0 .. k1 that lie in `weights`, kListColumns floats each, of those that a token lists, ascending:
-// row k with the factor h[positions[k]].
+// Unpacked rows: of each kListColumns numbers and, of integer formats, for every 16 of them a scale and what
+// a minimum takes off; in the other formats these are not read.
+struct ListTile {
+  float *numbers, *scales, *minima;
+};
+
+// The rows k0 .. k1 that lie in a tile, of those that a token lists, ascending: row k with the factor
+// h[positions[k]].
 struct ListJob {
-  const float* weights;
+  ListTile tile;
   int64_t k0, k1;
   const int32_t* list;  // ends with a number that is at least k1
   const int32_t* positions;
@@ -126,9 +133,14 @@ struct Kernels {
   // c0 and c1 are multiples of the block.
   void (*axpy[kFormats])(const AxpyJob& job, int64_t k0, int64_t k1, int64_t t0, int64_t t1, int64_t c0,
                          int64_t c1);
-  // acc (kListColumns) += the listed rows in ascending order, from place `next` of the list on; returns the
-  // place of the first row that is not below k1.
-  int32_t (*axpy_list)(const ListJob& job, int32_t next, float* acc);
+  // axpy of one token, in which integer formats multiply h with a block's scale first.
+  void (*add_scaled[kFormats])(const AxpyJob& job, int64_t k0, int64_t k1, int64_t c0, int64_t c1);
+  // Rows k0 .. k1, columns c0 .. c1 (at most kListColumns).
+  void (*unpack[kFormats])(const Rows& rows, int64_t k0, int64_t k1, int64_t c0, int64_t c1,
+                           const ListTile& to);
+  // acc (kListColumns) += the listed rows of a tile, with the operations of add_scaled, from place `next` of
+  // the list on; returns the place of the first row that is not below k1.
+  int32_t (*add_listed[kFormats])(const ListJob& job, int32_t next, float* acc);
   // out[(r - r0) * out_stride + c - c0]; c0 and c1 are multiples of the block.
   void (*dequantize[kFormats])(const Rows& rows, int64_t r0, int64_t r1, int64_t c0, int64_t c1, float* out,
                                int64_t out_stride);

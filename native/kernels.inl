@@ -13,9 +13,11 @@ namespace thermocline::THERMOCLINE_ISA {
 // In the order in which they build on each other.
 // clang-format off
 #include "rows.inl"
+#include "parts.inl"
 #include THERMOCLINE_INT_DOT
 #include "dot.inl"
 #include "axpy.inl"
+#include "scaled.inl"
 #ifdef THERMOCLINE_PANELS
 #include "panel.inl"
 #include "panel_int.inl"
@@ -58,7 +60,9 @@ static constexpr Kernels make_kernels(const char* name) {
       tile_tokens,
       nullptr,
       THERMOCLINE_FORMATS(axpy),
-      axpy_list,
+      THERMOCLINE_FORMATS(add_scaled),
+      THERMOCLINE_FORMATS(unpack),
+      THERMOCLINE_FORMATS(add_listed),
       THERMOCLINE_FORMATS(dequantize),
       THERMOCLINE_FORMATS(first_nonfinite),
       activate,

@@ -26,25 +26,6 @@ static inline int64_t place_of_block(int64_t b, int64_t blocks) {
   return place;
 }
 
-template <Format F>
-static inline void pack_scales(const PanelLanes& lanes, int64_t b, float (&scale)[2][kLanes],
-                               float (&least)[kLanes]) {
-  for (int i = 0; i < kLanes; ++i) {
-    const Part<F> at = part_at<F>(lanes.row[i], b);
-    const float d = scale_of(at.block + (F == kQ6_K ? 208 : 0));
-    if constexpr (F == kQ6_K) {
-      for (int h = 0; h < 2; ++h)
-        scale[h][i] = d * static_cast<float>(static_cast<int8_t>(at.block[192 + 2 * at.part + h]));
-    } else if constexpr (has_minima(F)) {
-      const ScaleMin s = scale_min(at.block + 4, at.part);
-      scale[0][i] = d * static_cast<float>(s.scale);
-      least[i] = scale_of(at.block + 2) * static_cast<float>(s.least);
-    } else {
-      scale[0][i] = d;
-    }
-  }
-}
-
 // Vector v of a block, of which `units` holds the numbers.
 template <Format F>
 static inline void pack_block_of(const PanelLanes& lanes, int64_t b, const __m512i* units, int v,
@@ -52,7 +33,12 @@ static inline void pack_block_of(const PanelLanes& lanes, int64_t b, const __m51
   constexpr int kUnits = 8 / kHalves<F>;
   to += v * sizeof(Vec);
   float scale[2][kLanes], least[kLanes];
-  pack_scales<F>(lanes, b, scale, least);
+  for (int i = 0; i < kLanes; ++i) {
+    const PartScales s = part_scales<F>(part_at<F>(lanes.row[i], b));
+    scale[0][i] = s.scale[0];
+    scale[1][i] = s.scale[1];
+    least[i] = s.least;
+  }
   uint8_t* rest = to + 8 * kUnitBytes;
   for (int h = 0; h < kHalves<F>; ++h) {
     __m512i excess = _mm512_setzero_si512();

@@ -4,7 +4,10 @@ static inline const uint8_t* row_at(const Rows& rows, int64_t r) {
   return rows.base + (rows.ids ? rows.ids[r] : r) * rows.row_bytes;
 }
 
-// What a tile reads: R rows, and the rows of the tile after it.
+// What a tile reads: R rows, and the rows that are fetched meanwhile: of the tile after it or, where rows are
+// short, of the one after that, for memory answers late.
+constexpr int64_t kAhead = 8192;
+
 template <int R>
 struct RowTile {
   const uint8_t* now[R];
@@ -17,7 +20,8 @@ static inline RowTile<R> row_tile(const Rows& rows, int64_t r, int64_t end) {
   RowTile<R> tile;
   for (int i = 0; i < R; ++i) {
     tile.now[i] = row_at(rows, r + i);
-    tile.next[i] = row_at(rows, r + R + i < limit ? r + R + i : r + i);
+    const int64_t next = r + i + (R * rows.row_bytes < kAhead ? 2 * R : R);
+    tile.next[i] = row_at(rows, next < limit ? next : r + i);
   }
   return tile;
 }

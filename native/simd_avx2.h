@@ -25,6 +25,7 @@ static inline Vec zero() { return _mm256_setzero_ps(); }
 static inline Vec load(const void* p) { return _mm256_loadu_ps(static_cast<const float*>(p)); }
 static inline void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
 static inline Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
+static inline Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
 static inline Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
 // One lane of fma().
 static inline float fma_one(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
@@ -154,23 +155,15 @@ static inline Vec int_dot(const IntWeights& w, const IntTokens& x) {
 
 static inline Vec floats_of_bytes(__m128i bytes) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)); }
 
-// The 32 floats of a part.
+// The 32 numbers of a part as floats, without its scale.
 template <Format F>
-static inline void load_block(const Part<F>& at, Vec (&w)[kBlock / kLanes]) {
-  const IntWeights packed = int_weights<F>(at);
-  const __m128i low = _mm256_castsi256_si128(packed.q), high = _mm256_extracti128_si256(packed.q, 1);
-  Vec first = packed.d, second = packed.d;
-  if constexpr (F == kQ6_K) {
-    first = _mm256_permute2f128_ps(packed.d, packed.d, 0x00);
-    second = _mm256_permute2f128_ps(packed.d, packed.d, 0x11);
-  }
-  w[0] = mul(first, floats_of_bytes(low));
-  w[1] = mul(first, floats_of_bytes(_mm_srli_si128(low, 8)));
-  w[2] = mul(second, floats_of_bytes(high));
-  w[3] = mul(second, floats_of_bytes(_mm_srli_si128(high, 8)));
-  if constexpr (has_minima(F)) {
-    for (Vec& v : w) v = _mm256_sub_ps(v, packed.least);
-  }
+static inline void load_numbers(const Part<F>& at, Vec (&w)[kBlock / kLanes]) {
+  const __m256i q = numbers<F>(at);
+  const __m128i low = _mm256_castsi256_si128(q), high = _mm256_extracti128_si256(q, 1);
+  w[0] = floats_of_bytes(low);
+  w[1] = floats_of_bytes(_mm_srli_si128(low, 8));
+  w[2] = floats_of_bytes(high);
+  w[3] = floats_of_bytes(_mm_srli_si128(high, 8));
 }
 
 }  // namespace thermocline::THERMOCLINE_ISA

@@ -26,6 +26,7 @@ static inline Vec zero() { return _mm512_setzero_ps(); }
 static inline Vec load(const void* p) { return _mm512_loadu_ps(p); }
 static inline void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
 static inline Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
+static inline Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
 static inline Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
 // One lane of fma().
 static inline float fma_one(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
@@ -123,17 +124,42 @@ static inline __m512i nibble_lanes(__m512i v, __m512i shifts) {
   return _mm512_and_si512(_mm512_srlv_epi64(moved, shifts), _mm512_set1_epi8(15));
 }
 
+// Words kFirst, kFirst + 1 ... kFirst + 7 of each of four blocks of kStride words, in lanes of 128 bits. They
+// lie in less than 128 bytes, so that two loads hold them all: the second ends where the last word does.
+template <int kStride, int kFirst>
+[[gnu::always_inline]] static inline __m512i pick_words(const uint8_t* p) {
+  constexpr int kSecond = kFirst + 3 * kStride + 8 - 32;
+  alignas(64) static constexpr auto kPlaces = [] {
+    struct Places {
+      int16_t at[32];
+    } places{};
+    for (int i = 0; i < 32; ++i) {
+      const int word = i / 8 * kStride + i % 8;
+      places.at[i] = static_cast<int16_t>(word < 32 ? word : 32 + word + kFirst - kSecond);
+    }
+    return places;
+  }();
+  return _mm512_permutex2var_epi16(_mm512_loadu_si512(p + 2 * kFirst), _mm512_load_si512(&kPlaces),
+                                   _mm512_loadu_si512(p + 2 * kSecond));
+}
+
 // Blocks b to b + 3 of a row whose last block is `last`, which is read again in place of those past it.
 template <Format F>
-static inline Quad load_quad_of(const uint8_t* row, int64_t b, int64_t last) {
+[[gnu::always_inline]] static inline Quad load_quad_of(const uint8_t* row, int64_t b, int64_t last) {
   constexpr int kBytes = kFormatInfo[F].block_bytes;
   if constexpr (!is_k_quant(F)) {
-    const uint8_t* p[4];
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) p[i] = row + (b + i < last ? b + i : last) * kBytes + 2;
-    const __m512i v = load_quad(p[0], p[1], p[2], p[3]);
+    __m512i v, w;
+    if (b + 3 <= last) {
+      const uint8_t* p = row + b * kBytes;
+      v = pick_words<kBytes / 2, 1>(p);
+      if constexpr (F == kQ8_0) w = pick_words<kBytes / 2, 9>(p);
+    } else {
+      const uint8_t* p[4];
+      for (int i = 0; i < 4; ++i) p[i] = row + (b + i < last ? b + i : last) * kBytes + 2;
+      v = load_quad(p[0], p[1], p[2], p[3]);
+      if constexpr (F == kQ8_0) w = load_quad(p[0] + 16, p[1] + 16, p[2] + 16, p[3] + 16);
+    }
     if constexpr (F == kQ8_0) {
-      const __m512i w = load_quad(p[0] + 16, p[1] + 16, p[2] + 16, p[3] + 16);
       const __m512i sign = _mm512_set1_epi8(static_cast<char>(0x80));
       return {_mm512_xor_si512(v, sign), _mm512_xor_si512(w, sign)};
     } else {
@@ -181,6 +207,23 @@ struct QuadScales {
   Vec first, second, least;
 };
 
+// The first word of each of four blocks of kStride words to places r, 4 + r, 8 + r and 12 + r.
+template <int kStride>
+[[gnu::always_inline]] static inline __m256i pick_scales(const uint8_t* p, int r, __m256i to) {
+  constexpr int kSecond = 3 * kStride + 8 - 32;  // as far as pick_words reads
+  constexpr auto kPlace = [](int i) {
+    return static_cast<short>(i * kStride < 32 ? i * kStride : 32 + i * kStride - kSecond);
+  };
+  constexpr short a = kPlace(0), b = kPlace(1), c = kPlace(2), d = kPlace(3);
+  const __m512i places =
+      _mm512_castsi256_si512(_mm256_setr_epi16(a, a, a, a, b, b, b, b, c, c, c, c, d, d, d, d));
+  const __m512i low = _mm512_loadu_si512(p);
+  const __m512i words = 3 * kStride < 32
+                            ? _mm512_permutexvar_epi16(places, low)
+                            : _mm512_permutex2var_epi16(low, places, _mm512_loadu_si512(p + 2 * kSecond));
+  return _mm256_mask_mov_epi16(to, static_cast<__mmask16>(0x1111 << r), _mm512_castsi512_si256(words));
+}
+
 static inline Vec spread_rows(__m128 rows) { return _mm512_broadcast_f32x4(rows); }
 static inline Vec floats_of_scales(__m128i bytes, Vec d) {
   return mul(d, _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)));
@@ -199,16 +242,23 @@ static inline __m128 halves_of(const uint8_t* const (&p)[4], int at) {
 }
 
 template <Format F>
-static inline QuadScales load_scales(const uint8_t* const (&rows)[4], int64_t b, int64_t last) {
+[[gnu::always_inline]] static inline QuadScales load_scales(const uint8_t* const (&rows)[4], int64_t b,
+                                                            int64_t last) {
   constexpr int kBytes = kFormatInfo[F].block_bytes;
   if constexpr (!is_k_quant(F)) {
-    int64_t at[4];
+    __m256i halves;
+    if (b + 3 <= last) {
+      halves = _mm256_setzero_si256();
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) at[i] = (b + i < last ? b + i : last) * kBytes;
-    const auto half = [&](int i, int r) { return static_cast<short>(load_u16(rows[r] + at[i])); };
-    const __m256i halves = _mm256_setr_epi16(
-        half(0, 0), half(0, 1), half(0, 2), half(0, 3), half(1, 0), half(1, 1), half(1, 2), half(1, 3),
-        half(2, 0), half(2, 1), half(2, 2), half(2, 3), half(3, 0), half(3, 1), half(3, 2), half(3, 3));
+      for (int r = 0; r < 4; ++r) halves = pick_scales<kBytes / 2>(rows[r] + b * kBytes, r, halves);
+    } else {
+      int64_t at[4];
+      for (int i = 0; i < 4; ++i) at[i] = (b + i < last ? b + i : last) * kBytes;
+      const auto half = [&](int i, int r) { return static_cast<short>(load_u16(rows[r] + at[i])); };
+      halves = _mm256_setr_epi16(  //
+          half(0, 0), half(0, 1), half(0, 2), half(0, 3), half(1, 0), half(1, 1), half(1, 2), half(1, 3),
+          half(2, 0), half(2, 1), half(2, 2), half(2, 3), half(3, 0), half(3, 1), half(3, 2), half(3, 3));
+    }
     return {_mm512_cvtph_ps(halves), zero(), zero()};
   } else {
     (void)last;
@@ -257,7 +307,8 @@ static inline __m512i spread_blocks(__m128i four) {
 }
 
 template <Format F>
-static inline QuadTokens load_tokens(const int8_t* q, const float* d, const int16_t* sums) {
+[[gnu::always_inline]] static inline QuadTokens load_tokens(const int8_t* q, const float* d,
+                                                            const int16_t* sums) {
   const __m512i low = _mm512_loadu_si512(q), high = _mm512_loadu_si512(q + 64);
   QuadTokens x;
   x.first = _mm512_shuffle_i32x4(low, high, 0x88);
@@ -288,7 +339,8 @@ static inline __m512i sum_fours(__m512i a, __m512i b, __m512i c, __m512i d) {
 // What four blocks of four rows add to the sums: block i of row r to lane 4 i + r. Integers are exact, so
 // that any other order of theirs gives the same; the float operations are the ones that panels repeat.
 template <Format F>
-static inline Vec add_quads(const Quad (&w)[4], const QuadScales& scales, const QuadTokens& x, Vec acc) {
+[[gnu::always_inline]] static inline Vec add_quads(const Quad (&w)[4], const QuadScales& scales,
+                                                   const QuadTokens& x, Vec acc) {
   const __m512i none = _mm512_setzero_si512();
   __m512i first[4], second[4];
 #pragma GCC unroll 4
@@ -316,38 +368,29 @@ static inline __m128 sum_blocks(Vec acc) {
   return _mm_add_ps(a, _mm_add_ps(_mm512_extractf32x4_ps(acc, 2), _mm512_extractf32x4_ps(acc, 3)));
 }
 
-// The 32 floats of a part. A nibble picks its value from a table of sixteen, of which the permutation reads
-// the four low bits of an index only.
+// The 32 numbers of a part as floats, without its scale. A nibble picks its value from a table of sixteen, of
+// which the permutation reads the four low bits of an index only.
 template <Format F>
-static inline void load_block(const Part<F>& at, Vec (&w)[kBlock / kLanes]) {
-  const uint8_t* p = at.block;
-  if constexpr (is_k_quant(F)) {
-    uint8_t q[kBlock];
-    unpack_part<F>(at, q);
-    const float d = scale_of(p + (F == kQ6_K ? 208 : 0));
-    for (int v = 0; v < 2; ++v) {
-      const __m512i number = _mm512_cvtepu8_epi32(load_128(q + 16 * v));
-      if constexpr (F == kQ6_K) {
-        const float scale = d * static_cast<int8_t>(p[192 + 2 * at.part + v]);
-        w[v] = mul(splat(scale), _mm512_cvtepi32_ps(_mm512_sub_epi32(number, _mm512_set1_epi32(32))));
-      } else {
-        const ScaleMin s = scale_min(p + 4, at.part);
-        const float least = scale_of(p + 2) * static_cast<float>(s.least);
-        w[v] =
-            _mm512_fmsub_ps(splat(d * static_cast<float>(s.scale)), _mm512_cvtepi32_ps(number), splat(least));
-      }
-    }
-    return;
-  }
-  const Vec d = _mm512_cvtph_ps(_mm256_set1_epi16(static_cast<short>(load_u16(p))));
-  if constexpr (F == kQ8_0) {
-    w[0] = mul(d, _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_128(p + 2))));
-    w[1] = mul(d, _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_128(p + 18))));
-  } else {
-    const Vec table = mul(d, _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7));
-    const __m512i index = _mm512_cvtepu8_epi32(load_128(p + 2));
+static inline void load_numbers(const Part<F>& at, Vec (&w)[kBlock / kLanes]) {
+  const uint8_t* p = at.block + 2;
+  if constexpr (F == kQ4_0) {
+    const Vec table = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+    const __m512i index = _mm512_cvtepu8_epi32(load_128(p));
     w[0] = _mm512_permutexvar_ps(index, table);
     w[1] = _mm512_permutexvar_ps(_mm512_srli_epi32(index, 4), table);
+  } else if constexpr (F == kQ4_K) {
+    const Vec table = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m128i shift = _mm_cvtsi32_si128(at.part % 2 * 4);
+    p = at.block + 16 + at.part / 2 * 32;
+    for (int v = 0; v < 2; ++v)
+      w[v] =
+          _mm512_permutexvar_ps(_mm512_srl_epi32(_mm512_cvtepu8_epi32(load_128(p + 16 * v)), shift), table);
+  } else if constexpr (F == kQ8_0) {
+    for (int v = 0; v < 2; ++v) w[v] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_128(p + 16 * v)));
+  } else {
+    const __m256i q = numbers<F>(at);
+    w[0] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(q)));
+    w[1] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(q, 1)));
   }
 }
 

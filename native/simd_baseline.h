@@ -26,6 +26,7 @@ static inline Vec load(const void* p) {
 }
 static inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 static inline Vec add(Vec a, Vec b) { return a + b; }
+static inline Vec sub(Vec a, Vec b) { return a - b; }
 static inline Vec mul(Vec a, Vec b) { return a * b; }
 // One lane of fma().
 static inline float fma_one(float a, float b, float c) { return a * b + c; }
@@ -113,7 +114,7 @@ static inline IntTokens int_tokens(const int8_t* q, const float* d) { return {q,
 
 // The 32 numbers of a part, without its scale.
 template <Format F>
-static inline void unpack(const Part<F>& at, int8_t* q) {
+static inline void unpack_numbers(const Part<F>& at, int8_t* q) {
   const uint8_t* p = at.block + 2;
   if constexpr (F == kQ8_0) {
     std::memcpy(q, p, kBlock);
@@ -132,7 +133,7 @@ static inline void unpack(const Part<F>& at, int8_t* q) {
 template <Format F>
 static inline IntWeights int_weights(const Part<F>& at) {
   IntWeights w;
-  unpack<F>(at, w.q);
+  unpack_numbers<F>(at, w.q);
   float d = load_half(at.block + (F == kQ6_K ? 208 : 0));
   if constexpr (has_minima(F)) {
     const ScaleMin s = scale_min(at.block + 4, at.part);
@@ -161,16 +162,14 @@ static inline Vec int_dot(const IntWeights& w, const IntTokens& x) {
   return __builtin_convertvector(total, Vec);
 }
 
-// The 32 floats of a part.
+// The 32 numbers of a part as floats, without its scale.
 template <Format F>
-static inline void load_block(const Part<F>& at, Vec (&w)[kBlock / kLanes]) {
-  const IntWeights packed = int_weights<F>(at);
+static inline void load_numbers(const Part<F>& at, Vec (&w)[kBlock / kLanes]) {
+  int8_t stored[kBlock];
+  unpack_numbers<F>(at, stored);
   for (int i = 0; i < kBlock / kLanes; ++i) {
-    const int8_t* q = packed.q + i * kLanes;
-    Vec d = packed.d;
-    if (F == kQ6_K) d *= static_cast<float>(packed.scale[i * kLanes / 16]);
-    w[i] = d * Vec{float(q[0]), float(q[1]), float(q[2]), float(q[3])};
-    if (has_minima(F)) w[i] -= packed.least;
+    const int8_t* q = stored + i * kLanes;
+    w[i] = Vec{float(q[0]), float(q[1]), float(q[2]), float(q[3])};
   }
 }
 

@@ -182,22 +182,26 @@ def _rounds_tokens(ops: CpuOps, fmt: BlockFormat) -> bool:
     return ops.name == "cpu/avx512bf16" and fmt is BF16
 
 
+def _summed_magnitudes(w: Any, fmt: BlockFormat) -> Any:
+    """What is really added up for each weight (rows, columns): K-quants subtract the minima from what lies above
+    them, magnitudes up to the largest of the part, and twice that."""
+    w = np.abs(w.astype(np.float64))
+    if fmt.block < 256:
+        return w
+    parts = w.reshape(w.shape[0], w.shape[1] // 32, 32)
+    return w + 2 * np.repeat(parts.max(axis=2), 32, axis=1)
+
+
 def _linear_bound(x: Any, w: Any, fmt: BlockFormat, *, rounded: bool) -> Any:
     """How far a product may be off (T, rows), beside an exact one.
 
     n products and sums in float32 are off by at most (n + 3) eps times the sum of their magnitudes. Integer formats
-    round x to steps of a 127th of its block's largest magnitude: half a step an element at most. K-quants
-    subtract the sum of minima from that of what lies above them: magnitudes up to the largest of the part, and twice
-    that. What underflows is below the smallest normal float an element, and blocks below 1e-35 are taken as zero.
+    round x to steps of a 127th of its block's largest magnitude: half a step an element at most. What underflows is
+    below the smallest normal float an element, and blocks below 1e-35 are taken as zero.
     `rounded`: x is rounded to the 8 significant bits of BF16, off by at most 2^-8 of an element, and what is below
     the smallest normal number counts as zero on both sides.
     """
-    x, w = np.abs(x.astype(np.float64)), np.abs(w.astype(np.float64))
-    if fmt.block == 256:
-        parts = w.reshape(w.shape[0], w.shape[1] // 32, 32)
-        summed = w + 2 * np.repeat(parts.max(axis=2), 32, axis=1)
-    else:
-        summed = w
+    x, w, summed = np.abs(x.astype(np.float64)), np.abs(w.astype(np.float64)), _summed_magnitudes(w, fmt)
     bound = (x.shape[1] + 3) * EPS * (x @ summed.T) + x.shape[1] * 2.0**-126
     if rounded:
         bound += 1.01 * 2.0**-8 * (x @ w.T) + x.shape[1] * 2.0**-126 * (x.max(initial=0) + w.max(initial=0))
@@ -208,9 +212,20 @@ def _linear_bound(x: Any, w: Any, fmt: BlockFormat, *, rounded: bool) -> Any:
     return bound
 
 
+class LinearBound:
+    """`_linear_bound` for an implementation."""
+
+    def __init__(self, ops: CpuOps) -> None:
+        self._ops = ops
+        self.summed = _summed_magnitudes
+
+    def __call__(self, x: Any, w: Any, fmt: BlockFormat) -> Any:
+        return _linear_bound(x, w, fmt, rounded=_rounds_tokens(self._ops, fmt) and len(x) >= BATCH)
+
+
 @pytest.fixture
-def linear_bound(ops: CpuOps) -> Callable[[Any, Any, BlockFormat], Any]:
-    return lambda x, w, fmt: _linear_bound(x, w, fmt, rounded=_rounds_tokens(ops, fmt) and len(x) >= BATCH)
+def linear_bound(ops: CpuOps) -> LinearBound:
+    return LinearBound(ops)
 
 
 @pytest.fixture

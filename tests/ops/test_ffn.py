@@ -95,9 +95,11 @@ def check(ops, reference, fence, linear_bound, x, block, active, *, skip):
     stored = to_float(block.down).astype(np.float64)
     rows = stored.T if block.records else stored
     # Records are summed in float32 whatever their format; a standard matrix rounds h like any other input.
-    fmt = F32 if block.records else block.down.format
+    fmt, summed = block.down.format, rows
+    if block.records:
+        fmt, summed = F32, linear_bound.summed(stored, fmt).T
     own = 0.25 + h @ rows.T
-    assert (np.abs(out.check() - own) <= linear_bound(h, rows, fmt) + 2 * EPS * (np.abs(own) + 0.25)).all()
+    assert (np.abs(out.check() - own) <= linear_bound(h, summed, fmt) + 2 * EPS * (np.abs(own) + 0.25)).all()
     reach = linear_bound(np.abs(h) + off, rows, fmt) + 2 * EPS * (np.abs(expected) + 0.25)
     assert (np.abs(out.array - expected) <= off @ np.abs(rows).T + reach).all()
     return work, hidden.array
