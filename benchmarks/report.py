@@ -54,6 +54,8 @@ def block() -> str:
             _start(),
             _agreement(),
             _perplexity(),
+            _audit(),
+            _pool(),
             _gpu(),
         )
         if part
@@ -243,6 +245,30 @@ def _perplexity() -> str:
         parts.append(
             f"Perplexity of {r['model']} on its held-out text, {r['chunks']} chunks of {r['n_ctx']} tokens of which "
             f"the second halves count ({tokens:,} tokens): {', '.join(said)}."
+        )
+    return "\n\n".join(parts)
+
+
+def _audit() -> str:
+    """What `thermocline audit --json` said, with the model's name."""
+    return "\n\n".join(
+        f"Audit of the exact low-rank predictor of {r['model']}, {r['tokens']:,} tokens: "
+        f"{'passed' if r['passed'] else 'failed'}, {r['summary']}."
+        for r in read("audit.json")
+    )
+
+
+def _pool() -> str:
+    """An engine at rest, and two in one process."""
+    parts = []
+    for r in read("pool.json"):
+        alone, turns, once = (
+            statistics.median(row[name] for row in r["rounds"]) for name in ("alone", "in turns", "at once")
+        )
+        parts.append(
+            f"At rest, from 50 ms after its last token, an engine of {r['model']} used "
+            f"{r['idle_seconds'] * 1000:.1f} ms of processor time in a second. Two engines in one process, all threads "
+            f"each: {turns / alone:.0%} of one's rate by turns, {once / alone:.0%} in sum at once."
         )
     return "\n\n".join(parts)
 

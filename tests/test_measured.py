@@ -71,6 +71,22 @@ def test_attention_is_told_by_heads_and_keys(tmp_path: Path, monkeypatch: pytest
     assert "| 16/16 heads, F16 | 50% | 90% |\n| 16/2 heads, Q8_0 |  | 25% |" in report.block()
 
 
+def test_an_audit_is_told_with_its_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    (tmp_path / "audit.json").write_text(
+        json.dumps({"model": "m", "tokens": 2048, "passed": True, "summary": "KL 0.0001, 2,048 tokens"})
+    )
+    assert "predictor of m, 2,048 tokens: passed, KL 0.0001, 2,048 tokens." in report.block()
+
+
+def test_engines_at_rest_and_together_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    rounds = [{"alone": 10.0, "in turns": 9.0, "at once": 8.0}, {"alone": 10.0, "in turns": 9.0, "at once": 8.0}]
+    (tmp_path / "pool.json").write_text(json.dumps({"model": "m", "idle_seconds": 0.0002, "rounds": rounds}))
+    assert "used 0.2 ms of processor time in a second." in report.block()
+    assert "90% of one's rate by turns, 80% in sum at once." in report.block()
+
+
 def test_perplexities_stand_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     measured = {

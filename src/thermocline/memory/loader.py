@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,11 +18,12 @@ from thermocline.activity.predictor import Predictor
 from thermocline.config import Mode
 from thermocline.errors import UsageError
 from thermocline.files.formats import BlockFormat
-from thermocline.files.quantize import all_finite, to_float
+from thermocline.files.quantize import to_float
 from thermocline.files.weight import Bytes, Weight
 from thermocline.hardware.machine import Tier
 from thermocline.memory.allocator import BufferedAllocator, Flushed, Rows, Slot, Source
 from thermocline.memory.arena import Memory
+from thermocline.memory.checks import check_finite, first_bytes
 from thermocline.memory.disk_store import DiskNeurons
 from thermocline.memory.movable import Movable, MovableLayer
 from thermocline.memory.neuron_store import NeuronStore, Records, ResidentNeurons, require_store
@@ -36,7 +37,7 @@ from thermocline.model.rope import rope_table
 from thermocline.model.source import NetworkSource
 from thermocline.model.spec import ModelSpec
 from thermocline.model.tensors import check_tensors, has_records, record_format
-from thermocline.ops.contract import Array, Matrix, NeuronBlock, Ops
+from thermocline.ops.contract import Array, NeuronBlock, Ops
 from thermocline.ops.device import Device
 from thermocline.placement.ledger import Purpose
 from thermocline.placement.seats import Seats, all_in, slices
@@ -130,32 +131,6 @@ def load_transformer(
         memory.close()
         raise
     return transformer, loading.report(time.perf_counter() - began)
-
-
-@runtime_checkable
-class FiniteChecker(Protocol):
-    """An implementation of ops that looks for NaN and infinity natively."""
-
-    def check_finite(self, matrix: Matrix) -> int:
-        """The first row that holds one, or -1."""
-
-
-def check_finite(weights: Mapping[str, Weight], ops: Ops) -> None:
-    """Look at every weight (of block formats, at every scale).
-
-    Raises:
-        NumericalError: one is NaN or infinite; the tensor is named.
-    """
-    for name, weight in weights.items():
-        finite = ops.check_finite(ops.place(weight)) < 0 if isinstance(ops, FiniteChecker) else all_finite(weight)
-        if not finite:
-            raise not_finite(name)
-
-
-def first_bytes(spec: ModelSpec, weights: Mapping[str, Weight]) -> tuple[int, ...]:
-    """Bytes of each layer's matrix that tells which neurons are zero: the gate, or up where there is none."""
-    name = "ffn_gate" if spec.ffn.gated else "ffn_up"
-    return tuple(weights[f"blk.{layer}.{name}.weight"].nbytes for layer in range(spec.n_layer))
 
 
 Orders = npt.NDArray[np.int32]

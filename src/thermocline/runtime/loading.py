@@ -17,8 +17,9 @@ from thermocline.hardware.cores import find_cores
 from thermocline.hardware.machine import Tier
 from thermocline.hardware.memory import find_memory
 from thermocline.memory.arena import Make, make_array
+from thermocline.memory.checks import first_bytes
 from thermocline.memory.kv_cache import KVCache, kv_bytes
-from thermocline.memory.loader import LoadReport, first_bytes, load_transformer
+from thermocline.memory.loader import LoadReport, load_transformer
 from thermocline.memory.movable import Movable
 from thermocline.memory.residence import Reading
 from thermocline.model.families import family_of

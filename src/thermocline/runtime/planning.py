@@ -24,8 +24,8 @@ from thermocline.hardware.disk import SMALLEST
 from thermocline.hardware.gpu import find_gpus
 from thermocline.hardware.machine import Machine, Tier
 from thermocline.hardware.probe import Probe, emulated, machine_of, probe_machine
+from thermocline.memory.checks import first_bytes
 from thermocline.memory.kv_cache import kv_bytes_per_token
-from thermocline.memory.loader import first_bytes
 from thermocline.model.families import family_of
 from thermocline.model.tensors import has_records
 from thermocline.placement.budget import Budget, parse_budget, size_text

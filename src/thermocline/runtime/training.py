@@ -17,7 +17,7 @@ from thermocline.config import LoadSettings, Mode, TrainSettings
 from thermocline.errors import MissingPackageError, UsageError, printable
 from thermocline.files.quantize import to_float
 from thermocline.files.source import ModelSource
-from thermocline.memory.loader import first_bytes
+from thermocline.memory.checks import first_bytes
 from thermocline.model.families import family_of
 from thermocline.runtime.loading import load_model
 from thermocline.runtime.observed import ObservedRunner
