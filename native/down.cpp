@@ -1,6 +1,7 @@
 #include "down.h"
 
 #include <algorithm>
+#include <numeric>
 
 namespace thermocline {
 namespace {
@@ -13,7 +14,20 @@ constexpr int64_t kReduceColumns = 512;
 // Narrower pieces of a row would waste the cache lines at their ends.
 constexpr int64_t kFewestColumns = 256;
 
-int group_of(int64_t id) { return static_cast<int>((id >> kClusterShift) % kGroups); }
+// body(group, begin, end) for the neurons of each cluster; ids ascend.
+template <class Body>
+void for_clusters(const int32_t* ids, int64_t count, Body body) {
+  for (int64_t begin = 0, end = 0; begin < count; begin = end) {
+    const int64_t cluster = (ids ? ids[begin] : begin) >> kClusterShift, past = (cluster + 1)
+                                                                                << kClusterShift;
+    if (ids) {
+      while (end < count && ids[end] < past) ++end;
+    } else {
+      end = std::min(past, count);
+    }
+    body(static_cast<int>(cluster % kGroups), begin, end);
+  }
+}
 
 int64_t parts_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
@@ -49,19 +63,22 @@ void DownRecords::list(const int32_t* ids, const int32_t* rows, const uint8_t* w
   h_ = h;
   h_stride_ = h_stride;
   std::fill(start_, start_ + kGroups + 1, 0);
-  for (int64_t i = 0; i < count; ++i) {
-    if (!wanted || wanted[i]) ++start_[group_of(ids ? ids[i] : i) + 1];
-  }
+  for_clusters(ids, count, [&](int group, int64_t begin, int64_t end) {
+    start_[group + 1] += wanted ? std::accumulate(wanted + begin, wanted + end, int64_t{0}) : end - begin;
+  });
   for (int g = 0; g < kGroups; ++g) start_[g + 1] += start_[g];
   int64_t next[kGroups];
   std::copy(start_, start_ + kGroups, next);
-  for (int64_t i = 0; i < count; ++i) {
-    if (wanted && !wanted[i]) continue;
-    const int64_t id = ids ? ids[i] : i;
-    const int64_t at = next[group_of(id)]++;
-    ids_[at] = rows ? rows[i] : static_cast<int32_t>(id);
-    positions_[at] = static_cast<int32_t>(i);
-  }
+  const int32_t* row = rows ? rows : ids;
+  for_clusters(ids, count, [&](int group, int64_t begin, int64_t end) {
+    int64_t at = next[group];
+    for (int64_t i = begin; i < end; ++i) {
+      if (wanted && !wanted[i]) continue;
+      ids_[at] = row ? row[i] : static_cast<int32_t>(i);
+      positions_[at++] = static_cast<int32_t>(i);
+    }
+    next[group] = at;
+  });
   items_.reset(column_parts_ * (tokens_ == 1 ? kGroups : token_parts_), 1);
   reduce_.reset(down_.cols, kReduceColumns);
 }
