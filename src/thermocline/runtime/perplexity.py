@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,12 +19,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from thermocline.activity.likelihood import Likelihood, log_probabilities
-from thermocline.activity.texts import find_texts, is_text, read_text
+from thermocline.activity.texts import Corpus, find_texts, is_text, read_text
 from thermocline.config import LoadSettings
 from thermocline.errors import UsageError
 from thermocline.files.source import ModelSource
 from thermocline.model.families import family_of
-from thermocline.runtime.loading import load_model
+from thermocline.runtime.loading import LoadedModel, load_model
 from thermocline.runtime.scoring import Scorer
 from thermocline.runtime.sequence import Tokens
 from thermocline.text.tokenizer import Tokenizer
@@ -95,10 +96,22 @@ def measure_perplexity(
             f"chunks of {n_ctx} tokens with a stride of {stride}; allowed: 4 or more, and a smaller stride"
         )
     settings.require_unwatched("perplexity")
-    loaded = load_model(source, replace(settings, ctx_size=n_ctx))
-    if notice is not None:
-        for line in loaded.notices:
-            notice(line)
+    with closing(load_model(source, replace(settings, ctx_size=n_ctx))) as loaded:
+        if notice is not None:
+            for line in loaded.notices:
+                notice(line)
+        return _measured(loaded, corpus, settings, n_ctx, chunks, stride, progress)
+
+
+def _measured(
+    loaded: LoadedModel,
+    corpus: Corpus,
+    settings: LoadSettings,
+    n_ctx: int,
+    chunks: int,
+    stride: int,
+    progress: Callable[[Scored], None] | None,
+) -> Perplexity:
     began = time.perf_counter()
     skipped = tuple(str(file.path) for file in corpus.files if not is_text(file))
     documents = [read_text(file) for file in corpus.files if str(file.path) not in skipped]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,29 +55,29 @@ def profile_model(
         )
     window = settings.ctx_size or min(spec.n_ctx_train, WINDOW)
     settings.require_unwatched("profile")
-    loaded = load_model(source, replace(settings, ctx_size=window, mode=_mode(settings.mode, spec)))
-    if notice is not None:
-        for line in loaded.notices:
-            notice(line)
-    tokenizer = loaded.tokenizer
-    subject = Subject(
-        fingerprint=source.fingerprint,
-        name=spec.name,
-        down_norms=down_norms(family.weights(source, spec), spec),
-        tokenize=lambda text: tokenizer.encode(text, add_special=False),
-        prefix=tokenizer.prefix,
-        runner=ObservedRunner(loaded.transformer, window, settings),
-    )
-    return profile(
-        subject,
-        corpus,
-        output,
-        tokens=tokens,
-        threshold=threshold,
-        existing=existing,
-        restart=restart,
-        progress=progress,
-    )
+    with closing(load_model(source, replace(settings, ctx_size=window, mode=_mode(settings.mode, spec)))) as loaded:
+        if notice is not None:
+            for line in loaded.notices:
+                notice(line)
+        tokenizer = loaded.tokenizer
+        subject = Subject(
+            fingerprint=source.fingerprint,
+            name=spec.name,
+            down_norms=down_norms(family.weights(source, spec), spec),
+            tokenize=lambda text: tokenizer.encode(text, add_special=False),
+            prefix=tokenizer.prefix,
+            runner=ObservedRunner(loaded.transformer, window, settings),
+        )
+        return profile(
+            subject,
+            corpus,
+            output,
+            tokens=tokens,
+            threshold=threshold,
+            existing=existing,
+            restart=restart,
+            progress=progress,
+        )
 
 
 def _mode(mode: Mode, spec: ModelSpec) -> Mode:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from thermocline.files.quantize import to_float
 from thermocline.files.source import ModelSource
 from thermocline.memory.checks import first_bytes
 from thermocline.model.families import family_of
-from thermocline.runtime.loading import load_model
+from thermocline.runtime.loading import LoadedModel, load_model
 from thermocline.runtime.observed import ObservedRunner
 from thermocline.runtime.profiling import WINDOW
 
@@ -48,8 +49,7 @@ def train_predictor(
     corpus = find_texts(texts)
     if not output.parent.is_dir():
         raise UsageError(f"the folder {printable(str(output.parent))} is not there; make it first")
-    family = family_of(source)
-    spec = family.spec(source)
+    spec = family_of(source).spec(source)
     if not spec.ffn.sparse:
         raise UsageError(f"{spec.ffn.activation} gives no zeros, so that there is nothing to predict")
     if load.mode not in (Mode.AUTO, Mode.EXACT, Mode.DENSE):
@@ -61,11 +61,27 @@ def train_predictor(
     window = load.ctx_size or min(spec.n_ctx_train, WINDOW)
     mode = Mode.EXACT if load.mode is Mode.AUTO else load.mode
     load.require_unwatched("train-predictor")
-    loaded = load_model(source, replace(load, ctx_size=window, mode=mode))
-    if notice is not None:
-        for line in loaded.notices:
-            notice(line)
-    weights, tokenizer = family.weights(source, spec), loaded.tokenizer
+    with closing(load_model(source, replace(load, ctx_size=window, mode=mode))) as loaded:
+        if notice is not None:
+            for line in loaded.notices:
+                notice(line)
+        return train(
+            _learner(source, loaded, ObservedRunner(loaded.transformer, window, load)),
+            corpus,
+            output,
+            settings,
+            make_fitter,
+            activity=counted,
+            overwrite=overwrite,
+            restart=restart,
+            progress=progress,
+        )
+
+
+def _learner(source: ModelSource, loaded: LoadedModel, runner: ObservedRunner) -> Learner:
+    """What training has to know of a loaded model."""
+    spec, tokenizer = loaded.transformer.spec, loaded.tokenizer
+    weights = family_of(source).weights(source, spec)
     first = "ffn_gate" if spec.ffn.gated else "ffn_up"
 
     def first_rows(layer: int) -> npt.NDArray[np.float32]:
@@ -73,7 +89,7 @@ def train_predictor(
         shared = weights[f"blk.{layer}.attn_norm.weight"]  # where the FFN has no norm of its own
         return rows * to_float(weights.get(f"blk.{layer}.ffn_norm.weight", shared)).reshape(-1)
 
-    learner = Learner(
+    return Learner(
         fingerprint=source.fingerprint,
         name=spec.name,
         n_embd=spec.n_embd,
@@ -83,18 +99,7 @@ def train_predictor(
         down_norms=down_norms(weights, spec),
         tokenize=lambda text: tokenizer.encode(text, add_special=False),
         prefix=tokenizer.prefix,
-        runner=ObservedRunner(loaded.transformer, window, load),
-    )
-    return train(
-        learner,
-        corpus,
-        output,
-        settings,
-        make_fitter,
-        activity=counted,
-        overwrite=overwrite,
-        restart=restart,
-        progress=progress,
+        runner=runner,
     )
 
 
