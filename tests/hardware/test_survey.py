@@ -11,7 +11,7 @@ from thermocline.errors import OutputError
 from thermocline.hardware import bandwidth as bandwidth_module
 from thermocline.hardware.bandwidth import measure_bandwidth
 from thermocline.hardware.cache import home, recall, remember
-from thermocline.hardware.memory import Memory, find_caches, find_memory
+from thermocline.hardware.memory import Memory, find_caches, find_memory, own_memory
 from thermocline.hardware.survey import examine
 
 
@@ -39,6 +39,23 @@ def test_caches_are_read_from_the_system(tmp_path: Path) -> None:
     (tmp_path / "index9").mkdir()
     assert [(c.name, c.size, c.shared_by) for c in find_caches(tmp_path)] == [("L1", 48 << 10, 1), ("L3", 32 << 20, 5)]
     assert find_caches(tmp_path / "none") == ()
+
+
+def test_a_process_takes_its_heap_and_libraries_but_not_the_files_it_maps(tmp_path: Path) -> None:
+    parts = [("[heap]", 100), ("", 20), ("/usr/lib/libm.so.6", 3), ("/usr/bin/python3.11", 4), ("/models/m.gguf", 5000)]
+    lines = []
+    for name, size in parts:
+        lines += [
+            f"55d0-55d8 r-xp 00000000 08:02 77 {name}".rstrip(),
+            f"Size: {9 * size} kB",
+            f"Rss: {size} kB",
+            "Pss: 1 kB",
+        ]
+    maps = tmp_path / "smaps"
+    maps.write_text("\n".join([*lines, "VmFlags: rd ex"]))
+    assert own_memory(maps) == 127 << 10
+    assert own_memory(tmp_path / "none") == 0
+    assert own_memory() > 10 << 20
 
 
 def test_memory_is_limited_by_the_control_group(tmp_path: Path) -> None:

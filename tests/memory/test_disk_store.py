@@ -391,6 +391,8 @@ def test_the_gap_follows_the_curve() -> None:
     assert Way.of(None).gap == 0
     slow = Way.of(ReadCurve(((4096, 4096 / 5e-3), (1 << 20, 150e6))))  # a turning disk: 5 ms to begin
     fast = Way.of(ReadCurve(((4096, 2e9), (1 << 20, 7e9))))
+    flat = Way.of(ReadCurve(((4096, 3e8), (64 << 10, 14e8), (1 << 20, 18e8))))
+    assert (slow.largest, fast.largest, flat.largest) == (256 << 10, 256 << 10, 64 << 10)
     assert slow.gap == slow.largest // 4
     assert 1000 < fast.gap < 40_000
 

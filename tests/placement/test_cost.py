@@ -103,6 +103,13 @@ def test_what_a_run_measured_corrects_decode_steps_part_by_part() -> None:
     prefill, same = (cost.layer(cost.phases[1], *at) for cost in (plain, corrected))
     assert float(prefill.hot) == float(same.hot)
     assert off.times(off).cold == 121.0
+    slow = replace(MACHINE, disk=Disk(name="disk", curve=ReadCurve(((4096, 1e8), (1 << 20, 1e9)))))
+    read = slow, replace(slow, corrections=replace(off, attention_disk=19.0))
+    streamed, measured = (priced(FfnMode.DENSE, machine=m) for m in read)
+    assert streamed.attention(streamed.decode, 0, Tier.DISK) > 5 * streamed.attention(streamed.decode, 0, Tier.RAM)
+    assert measured.attention(measured.decode, 0, Tier.DISK) == pytest.approx(
+        19 * streamed.attention(streamed.decode, 0, Tier.DISK)
+    )
 
 
 def test_one_side_alone_crosses_nothing_and_reads_at_full_rate() -> None:

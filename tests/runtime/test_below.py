@@ -15,6 +15,7 @@ from thermocline.memory import pieces
 from thermocline.memory.bundle import bundle_path
 from thermocline.memory.convert import convert
 from thermocline.placement.workload import Overheads
+from thermocline.runtime.split import measured_of
 
 GREEDY = {"temperature": 0.0, "max_tokens": 24, "ignore_eos": True}
 RAM = Tier.RAM
@@ -57,6 +58,11 @@ def test_the_tokens_are_those_without_a_budget(model: Path) -> None:
             assert loaded.placing.memory.ledger.used(RAM) <= whole - less
             seen.add((placed.layers[-1].warm < placed.n_ff, Tier.DISK in (la.home for la in placed.layers)))
             assert loaded.placing.below.stats.requests > 0
+            seconds, homes = loaded.engine.account.seconds, {layer.home for layer in placed.layers}
+            assert {name for name in seconds if name.startswith("attention")} == {f"attention {home}" for home in homes}
+            measured = measured_of(placed, loaded.engine.account)
+            assert measured is not None
+            assert (measured.attention_disk != 1.0) == (Tier.DISK in homes)
     assert {disk for _, disk in seen} == {False, True}
     assert (True, False) in seen
     assert bundle_path(model).is_file()

@@ -24,8 +24,10 @@ from thermocline.files.gpuidx import read_gpu_index, write_gpu_index
 from thermocline.files.open import open_model
 from thermocline.hardware.machine import Tier
 from thermocline.placement.cost import FfnMode
+from thermocline.placement.ledger import Purpose
 from thermocline.placement.plan import Status, check_plan
 from thermocline.placement.plan_file import load_plan, save_plan
+from thermocline.runtime.planning import PlanSettings, problem_of
 
 PC = "rtx-3060+i5-12400+nvme-gen4"
 TIGHT = {"machine": PC, "vram_budget": "480MiB"}
@@ -57,6 +59,16 @@ def test_a_plan_is_made_of_what_is_known(model: Path, activity: Path) -> None:
     without = api.plan(model, **TIGHT)
     assert without.plan.activity is None
     assert any("temperatures are unknown" in note for note in without.plan.notes)
+
+
+def test_the_margin_of_a_run_follows_what_its_process_takes() -> None:
+    machine, load = "i5-12400", LoadSettings()
+    margins = []
+    for in_use in (0, 50 << 20, 80 << 20, 1 << 30):
+        with open_model(api.shipped_model()) as source:
+            problem = problem_of(source, PlanSettings(machine=machine, in_use=in_use), load)[0]
+        margins.append(next(d.nbytes for d in problem.fixed(Tier.RAM) if d.purpose is Purpose.MARGIN) >> 20)
+    assert margins == [128, 80, 112, 128]  # in whole 16 MiB, and never more than where nothing is known
 
 
 def test_what_lies_beside_the_model_is_used(model: Path, activity: Path) -> None:

@@ -97,11 +97,13 @@ class Disk:
 class Corrections:
     """How many times longer parts of a decode step took than the machine's figures say; 1 where nothing was measured.
 
-    `hot` and `cold` are the FFN's two sides, `rest` is embedding and output head.
+    `hot` and `cold` are the FFN's two sides, `rest` is embedding and output head. `attention_disk` is of layers whose
+    attention is read from disk for every pass.
     """
 
     attention_vram: float = 1.0
     attention_ram: float = 1.0
+    attention_disk: float = 1.0
     predictor: float = 1.0
     hot: float = 1.0
     cold: float = 1.0
@@ -109,8 +111,8 @@ class Corrections:
     rest: float = 1.0
 
     def attention(self, home: Tier) -> float:
-        """Of attention with its cache on `home`."""
-        return self.attention_vram if home is Tier.VRAM else self.attention_ram
+        """Of attention whose weights are on `home`."""
+        return {Tier.VRAM: self.attention_vram, Tier.RAM: self.attention_ram, Tier.DISK: self.attention_disk}[home]
 
     def times(self, other: Corrections) -> Corrections:
         """What was measured against figures that were corrected already, `other`, against the figures themselves."""

@@ -49,6 +49,23 @@ def find_memory(huge_pages: Path = Path("/sys/kernel/mm/transparent_hugepage/ena
     return Memory(now.total, now.available, limits_of().memory, os.sysconf("SC_PAGE_SIZE"), mode or "unknown")
 
 
+def own_memory(maps: Path = Path("/proc/self/smaps")) -> int:
+    """Bytes of this process in memory that are in no model's file: its heap, its libraries; 0 where nobody tells."""
+    total, counts = 0, True
+    try:
+        lines = maps.read_text(errors="replace").splitlines()
+    except OSError:
+        return 0
+    for line in lines:
+        name, _, value = line.partition(" ")
+        if not name.endswith(":"):  # a mapping begins: addresses, access, offset, device, inode, and the file's path
+            words = line.split(None, 5)
+            counts = len(words) < 6 or words[5].startswith("[") or ".so" in words[5] or "python" in words[5]
+        elif name == "Rss:" and counts:
+            total += int(value.split()[0]) << 10
+    return total
+
+
 def find_caches(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> tuple[Cache, ...]:
     """Data and unified caches, smallest level first; none where the system does not tell."""
     found = []

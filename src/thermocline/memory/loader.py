@@ -233,6 +233,7 @@ class _Loading:
             bias = [vector(f"attn_{part}.bias") for part in "qkv"] if spec.qkv_bias else None
             return Layer(
                 device=device,
+                home=home,
                 rope=self.rope(home),
                 attn_norm=self.norm(blk + "attn_norm", home, Purpose.ATTENTION),
                 qkv=(qkv[0].matrix, qkv[1].matrix, qkv[2].matrix),

@@ -20,14 +20,16 @@ from thermocline.files.weight import Bytes, Weight
 from thermocline.hardware.machine import Tier
 from thermocline.hardware.reader import Reader, ReadStats, RecordReader
 from thermocline.memory.arena import Memory
-from thermocline.memory.reads import LARGEST_READ, Place, Way, merged, place_of
+from thermocline.memory.reads import Place, Way, merged, place_of
 from thermocline.placement.ledger import Purpose
 
 PIECE = 2 << 20
 """Bytes of a buffer."""
 BUFFERS = 4
 """Pieces that are read or computed with at a time: enough to keep all reads in flight."""
-IN_FLIGHT = 8
+IN_FLIGHT = 4
+LARGEST_READ = 512 << 10
+"""Bytes of one read. A quarter of a piece: what each read costs beside its bytes is a few percent then."""
 PIECES_BYTES = (BUFFERS + 1) * PIECE + IN_FLIGHT * LARGEST_READ
 """Bytes that reading takes, whatever is read; one buffer is for rows that are asked for by number."""
 

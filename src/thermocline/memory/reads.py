@@ -15,8 +15,12 @@ from thermocline.hardware.machine import ReadCurve
 
 Longs = npt.NDArray[np.int64]
 
-LARGEST_READ = 256 << 10
-"""Bytes of one read: far on the flat end of every disk's curve."""
+SMALLEST_LIMIT, LARGEST_READ = 64 << 10, 256 << 10
+"""Bytes of the largest read, by the disk's curve: every one in flight takes as much memory. The second is far on the
+flat end of every curve.
+"""
+FLAT = 0.75
+"""Of the best rate: where it is reached, larger reads gain little."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +46,10 @@ class Way:
             return cls(0)
         start, fastest = curve.points[0], max(rate for _, rate in curve.points)
         begin = max(0.0, start[0] / start[1] - start[0] / fastest)
-        return cls(min(int(begin * fastest), LARGEST_READ // 4))
+        largest = SMALLEST_LIMIT
+        while largest < LARGEST_READ and curve.bandwidth(largest) < FLAT * fastest:
+            largest *= 2
+        return cls(min(int(begin * fastest), largest // 4), largest)
 
 
 def merged(pieces: Longs, way: Way) -> tuple[Longs, Longs]:

@@ -18,7 +18,7 @@ HALF_LIFE = 24.0
 """Steps after which a use counts half as much."""
 HIGHEST = 1e100
 """Scores are scaled down before they get here."""
-SPARE = 1 / 16
+SPARE = 1 / 64
 """Share of the slots that are made free at once: finding the lowest scores takes a look at all of them."""
 
 

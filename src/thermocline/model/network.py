@@ -86,11 +86,13 @@ class Norm(NamedTuple):
 class Layer:
     """One layer's weights on its home `device`. `qkv` share their input; norms and biases are float32 vectors.
 
+    `home` is where the attention's matrices are: the device's tier, or disk, from where every step reads them.
     `rope` is the table of rotations on that device, None for a network without. `ffn_norm` is None where the FFN shares
     the norm of attention; `down_bias` is added once, after all of the FFN.
     """
 
     device: Device
+    home: Tier
     rope: Array | None
     attn_norm: Norm
     qkv: tuple[Matrix, Matrix, Matrix]
@@ -236,7 +238,7 @@ class Transformer:
                 here = layer.device
             self._attend(index, layer, views, positions, segments)
             if tally.timed:
-                clock = tally.lap(f"attention {layer.device.tier}", clock, layer.device)
+                clock = tally.lap(f"attention {layer.home}", clock, layer.device)
             self._feed_forward(index, layer, views, workspace, tally, observer, counter)
             if tally.timed:
                 clock = tally.lap("ffn", clock)

@@ -192,8 +192,9 @@ class CostModel:
         flops = phase.tokens * (2.0 * f.attention_params + 4.0 * seen * f.n_q)
         nbytes = f.attention[layer] + f.kv_token * seen * phase.sequences
         computed = _roofline(side, nbytes, flops) + ATTENTION_KERNELS * side.launch
-        computed *= self._corrections(phase).attention(home)
-        return max(computed, self._streaming(f.attention[layer])) if home is Tier.DISK else computed
+        if home is Tier.DISK:
+            computed = max(computed, self._streaming(f.attention[layer]))
+        return computed * self._corrections(phase).attention(home)
 
     def _streaming(self, nbytes: int) -> float:
         """Seconds to read a matrix from disk from end to end."""

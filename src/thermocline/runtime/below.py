@@ -16,7 +16,7 @@ from thermocline.memory.arena import Memory
 from thermocline.memory.bundle import Bundle, bundle_path, layer_matrices, read_bundle, write_bundle
 from thermocline.memory.disk_store import IN_FLIGHT, DiskStore
 from thermocline.memory.pieces import PIECES_BYTES, PieceStream
-from thermocline.memory.reads import LARGEST_READ, Way
+from thermocline.memory.reads import Way
 from thermocline.memory.record_cache import Uses
 from thermocline.memory.streamed import StreamingOps
 from thermocline.model.families import family_of
@@ -88,7 +88,8 @@ def below(
         return Below(None)
     curve = None if disk is None else disk.curve
     ops, found = memory.host.ops, Below(plan, curve=curve)
-    taken = IN_FLIGHT * LARGEST_READ + moving
+    way = Way.of(curve)
+    taken = IN_FLIGHT * way.largest + moving
     if isinstance(ops, StreamingOps):
         ops.reserve(memory)
         found.streaming = ops
@@ -106,7 +107,7 @@ def below(
     bundle = _bundle(source, found.notices, tell)
     warm = sum((layer.warm - layer.hot) * layer.record_bytes for layer in plan.layers)
     room = warm + max(staging - taken, 0)
-    found.store = DiskStore(memory, room, Way.of(curve), bundle=bundle, scanner=scanner)
+    found.store = DiskStore(memory, room, way, bundle=bundle, scanner=scanner)
     seats = tuple(LayerSeat(layer.home, layer.hot, layer.hot, layer.predictor) for layer in plan.layers)
     found.seats = Seating(plan.embedding, plan.head, seats)
     return found

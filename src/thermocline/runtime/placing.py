@@ -11,6 +11,7 @@ from thermocline.config import DeviceKind, LoadSettings, OpsKind
 from thermocline.errors import UsageError
 from thermocline.files.source import ModelSource
 from thermocline.hardware.machine import UNCORRECTED, Corrections, Tier
+from thermocline.hardware.memory import own_memory
 from thermocline.memory.arena import Make, Memory, make_array
 from thermocline.memory.streamed import StreamingOps
 from thermocline.ops.device import Device, EmulatedDevice, Host
@@ -190,6 +191,7 @@ def _problem(
         emulated=_stands_in(kind),
         vram_budget=settings.vram_budget or AUTO,
         ram_budget=settings.ram_budget or AUTO,
+        in_use=own_memory(),
     )
     load = settings
     if wanted is not None:

@@ -49,6 +49,10 @@ SCRATCH_SHARE = 4
 """Scratch may take one part in so many of VRAM's budget, unless passes would be too short."""
 HOST_MARGIN = 128 << 20
 """Of RAM without a GPU: the interpreter, its libraries and the tokenizer take some 60 to 100 MB."""
+GROWTH = 24 << 20
+"""What a process that has read its model's header and tokenizer takes on beside weights and arrays: twice as seen."""
+MARGIN_STEP = 16 << 20
+"""Margins of a run are whole multiples, so that the same run is planned alike again."""
 NO_RECORDS = "leave cold neurons on disk: that takes a file with neuron records, which `thermocline convert` writes"
 CONTEXT = 4096
 """Tokens that a plan is made for where nobody says, if the model was trained on as many."""
@@ -56,7 +60,10 @@ CONTEXT = 4096
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanSettings:
-    """What a plan is made for. Budgets are as people write them; `machine` is `auto`, this one, or of the catalogue."""
+    """What a plan is made for. Budgets are as people write them; `machine` is `auto`, this one, or of the catalogue.
+
+    `in_use` is what the process that will carry it out takes already, 0 for unknown.
+    """
 
     machine: str = AUTO
     emulated: bool = False
@@ -67,6 +74,7 @@ class PlanSettings:
     batch: int = 1
     latency_target: float | None = None
     method: Method = Method.GREEDY
+    in_use: int = 0
 
     def __post_init__(self) -> None:
         if self.method not in list(Method):
@@ -253,11 +261,16 @@ def machine_and_budgets(
             "--device emulated, or for a --machine with a GPU"
         )
     if machine.gpu is None:  # nor a driver that takes memory of the host
-        overheads = replace(overheads, margin_ram=min(overheads.margin_ram, HOST_MARGIN))
+        overheads = replace(overheads, margin_ram=min(overheads.margin_ram, _host_margin(settings.in_use)))
     budgets = {Tier.RAM: _resolved(ram, "ram-budget", machine.cpu.capacity, free[Tier.RAM])}
     if machine.gpu is not None:
         budgets[Tier.VRAM] = _resolved(vram, "vram-budget", machine.gpu.capacity, free[Tier.VRAM])
     return machine, budgets, overheads
+
+
+def _host_margin(in_use: int) -> int:
+    """Of RAM without a GPU: for a process that takes so much already, 0 for one of which nothing is known."""
+    return min(HOST_MARGIN, -(-(in_use + GROWTH) // MARGIN_STEP) * MARGIN_STEP) if in_use else HOST_MARGIN
 
 
 def _overheads(probe: Probe) -> Overheads:

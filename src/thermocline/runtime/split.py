@@ -265,14 +265,13 @@ def measured_of(plan: Plan, account: Account) -> Corrections | None:
         return _ratio(Component("", predicted, account.mean_ms(*names)))
 
     def attention(tier: Tier) -> float:
-        # What is on disk is computed beside RAM.
-        homes = (layer for layer in layers if (layer.home is Tier.VRAM) == (tier is Tier.VRAM))
-        return ratio(sum(layer.attention_ms for layer in homes), f"attention {tier}")
+        return ratio(sum(layer.attention_ms for layer in layers if layer.home is tier), f"attention {tier}")
 
     rest = plan.predicted.step_ms - sum(layer.total_ms for layer in layers)
     return Corrections(
         attention_vram=attention(Tier.VRAM),
         attention_ram=attention(Tier.RAM),
+        attention_disk=attention(Tier.DISK),
         predictor=ratio(sum(layer.predictor_ms for layer in layers), "predictor"),
         hot=ratio(sum(layer.hot_ms for layer in layers), "ffn hot"),
         cold=ratio(sum(layer.cold_ms for layer in layers), "ffn cold"),
