@@ -16,6 +16,8 @@ FfnBlock block_of(const MatrixHandle* gate, const MatrixHandle& up, const Matrix
                   int activation, bool both, float threshold, const std::optional<Input>& up_bias,
                   const std::optional<Input>& rows);
 
+void bind_tape(nanobind::module_& m);
+
 void bind_handover(nanobind::module_& m);
 
 }  // namespace thermocline

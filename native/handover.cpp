@@ -51,10 +51,15 @@ HandOver::~HandOver() {
 
 uint32_t HandOver::add_layer(const FfnBlock& block, bool skip, bool listed) {
   Layer& layer = layers_.emplace_back(Layer{block.gate ? std::optional<Matrix>(*block.gate) : std::nullopt,
-                                            *block.up, *block.down, block, skip, listed});
+                                            *block.up, *block.down, block, skip, listed, nullptr});
   layer.block.gate = layer.gate ? &*layer.gate : nullptr;
   layer.block.up = &layer.up;
   layer.block.down = &layer.down;
+  return static_cast<uint32_t>(layers_.size() - 1);
+}
+
+uint32_t HandOver::add_tape(const Tape& tape) {
+  layers_.emplace_back().tape = &tape;
   return static_cast<uint32_t>(layers_.size() - 1);
 }
 
@@ -156,26 +161,21 @@ void HandOver::compute(uint32_t number) {
   if (number > layers_.size())
     throw std::runtime_error("a layer was handed over that the worker does not have");
   const Layer& layer = layers_[number - 1];
-  const int32_t* ids = nullptr;
-  int64_t count = layer.block.neurons;
-  if (layer.listed) {
-    ids = box_.active;
-    count = *box_.count;
-    bool sound = count >= 0 && count <= std::min(box_.room, layer.block.neurons);
-    for (int64_t i = 0; sound && i < count; ++i) {
-      sound = ids[i] >= 0 && ids[i] < layer.block.neurons && (i == 0 || ids[i - 1] < ids[i]);
-    }
-    if (!sound) throw std::runtime_error("the list of neurons that was handed over is damaged");
+  const FfnWork work = layer.tape ? layer.tape->play(context_) : neurons(layer);
+  const std::lock_guard<std::mutex> lock(mutex_);
+  add_to(work_, work);
+}
+
+FfnWork HandOver::neurons(const Layer& layer) {
+  const int32_t* ids = layer.listed ? box_.active : nullptr;
+  const int64_t count = layer.listed ? *box_.count : layer.block.neurons;
+  if (ids && !is_active_list(ids, count, std::min(box_.room, layer.block.neurons))) {
+    throw std::runtime_error("the list of neurons that was handed over is damaged");
   }
   std::fill(box_.partial, box_.partial + box_.columns, 0.0f);
-  FfnWork work{0, 0, 0, 0};
-  if (count > 0) {
-    const OpScope scope(context_);
-    work = ffn(context_, box_.x, 1, layer.block, ids, count, layer.skip, box_.partial, nullptr);
-  }
-  const std::lock_guard<std::mutex> lock(mutex_);
-  work_ = {work_.gate_rows + work.gate_rows, work_.up_rows + work.up_rows, work_.down_rows + work.down_rows,
-           work_.fired + work.fired};
+  if (count == 0) return {0, 0, 0, 0};
+  const OpScope scope(context_);
+  return ffn(context_, box_.x, 1, layer.block, ids, count, layer.skip, box_.partial, nullptr);
 }
 
 void HandOver::post(uint32_t number) { flag(box_.ready).store(number, std::memory_order_release); }

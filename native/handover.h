@@ -13,6 +13,7 @@
 
 #include "context.h"
 #include "ffn.h"
+#include "tape.h"
 
 namespace thermocline {
 
@@ -48,6 +49,9 @@ class HandOver {
   // The cold neurons of the next layer that crosses; its number. `listed`: only those in the mailbox's list.
   // Matrices are the caller's to keep. Not while the worker runs.
   uint32_t add_layer(const FfnBlock& block, bool skip, bool listed);
+  // The same for ops of any kind, which find what they compute with in arrays of their own. The tape is the
+  // caller's to keep, and is complete.
+  uint32_t add_tape(const Tape& tape);
 
   // Before a step: the worker is there and looks without pause. False if the last step's work is still going
   // on after `patience`. Starts a new worker where one died.
@@ -81,6 +85,7 @@ class HandOver {
     Matrix up, down;
     FfnBlock block;
     bool skip, listed;
+    const Tape* tape = nullptr;  // instead of all before
   };
 
   void start();
@@ -88,6 +93,7 @@ class HandOver {
   // False if the worker is to die.
   bool answer(uint32_t number);
   void compute(uint32_t number);
+  FfnWork neurons(const Layer& layer);
   void fail(const std::string& reason);
   bool close_crossing(uint32_t number);
 

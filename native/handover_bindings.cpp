@@ -66,6 +66,9 @@ void bind_handover(nb::module_& m) {
            nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>(), nb::keep_alive<1, 9>(),
            nb::keep_alive<1, 10>())
       .def(
+          "add_tape", [](HandOverHandle& self, const Tape& tape) { return self.hand->add_tape(tape); },
+          nb::arg("tape"), nb::keep_alive<1, 2>())
+      .def(
           "begin", [](HandOverHandle& self) { return self.hand->begin(); },
           nb::call_guard<nb::gil_scoped_release>())
       .def("end", [](HandOverHandle& self) { return self.hand->end(); })

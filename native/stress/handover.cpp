@@ -4,6 +4,7 @@
 // Takes the number of crossings; returns 0 if every answer was right and every fault ended as it should.
 #include "../handover.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <vector>
@@ -57,12 +58,34 @@ struct World {
       hand.add_layer(block, true, false);
     }
   }
+
+  // What a layer computes, on a tape, and an op after it.
+  void write(Tape& tape) {
+    tape.add([this](Context& shared, FfnWork& work) {
+      const Matrix gate = matrix(0), up = matrix(1), down = matrix(2);
+      FfnBlock block{};
+      block.gate = &gate;
+      block.up = &up;
+      block.down = &down;
+      block.records = true;
+      block.activation = kRelu;
+      block.neurons = kNeurons;
+      std::fill(partial.begin(), partial.end(), 1.0f);
+      add_to(work, ffn(shared, x.data(), 1, block, nullptr, kNeurons, true, partial.data(), nullptr));
+    });
+    tape.add([this](Context&, FfnWork&) {
+      for (float& v : partial) v *= 2.0f;
+    });
+  }
 };
 
 void many(int64_t crossings) {
   World world;
+  Tape tape;
+  world.write(tape);
   HandOver hand(world.context, world.box, 60.0);
-  world.fill(hand, 3);
+  world.fill(hand, 2);
+  hand.add_tape(tape);
   // Steps of 300 crossings: the worker is woken and let go between them.
   int64_t left = crossings;
   while (left > 0) {

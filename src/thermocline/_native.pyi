@@ -90,6 +90,57 @@ class Context:
     def check_finite(self, matrix: Matrix) -> int:
         """First row that holds a NaN or an infinity in a value or a block scale, or -1."""
 
+class Tape:
+    """Ops that are written down once and played again; wrapped by thermocline.ops.tape. It keeps their arrays alive."""
+
+    def rms_norm(self, x: _Floats, weight: _Floats, eps: float, out: _Floats) -> None: ...
+    def layer_norm(self, x: _Floats, weight: _Floats, bias: _Floats, eps: float, out: _Floats) -> None: ...
+    def linear(
+        self,
+        x: _Floats,
+        matrices: tuple[Matrix, ...],
+        outs: tuple[_Floats, ...],
+        biases: tuple[_Floats | None, ...] | None,
+        add: bool,
+    ) -> None: ...
+    def rope(self, x: _Floats, table: _Floats, positions: _Ints, interleaved: bool) -> None: ...
+    def attention(
+        self,
+        q: _Floats,
+        k: _Floats,
+        v: _Floats,
+        keys: npt.NDArray[Any],
+        values: npt.NDArray[Any],
+        start: _Ints,
+        scale: float,
+        window: int,
+        out: _Floats,
+    ) -> None: ...
+    def ffn(
+        self,
+        x: _Floats,
+        gate: Matrix | None,
+        up: Matrix,
+        down: Matrix,
+        records: bool,
+        activation: int,
+        both: bool,
+        threshold: float,
+        up_bias: _Floats | None,
+        active: _Ints | None,
+        count: _Ints | None,
+        out: _Floats,
+        skip_zeros: bool,
+    ) -> None: ...
+    def predict(self, x: _Floats, fc1: Matrix, fc2: Matrix, scores: _Floats) -> None: ...
+    def select(self, scores: _Floats, threshold: float, out: _Ints, count: _Ints) -> None: ...
+    def add(self, x: _Floats, y: _Floats) -> None: ...
+    def copy(self, source: _Floats, out: _Floats) -> None: ...
+    def play(self, context: Context) -> tuple[int, int, int, int]:
+        """Compute everything in order; gate, up and down rows that were read, and neurons that fired."""
+
+    def __len__(self) -> int: ...
+
 class Reader:
     """A file that is read past the page cache, with several reads in flight. Errors are OSError."""
 
@@ -138,6 +189,7 @@ class HandOver:
         skip: bool,
         listed: bool,
     ) -> int: ...
+    def add_tape(self, tape: Tape) -> int: ...
     def begin(self) -> bool: ...
     def end(self) -> str | None: ...
     def post(self, number: int) -> None: ...

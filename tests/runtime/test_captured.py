@@ -60,9 +60,12 @@ def load(
 def load_source(
     source: Any, hot: tuple[int, ...], entry: Tier = RAM, predictor: Predictor | None = None
 ) -> tuple[Transformer, KVCache]:
+    return load_seats(source, Seating(entry, VRAM, tuple(LayerSeat(VRAM, depth, 96) for depth in hot)), predictor)
+
+
+def load_seats(source: Any, seats: Seating, predictor: Predictor | None = None) -> tuple[Transformer, KVCache]:
     mode = Mode.AUTO if predictor is None else Mode.PREDICTED
     memory = Memory({VRAM: CudaDevice(CudaOps(tf32=False)), RAM: Host(CpuOps(1))}, {VRAM: 1 << 30})
-    seats = Seating(entry, VRAM, tuple(LayerSeat(VRAM, depth, 96) for depth in hot))
     transformer, _ = load_transformer(source, memory, seats=seats, n_ctx=32, mode=mode, predictor=predictor)
     cache = KVCache(transformer.spec, [layer.device.ops for layer in transformer.layers], 32, CacheType.F16)
     prompt = np.array(PROMPT, np.int32)
@@ -106,6 +109,62 @@ def test_each_side_computes_what_is_predicted_of_its_own_neurons(tiny_model: Any
     np.testing.assert_allclose(logits, wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max())
     assert (there.fired, here.fired) == tuple(count.fired for count in counts)
     assert there.up_rows + here.up_rows == there.fired + here.fired
+
+
+HERE, THERE = LayerSeat(RAM, 0, 96), LayerSeat(VRAM, 96, 96)
+
+
+@pytest.mark.parametrize("homes", [(HERE, THERE), (THERE, HERE), (HERE, HERE), (HERE, LayerSeat(VRAM, 32, 96))])
+@pytest.mark.parametrize(("entry", "head"), [(VRAM, VRAM), (RAM, VRAM), (RAM, RAM)])
+@pytest.mark.parametrize("predicts", [False, True])
+def test_layers_of_the_cpu_are_in_the_recorded_step(
+    tiny_model: Any, oracle: Any, homes: tuple[LayerSeat, ...], entry: Tier, head: Tier, predicts: bool
+) -> None:
+    source = open_model(tiny_model)
+    transformer, cache = load_seats(
+        source, Seating(entry, head, homes), oracle(source, shares=0.05) if predicts else None
+    )
+    if VRAM not in {device.tier for device in transformer.devices}:
+        with pytest.raises(UsageError, match="on the GPU"):
+            CapturedStep(transformer, cache)
+        return
+    expected = plainly(transformer, cache)
+    step = CapturedStep(transformer, cache)
+    assert step.way is WAY
+    for token, wanted in zip(STEPS, expected, strict=True):
+        logits, there, here = step.run(token, cache.length)
+        np.testing.assert_allclose(logits, wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max())
+        cold = sum(seat.warm - seat.hot for seat in homes)
+        if predicts:
+            assert (here.fired > 0) is (here.up_rows > 0) is (cold > 0)
+            assert here.up_rows < cold or not cold
+        else:
+            assert (there.up_rows, here.up_rows) == (192 - cold, cold)
+
+
+@pytest.mark.parametrize("depths", [(0, 96), (32, 0), (96, 96), (64, 32)])
+def test_a_predictor_of_the_cpu_selects_for_both_sides(tiny_model: Any, oracle: Any, depths: tuple[int, ...]) -> None:
+    source = open_model(tiny_model)
+    predictor = oracle(source, shares=0.05)
+    seats = Seating(RAM, VRAM, tuple(LayerSeat(VRAM, depth, 96, predictor=RAM) for depth in depths))
+    transformer, cache = load_seats(source, seats, predictor)
+    expected = plainly(transformer, cache)
+    step = CapturedStep(transformer, cache)
+    assert step.way is WAY
+    for token, wanted in zip(STEPS, expected, strict=True):
+        logits, there, here = step.run(token, cache.length)
+        np.testing.assert_allclose(logits, wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max())
+        assert there.up_rows < sum(depths)
+        assert (here.up_rows > 0) is (depths != (96, 96))
+        assert there.up_rows + here.up_rows == there.fired + here.fired
+
+
+def test_what_a_captured_step_has_no_way_for_is_refused(tiny_model: Any, oracle: Any) -> None:
+    source = open_model(tiny_model)
+    for seat, error in ((LayerSeat(RAM, 32, 96), "all neurons"), (LayerSeat(RAM, 0, 96, predictor=VRAM), "predictor")):
+        transformer, cache = load_seats(source, Seating(RAM, VRAM, (seat, THERE)), oracle(source, shares=0.05))
+        with pytest.raises(UsageError, match=error):
+            CapturedStep(transformer, cache)
 
 
 @pytest.mark.parametrize("fault", [Fault.DIE, Fault.FAIL, Fault.STALL])
@@ -226,6 +285,32 @@ def test_a_step_becomes_a_graph_where_a_way_to_cross_can_be_captured(
         assert [value for _, value in driver.calls] == 2 * [1, 1, 0, 2, 2, 0]
     elif way is CrossingKind.PLAIN:
         assert f"{CrossingKind.MEMORY}:" in str(step.notice)
+
+
+@interpreted
+def test_layers_of_the_cpu_are_in_the_graph(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One launch a token, and one crossing for each of the layers."""
+    source = open_model(tiny_model)
+    seats = Seating(RAM, VRAM, (HERE, LayerSeat(VRAM, 32, 96)))
+    transformer, cache = load_seats(source, seats)
+    expected = [row.tobytes() for row in stepped(transformer, cache)]
+    transformer.exit.ops.streams = streams = FakeStreams()
+    drive(monkeypatch, driver := Driver((), streams))
+    step = CapturedStep(transformer, cache)
+    assert (step.way, step.captured) == (CrossingKind.MEMORY, True)
+    driver.calls.clear()
+    streams.launches = 0
+    for token, wanted in zip(STEPS, expected, strict=True):
+        assert step.run(token, cache.length)[0].tobytes() == wanted
+    assert streams.launches == len(STEPS)
+    assert [value for _, value in driver.calls] == len(STEPS) * [1, 1, 0, 2, 2, 0]
+
+
+def stepped(transformer: Transformer, cache: KVCache) -> list[np.ndarray]:
+    step = CapturedStep(transformer, cache)
+    rows = [step.run(token, cache.length)[0].copy() for token in STEPS]
+    cache.truncate(len(PROMPT))
+    return rows
 
 
 @interpreted

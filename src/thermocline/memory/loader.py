@@ -32,7 +32,8 @@ from thermocline.memory.residence import Reading, lock, settle, touch
 from thermocline.memory.sent import Sender, SentNeurons, lanes_for
 from thermocline.model.families import family_of
 from thermocline.model.feed_forward import FeedForward, Neurons
-from thermocline.model.network import Layer, LayerPredictor, Norm, Transformer, resolve_mode
+from thermocline.model.layer import Layer, LayerPredictor, Norm
+from thermocline.model.network import Transformer, resolve_mode
 from thermocline.model.rope import rope_table
 from thermocline.model.source import NetworkSource
 from thermocline.model.spec import ModelSpec

@@ -8,7 +8,7 @@ stream is carried along where a layer's home is not that of the one before.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, NamedTuple, Protocol
@@ -19,7 +19,8 @@ import numpy.typing as npt
 from thermocline.config import Mode
 from thermocline.errors import ContextError, UsageError
 from thermocline.hardware.machine import Tier
-from thermocline.model.feed_forward import NOTHING, FeedForward, Tally
+from thermocline.model.feed_forward import NOTHING, Tally
+from thermocline.model.layer import Layer, Norm
 from thermocline.model.observers import Counter, Observer, SelectionObserver
 from thermocline.model.spec import ModelSpec
 from thermocline.model.workspace import Views, Workspace
@@ -57,55 +58,6 @@ class Outputs(StrEnum):
     LAST = "last"
     ALL = "all"
     NONE = "none"
-
-
-@dataclass(frozen=True, slots=True)
-class LayerPredictor:
-    """A layer's placed predictor: `Ops.predict` scores the residual stream before the FFN's norm.
-
-    Where attention and FFN are parallel, this is the layer's input.
-
-    It is used in steps of up to `tokens` tokens; in longer ones it would cost more than it saves.
-    """
-
-    device: Device
-    fc1: Matrix
-    fc2: Matrix
-    threshold: float
-    tokens: int
-
-
-class Norm(NamedTuple):
-    """LayerNorm where there is a bias, else RMSNorm."""
-
-    weight: Array
-    bias: Array | None
-
-
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """One layer's weights on its home `device`. `qkv` share their input; norms and biases are float32 vectors.
-
-    `home` is where the attention's matrices are: the device's tier, or disk, from where every step reads them.
-    `rope` is the table of rotations on that device, None for a network without. `ffn_norm` is None where the FFN shares
-    the norm of attention; `down_bias` is added once, after all of the FFN.
-    """
-
-    device: Device
-    home: Tier
-    rope: Array | None
-    attn_norm: Norm
-    qkv: tuple[Matrix, Matrix, Matrix]
-    qkv_bias: tuple[Array, Array, Array] | None
-    q_norm: Array | None
-    k_norm: Array | None
-    out: tuple[Matrix]
-    out_bias: tuple[Array] | None
-    ffn_norm: Norm | None
-    ffn: FeedForward
-    down_bias: Array | None
-    window: int
-    predictor: LayerPredictor | None = None
 
 
 class StepResult(NamedTuple):
@@ -251,21 +203,22 @@ class Transformer:
             tally.lap("head", clock, self.exit)
         return StepResult(logits, *_summed(tally))
 
-    def record(self, token: Array | None, position: Array, cache: SequenceCache, workspace: Workspace) -> Array:
-        """Logits (1, n_vocab) of one token, all of it on the device of the exit, without a look at any value.
+    def record(
+        self, layers: Iterable[int], views: Views, position: Array, cache: SequenceCache, workspace: Workspace
+    ) -> None:
+        """Take the residual stream of one token, `views.x`, through neighbouring `layers` of one home.
 
-        `token` and `position` are int32 arrays (1) of the device, so that the calls can be captured once and replayed
-        for other tokens. With `token` None its embedding is in the workspace's `x` already. Nothing is checked, and the
-        length of the cache is left alone.
+        No value is looked at, so that the calls can be written down once and done again for other tokens: `position` is
+        an int32 array (1) of that device. Nothing is checked, and the length of the cache is left alone.
         """
-        segments = (Segment(cache, position, 1),)
-        views, tally = workspace.views(1), Tally()
-        if token is not None:
-            self.embed(token, position, views.x, views.normed)
-        for index, layer in enumerate(self.layers):
-            self._attend(index, layer, views, position, segments)
-            self._feed_forward(index, layer, views, workspace, tally)
-        return self._logits(views, segments, workspace, Outputs.LAST)
+        segments, tally = (Segment(cache, position, 1),), Tally()
+        for index in layers:
+            self._attend(index, self.layers[index], views, position, segments)
+            self._feed_forward(index, self.layers[index], views, workspace, tally)
+
+    def record_logits(self, workspace: Workspace) -> Array:
+        """Logits (1, n_vocab) of the token whose residual stream is in the workspace of the exit; see `record`."""
+        return self._logits(workspace.views(1), (), workspace, Outputs.ALL)
 
     def rehearse(self, tier: Tier, tokens: int, start: int, cache: SequenceCache, workspace: Workspace) -> None:
         """Compute what one device has of a step of `tokens` tokens at `start`, on whatever its arrays hold.

@@ -1,4 +1,4 @@
-"""Cold neurons handed over in the middle of a device's step, to a native thread that needs no Python."""
+"""The CPU's part handed over in the middle of a device's step, to a native thread that needs no Python."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from thermocline import _native
 from thermocline.errors import HardwareError
 from thermocline.ops.contract import FfnWork, NeuronBlock
 from thermocline.ops.cpu import ACTIVATIONS, CpuOps
+from thermocline.ops.tape import TapeOps
 
 WORDS = 64
 """int32 words of a mailbox's flags: `ready` is the first, `done` the middle one, each on cache lines of its own."""
@@ -70,7 +71,7 @@ class Simulated(NamedTuple):
 class ColdWorker:
     """A thread that computes what is handed over, with the threads of `ops`, which nobody else uses meanwhile.
 
-    Layers are numbered from 1 in the order in which they were added; 0 is nobody's.
+    Layers and tapes are numbered from 1 in the order in which they were added; 0 is nobody's.
     """
 
     def __init__(self, ops: CpuOps, mailbox: Mailbox, patience: float = PATIENCE) -> None:
@@ -97,6 +98,11 @@ class ColdWorker:
             skip_zeros,
             listed,
         )
+        return index + 1
+
+    def add_tape(self, tape: TapeOps) -> int:
+        """The number of what is written on `tape`, which is complete."""
+        index: int = self._native.add_tape(tape.native)
         return index + 1
 
     @contextmanager

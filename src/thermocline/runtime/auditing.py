@@ -30,7 +30,8 @@ from thermocline.hardware.machine import Tier
 from thermocline.memory.kv_cache import KVCache
 from thermocline.model.families import family_of
 from thermocline.model.feed_forward import Tally
-from thermocline.model.network import Layer, Outputs, Transformer
+from thermocline.model.layer import Layer
+from thermocline.model.network import Outputs, Transformer
 from thermocline.model.workspace import Views, Workspace
 from thermocline.ops.contract import ActiveSet, Array
 from thermocline.ops.device import Device

@@ -28,7 +28,7 @@ FAILURES: Final[tuple[type[Exception], ...]] = tuple(
 class GpuSequence(TransformerSequence):
     """A sequence, parts of which are on a GPU.
 
-    Single tokens are replayed where all attention is there; prompts take the plain way, over the same cache.
+    Single tokens are replayed where nothing is on disk; prompts take the plain way, over the same cache.
     """
 
     def __init__(
