@@ -118,15 +118,25 @@ def most_alike(active: Bools, count: npt.NDArray[np.intp]) -> npt.NDArray[np.int
 
     Similar is intersection over union; two empty sets are equal.
     """
-    numbers = active.astype(np.float32)  # the product counts exactly: n_ff is far below 2^24
-    found = [_latest_alike(numbers, count, start) for start in range(1, len(active), ROWS)]
+    words = _words(active)
+    found = [_latest_alike(words, count, start) for start in range(1, len(active), ROWS)]
     return np.concatenate(found) if found else np.zeros(0, np.intp)
 
 
-def _latest_alike(numbers: npt.NDArray[np.float32], count: npt.NDArray[np.intp], start: int) -> npt.NDArray[np.intp]:
+def _words(active: Bools) -> npt.NDArray[np.uint64]:
+    """Active sets (T, n_ff) as bits (ceil(n_ff / 64), T)."""
+    packed = np.packbits(active, axis=1)
+    padded = np.pad(packed, ((0, 0), (0, -packed.shape[1] % 8)))
+    return np.ascontiguousarray(padded.view(np.uint64).T)
+
+
+def _latest_alike(words: npt.NDArray[np.uint64], count: npt.NDArray[np.intp], start: int) -> npt.NDArray[np.intp]:
     """The same for the tokens from `start`, at most ROWS of them."""
-    stop = min(start + ROWS, len(numbers))
-    common = numbers[start:stop] @ numbers[: stop - 1].T
+    stop = min(start + ROWS, words.shape[1])
+    # Not a product of matrices: a BLAS library's threads wait for the next one for so long that kernels go without.
+    common = np.zeros((stop - start, stop - 1), np.int64)
+    for word in words:
+        common += np.bitwise_count(word[start:stop, None] & word[: stop - 1])
     union = count[start:stop, None] + count[: stop - 1] - common
     likeness = np.divide(common, union, out=np.ones(common.shape), where=union > 0)
     likeness[np.arange(stop - 1) >= np.arange(start, stop)[:, None]] = -1.0  # neither itself nor a later one
