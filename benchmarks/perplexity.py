@@ -7,15 +7,16 @@ where llama/ is an environment with llama-cpp-python.
 The text is what the shipped model never saw: the held-out files of the standard library, joined. llama.cpp makes its
 own tokens of it, and its logits are scored here as its `perplexity` tool scores them: chunks of n_ctx tokens, each a
 sequence of its own whose first token is replaced by bos where the model adds one; the tokens after position n_ctx / 2
-count. Beside it stands what `thermocline perplexity` says of a file with that text. The exit code is 1 where the two
-are farther apart than the standard error.
+count. Beside it stands what `thermocline perplexity` says of a file with that text, dense and, where the model has a
+predictor, predicted. The exit code is 1 where dense is farther from llama.cpp's than the standard error, or predicted
+above dense by more than an audit allows.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,12 @@ from benchmarks.machine import facts
 from benchmarks.peer import Peer, add_flag
 from benchmarks.side_by_side import LLAMA
 from benchmarks.tables import print_table, write_results
+from thermocline.activity.audit import PERPLEXITY_RATIO
 from thermocline.activity.likelihood import Likelihood, log_probabilities
 from thermocline.api import shipped_model
 from thermocline.config import LoadSettings, Mode
+from thermocline.files.companion import companion
+from thermocline.files.sidecar import SidecarKind
 from thermocline.hardware.cores import find_cores
 
 AT_ONCE = 8
@@ -63,11 +67,14 @@ def main() -> None:
     parser.add_argument("-m", "--model", type=Path, default=None, help="a GGUF file (default: the shipped model)")
     parser.add_argument("-c", "--ctx-size", type=int, default=512, help="tokens of a chunk")
     parser.add_argument("--chunks", type=int, default=0, help="most chunks to read; 0 reads all")
-    parser.add_argument("--modes", nargs="+", type=Mode, choices=Mode, default=[Mode.DENSE])
+    parser.add_argument("--modes", nargs="+", type=Mode, choices=Mode, default=None)
+    parser.add_argument("-t", "--threads", type=int, default=0, help="of ours; they change no figure")
     parser.add_argument("--dry", action="store_true", help="keep no results")
     add_flag(parser)
     args = parser.parse_args()
     path, text = args.model or shipped_model(), held_out_text()
+    predicts = companion(path, SidecarKind.PREDICTOR).is_file()
+    modes = args.modes or ([Mode.DENSE, Mode.PREDICTED] if predicts else [Mode.DENSE])
     with Peer(args.llama_python) as peer:
         theirs, chunks = score(peer, path, text, args.ctx_size, args.chunks)
         about = peer.about
@@ -75,8 +82,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "held_out.txt"
         file.write_text(text)
-        for mode in args.modes:
-            settings = LoadSettings(ctx_size=args.ctx_size, mode=mode)
+        for mode in modes:
+            settings = LoadSettings(ctx_size=args.ctx_size, mode=mode, threads=args.threads)
             ours = thermocline.perplexity(path, [file], settings, chunks=args.chunks)
             if (ours.chunks, ours.tokens) != (chunks, theirs.tokens):
                 raise SystemExit(f"{ours.chunks} chunks, {ours.tokens} tokens here; {chunks}, {theirs.tokens} there")
@@ -87,9 +94,20 @@ def main() -> None:
     if not args.dry:
         setup = {"model": path.name, "chunks": chunks, "n_ctx": args.ctx_size, "peer": about}
         write_results("perplexity", {**setup, "machine": facts(find_cores().threads), "measured": found})
-    apart = {name: abs(row["perplexity"] - theirs.perplexity) for name, row in found.items()}
-    if apart.get(str(Mode.DENSE), 0.0) > theirs.error:
-        raise SystemExit(f"dense is {apart[str(Mode.DENSE)]:.4f} from {LLAMA}, more than its error {theirs.error:.4f}")
+    judge({name: row["perplexity"] for name, row in found.items()}, theirs.error)
+
+
+def judge(found: Mapping[str, float], error: float) -> None:
+    """Ends the program where perplexities are farther apart than they may be."""
+    dense = found.get(str(Mode.DENSE))
+    if dense is None:
+        return
+    apart = abs(dense - found[LLAMA])
+    if apart > error:
+        raise SystemExit(f"dense is {apart:.4f} from {LLAMA}, more than its error {error:.4f}")
+    ratio = found.get(str(Mode.PREDICTED), dense) / dense
+    if ratio > PERPLEXITY_RATIO:
+        raise SystemExit(f"predicted is {ratio:.4f} times dense, more than {PERPLEXITY_RATIO}")
 
 
 if __name__ == "__main__":

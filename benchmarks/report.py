@@ -240,8 +240,11 @@ def _agreement() -> str:
 def _perplexity() -> str:
     parts = []
     for r in read("perplexity.json"):
-        said = [f"{name} {v['perplexity']:.4f} ± {v['error']:.4f}" for name, v in r["measured"].items()]
-        tokens = r["measured"][LLAMA]["tokens"]
+        measured = r["measured"]
+        said = [f"{name} {v['perplexity']:.4f} ± {v['error']:.4f}" for name, v in measured.items()]
+        if {"dense", "predicted"} <= measured.keys():
+            said[-1] += f" ({measured['predicted']['perplexity'] / measured['dense']['perplexity']:.4f} of dense)"
+        tokens = measured[LLAMA]["tokens"]
         parts.append(
             f"Perplexity of {r['model']} on its held-out text, {r['chunks']} chunks of {r['n_ctx']} tokens of which "
             f"the second halves count ({tokens:,} tokens): {', '.join(said)}."

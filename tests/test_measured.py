@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks import report
+from benchmarks.perplexity import judge
 
 MACHINE = {"processor": "a processor", "threads": 2, "kernels": "avx512", "caches": ["L2 1024 KiB", "L3 32768 KiB"]}
 
@@ -91,12 +93,29 @@ def test_perplexities_stand_side_by_side(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     measured = {
         name: {"perplexity": value, "error": 0.25, "tokens": 1000}
-        for name, value in (("llama.cpp", 9.5), ("dense", 9.4))
+        for name, value in (("llama.cpp", 9.5), ("dense", 9.4), ("predicted", 9.447))
     }
     (tmp_path / "perplexity.json").write_text(
         json.dumps({"model": "m", "chunks": 4, "n_ctx": 512, "measured": measured})
     )
-    assert "(1,000 tokens): llama.cpp 9.5000 ± 0.2500, dense 9.4000 ± 0.2500." in report.block()
+    said = "llama.cpp 9.5000 ± 0.2500, dense 9.4000 ± 0.2500, predicted 9.4470 ± 0.2500 (1.0050 of dense)."
+    assert f"(1,000 tokens): {said}" in report.block()
+
+
+@pytest.mark.parametrize(
+    ("found", "wrong"),
+    [
+        ({"dense": 9.4}, ""),
+        ({"dense": 9.2}, "dense is 0.3000 from llama.cpp, more than its error 0.2500"),
+        ({"dense": 9.8}, "dense is 0.3000 from"),
+        ({"dense": 9.4, "predicted": 9.49}, ""),
+        ({"dense": 9.4, "predicted": 9.5}, "predicted is 1.0106 times dense, more than 1.01"),
+        ({"predicted": 99.0}, ""),
+    ],
+)
+def test_perplexities_that_are_too_far_apart_end_the_benchmark(found: dict[str, float], wrong: str) -> None:
+    with pytest.raises(SystemExit, match=wrong) if wrong else nullcontext():
+        judge({"llama.cpp": 9.5, **found}, 0.25)
 
 
 def test_a_text_without_the_marks_is_refused() -> None:

@@ -18,10 +18,10 @@ from thermocline.activity import training as module
 from thermocline.activity.capture import Capture
 from thermocline.activity.predictor import load_predictor
 from thermocline.activity.training import Step, Trained
-from thermocline.activity.workplace import Workplace
 from thermocline.config import LoadSettings, OpsKind, TrainSettings
 from thermocline.errors import FingerprintError, MissingPackageError, OutputError, ThermoclineError, UsageError
 from thermocline.files.open import open_model
+from thermocline.files.workplace import Workplace
 from thermocline.runtime.profiling import profile_model
 from thermocline.runtime.training import train_predictor
 

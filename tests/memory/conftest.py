@@ -28,6 +28,7 @@ class DictSource:
     weights: Mapping[str, Weight]
     kind: str = "gguf"
     path: Path = field(default=Path("tiny"))
+    fingerprint: str = "0" * 64
 
 
 def random_source(

@@ -55,6 +55,7 @@ class DictSource:
     metadata: Metadata
     weights: Mapping[str, Weight]
     path: Path = field(default=Path("tiny"))
+    fingerprint: str = "0" * 64
 
 
 def hugging_face(name: str, **changes: Any) -> Any:

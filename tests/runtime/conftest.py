@@ -84,6 +84,7 @@ class DictSource:
     weights: Mapping[str, Weight]
     kind: str = "gguf"
     path: Path = Path("tiny")
+    fingerprint: str = "0" * 64
 
 
 @pytest.fixture

@@ -22,8 +22,8 @@ import numpy as np
 import numpy.typing as npt
 
 from thermocline.activity.statistics import Floats
-from thermocline.activity.workplace import Workplace
 from thermocline.errors import NumericalError, OutputError, printable
+from thermocline.files.workplace import Workplace
 from thermocline.ops.contract import Array
 
 CHECK_EVERY: Final = 8

@@ -30,13 +30,13 @@ from thermocline.activity.profile import Runner
 from thermocline.activity.statistics import Activity
 from thermocline.activity.statistics import Floats as Wide
 from thermocline.activity.texts import Corpus, Reading, Tokenize
-from thermocline.activity.workplace import Workplace
 from thermocline.config import TrainSettings
 from thermocline.errors import ThermoclineError, UsageError, printable
 from thermocline.files.formats import BY_NAME, F32, BlockFormat
 from thermocline.files.powerinfer import PredictorLayer
 from thermocline.files.quantize import from_float, to_float
 from thermocline.files.sidecar import SidecarKind, read_sidecar, write_sidecar
+from thermocline.files.workplace import Workplace
 
 Floats = npt.NDArray[np.float32]
 

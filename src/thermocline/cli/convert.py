@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from thermocline.api import Converted
 
 ForceFlag = Annotated[bool, flag("--force", help="Replace what is there.")]
+RestartFlag = Annotated[bool, flag("--restart", help="Forget an interrupted run instead of going on with it.")]
 SHOWN = 5
 """How many of the tensors that lost most are shown by `convert`; --json has all."""
 
@@ -48,14 +49,15 @@ def convert(
     ] = False,
     powerinfer: Annotated[bool, flag("--powerinfer", help="Write a file for PowerInfer (magic PWRI).")] = False,
     force: ForceFlag = False,
+    restart: RestartFlag = False,
     as_json: JsonFlag = False,
     verbose: VerboseFlag = False,
 ) -> int:
     """Write a model, a GGUF file or a Hugging Face folder, as a new GGUF file.
 
     A model whose activation gives zeros is written as neuron records, which load as they lie. One tensor is in memory
-    at a time, and the file appears whole or not at all. With --activity the counts go beside the file, for the new
-    numbers.
+    at a time, and the file appears whole or not at all; an interrupted run goes on where it was when its command is
+    repeated. With --activity the counts go beside the file, for the new numbers.
 
     For example:
 
@@ -77,6 +79,7 @@ def convert(
             standard=standard,
             powerinfer=powerinfer,
             force=force,
+            restart=restart,
             progress=progress,
         )
     show(done, as_json=as_json, verbose=verbose, most=SHOWN)

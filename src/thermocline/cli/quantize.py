@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import thermocline
-from thermocline.cli.convert import ForceFlag, show, told
+from thermocline.cli.convert import ForceFlag, RestartFlag, show, told
 from thermocline.cli.flags import JsonFlag, VerboseFlag
 
 
@@ -14,6 +14,7 @@ def quantize(
     /,
     *,
     force: ForceFlag = False,
+    restart: RestartFlag = False,
     as_json: JsonFlag = False,
     verbose: VerboseFlag = False,
 ) -> int:
@@ -27,6 +28,6 @@ def quantize(
       thermocline quantize model.f16.gguf model.q4_0.gguf Q4_0
     """
     with told() as progress:
-        done = thermocline.quantize(model, output, kind, force=force, progress=progress)
+        done = thermocline.quantize(model, output, kind, force=force, restart=restart, progress=progress)
     show(done, as_json=as_json, verbose=verbose)
     return 0

@@ -23,10 +23,10 @@ Content = bytes | bytearray | memoryview | npt.NDArray[np.uint8]
 class AtomicFile:
     """The file under construction that `atomic_write` hands out: bytes go in at the end, unbuffered."""
 
-    def __init__(self, path: Path, descriptor: int) -> None:
+    def __init__(self, path: Path, descriptor: int, size: int = 0) -> None:
         self._path = path
         self._descriptor = descriptor
-        self._size = 0
+        self._size = size
 
     def write(self, content: Content) -> int:
         """Append `content`, all of it; returns its size in bytes.
@@ -36,7 +36,7 @@ class AtomicFile:
         """
         view = content.data if isinstance(content, np.ndarray) else memoryview(content)
         left = view.cast("B") if view.nbytes else view[:0]
-        with _explained(self._path):
+        with explained(self._path):
             while left:
                 written = os.write(self._descriptor, left)
                 self._size += written
@@ -65,26 +65,23 @@ def atomic_write(path: Path | str, *, size: int = 0) -> Iterator[AtomicFile]:
             the system refuses a step.
     """
     path = Path(path)
-    mode = _existing_mode(path)
-    with _explained(path):
-        _require_space(path, size)
+    mode = existing_mode(path)
+    with explained(path):
+        require_space(path, size)
         _remove_leavings(path)
         temporary, descriptor = _create(path)
     try:
         yield AtomicFile(path, descriptor)
-        with _explained(path):
-            if mode is not None:
-                os.fchmod(descriptor, mode)
-            os.fsync(descriptor)
-            temporary.replace(path)
+        with explained(path):
+            put_in_place(temporary, descriptor, path, mode)
     except BaseException:
         with suppress(OSError):
             temporary.unlink()
         raise
     finally:
         os.close(descriptor)
-    with _explained(path, "is written, but may not survive a power failure"):
-        _sync_folder(path.parent)
+    with explained(path, "is written, but may not survive a power failure"):
+        sync_folder(path.parent)
 
 
 @contextmanager
@@ -99,28 +96,36 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
             full, or the system refuses a step.
     """
     path = Path(path)
-    with _explained(path):
+    with explained(path):
         if path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
             raise OutputError(f"{printable(str(path))}: is there already: remove it, or name a new folder")
         _remove_leavings(path)
         temporary, descriptor = _create(path, folder=True)
     try:
         yield temporary
-        with _explained(path):
-            _sync_folder(temporary)
+        with explained(path):
+            sync_folder(temporary)
             temporary.replace(path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     finally:
         os.close(descriptor)
-    with _explained(path, "is written, but may not survive a power failure"):
-        _sync_folder(path.parent)
+    with explained(path, "is written, but may not survive a power failure"):
+        sync_folder(path.parent)
 
 
-def _existing_mode(path: Path) -> int | None:
+def put_in_place(temporary: Path, descriptor: int, path: Path, mode: int | None) -> None:
+    """Let a finished file be `path`, with the permissions `mode` (None leaves its own)."""
+    if mode is not None:
+        os.fchmod(descriptor, mode)
+    os.fsync(descriptor)
+    temporary.replace(path)
+
+
+def existing_mode(path: Path) -> int | None:
     """Permissions of the file that will be replaced; None if there is none."""
-    with _explained(path):
+    with explained(path):
         try:
             found = path.lstat().st_mode
         except FileNotFoundError:
@@ -133,7 +138,12 @@ def _existing_mode(path: Path) -> int | None:
     return stat.S_IMODE(found)
 
 
-def _require_space(path: Path, size: int) -> None:
+def require_space(path: Path, size: int) -> None:
+    """Refuse to write more than there is room for.
+
+    Raises:
+        OutputError: the disk of `path` has not `size` bytes free.
+    """
     disk = os.statvfs(path.parent)
     free = disk.f_bavail * disk.f_frsize
     if size > free:
@@ -179,7 +189,8 @@ def _remove_leavings(path: Path) -> None:
                 os.close(descriptor)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder as safe as its files are."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
@@ -191,7 +202,12 @@ def _sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def _explained(path: Path, problem: str = "cannot be written") -> Iterator[None]:
+def explained(path: Path, problem: str = "cannot be written") -> Iterator[None]:
+    """Turn what the system refuses into an error that names `path`.
+
+    Raises:
+        OutputError: something in the block failed.
+    """
     try:
         yield
     except OSError as error:

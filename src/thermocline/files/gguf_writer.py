@@ -5,9 +5,10 @@ Source of the layout: the GGUF specification of ggml, version 3.
 
 from __future__ import annotations
 
+import hashlib
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any, Final
@@ -30,6 +31,7 @@ from thermocline.files.gguf_types import (
     ValueType,
     padded,
 )
+from thermocline.files.resumable import Resume, resumable_write
 from thermocline.files.strings import StringArray
 from thermocline.files.weight import Bytes, Weight
 
@@ -65,10 +67,12 @@ def write_gguf(
     *,
     alignment: int = DEFAULT_ALIGNMENT,
     powerinfer: bool = False,
+    resume: Resume | None = None,
 ) -> int:
     """Write a GGUF file and return its size in bytes.
 
-    `powerinfer` gives it the magic of PowerInfer's sparse models, in which vectors may be empty.
+    `powerinfer` gives it the magic of PowerInfer's sparse models, in which vectors may be empty. With `resume`, a
+    second call goes on where one that was killed stopped; its identity has to tell where the tensors' bytes come from.
 
     Metadata values are str, bool, numpy scalars (which give the stored type), Python ints (UINT32, or INT32,
     UINT64, INT64 where they need it), Python floats (FLOAT32), and as arrays: 1-D numpy arrays, StringArray, or
@@ -79,6 +83,7 @@ def write_gguf(
     Raises:
         OutputError: the file could not be written (the old one, if any, is untouched), or a name, a
             value or a tensor's bytes are not what the format takes.
+        UsageError: with `resume`, another run writes this file, or the unfinished one is not the same.
     """
     path = Path(path)
     planned = [_planned(tensor, empty=powerinfer) for tensor in tensors]
@@ -89,10 +94,20 @@ def write_gguf(
         values[_ALIGNMENT_KEY] = np.uint32(alignment)
     header = _header(POWERINFER_MAGIC if powerinfer else MAGIC, values, planned, alignment)
     size = padded(len(header), alignment) + sum(padded(t.nbytes, alignment) for t in planned)
-    with atomic_write(path, size=size) as file:
-        _write_padded(file, header, alignment)
-        for tensor in planned:
-            _write_padded(file, _produced(tensor), alignment)
+    if resume is None:
+        with atomic_write(path, size=size) as file:
+            _write_padded(file, header, alignment)
+            for tensor in planned:
+                _write_padded(file, _produced(tensor), alignment)
+        return size
+    resume = replace(resume, identity={**resume.identity, "header": hashlib.sha256(header).hexdigest()})
+    with resumable_write(path, size, resume) as parts:
+        if not parts.parts:
+            _write_padded(parts, header, alignment)
+            parts.part()
+        for tensor in planned[parts.parts - 1 :]:
+            _write_padded(parts, _produced(tensor), alignment)
+            parts.part()
     return size
 
 

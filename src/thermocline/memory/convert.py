@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -20,6 +21,7 @@ from thermocline.files.formats import BF16, F16, F32, Q4_0, Q4_K, Q5_K, Q6_K, Q8
 from thermocline.files.gguf import GgufFile
 from thermocline.files.gguf_writer import NewTensor, write_gguf
 from thermocline.files.quantize import converted
+from thermocline.files.resumable import Resume
 from thermocline.files.weight import Bytes, PickedWeight, Weight
 from thermocline.memory.layout import Layout, lay_out, stored_format
 from thermocline.memory.reblock import Reblocked
@@ -64,9 +66,12 @@ def convert(
     order: Order | None = None,
     predictor: Predictor | None = None,
     threads: int = 1,
+    restart: bool = False,
     progress: Progress | None = None,
 ) -> WriteReport:
     """Write `source` as a GGUF file, one tensor in memory at a time; `outtype` None keeps each tensor's format.
+
+    A second call goes on where one that was killed stopped, unless `restart`.
 
     With an `order`, each layer's neurons are stored in it (records only), and the file tells so. A `predictor` goes
     inside, in place of one that is there. One inside stays, its neurons in the same order as the network's.
@@ -97,8 +102,23 @@ def convert(
         tensors = (*tensors, *predictor_tensors(predictor, fmt, order))
     else:
         tensors = (*tensors, *_carried(source))
-    size = write_gguf(path, metadata, announced(tensors, progress))
+    resume = resume_of(source, predictor, layout, restart=restart)
+    size = write_gguf(path, metadata, announced(tensors, progress), resume=resume)
     return WriteReport(path, size, tuple(layout.reblocked), (*notes, *_widened(layout, fmt)))
+
+
+def resume_of(source: NetworkSource, predictor: Predictor | None, layout: Layout, *, restart: bool) -> Resume:
+    """What tells a run that writes these tensors from any other, beside the file's header. Their errors are kept."""
+    digest = hashlib.sha256()
+    for layer in () if predictor is None else predictor.layers:
+        digest.update(layer.fc1.data.tobytes())
+        digest.update(layer.fc2.data.tobytes())
+    return Resume(
+        {"model": source.fingerprint, "predictor": digest.hexdigest()},
+        lambda: [asdict(one) for one in layout.reblocked],
+        lambda told: layout.reblocked.extend(Reblocked(**one) for one in told),
+        restart,
+    )
 
 
 def write_records(source: NetworkSource, path: Path, progress: Progress | None = None) -> WriteReport:

@@ -26,6 +26,7 @@ from thermocline.memory.convert import (
     announced,
     order_metadata,
     predictor_tensors,
+    resume_of,
     source_metadata,
 )
 from thermocline.memory.layout import Layout, lay_out
@@ -53,12 +54,13 @@ def write_powerinfer(
     *,
     order: Order | None = None,
     threads: int = 1,
+    restart: bool = False,
     progress: Progress | None = None,
 ) -> WriteReport:
     """Write `source` with `predictor` as a sparse model of PowerInfer, one tensor in memory at a time.
 
     Down projections become neuron records, in `order` if there is one; tied embeddings are stored twice, as the loader
-    wants them.
+    wants them. A second call goes on where one that was killed stopped, unless `restart`.
 
     Raises:
         UsageError: the outtype is none that PowerInfer's sparse kernels compute with.
@@ -79,9 +81,10 @@ def write_powerinfer(
     metadata["general.quantization_version"] = np.uint32(2)
     metadata[THRESHOLD_KEY] = np.float32(predictor.threshold)
     metadata |= order_metadata(source, spec, order)
-    scores = predictor_tensors(Predictor.of_powerinfer(predictor), fmt, order)
-    tensors = announced([*_tensors(layout), *scores], progress)
-    size = write_gguf(path, metadata, tensors, powerinfer=True)
+    inside = Predictor.of_powerinfer(predictor)
+    tensors = announced([*_tensors(layout), *predictor_tensors(inside, fmt, order)], progress)
+    resume = resume_of(source, inside, layout, restart=restart)
+    size = write_gguf(path, metadata, tensors, powerinfer=True, resume=resume)
     return WriteReport(path, size, tuple(layout.reblocked), (*notes, *_notes(spec)))
 
 

@@ -32,6 +32,9 @@ class NetworkSource(Protocol):
     @property
     def weights(self) -> Mapping[str, Weight]: ...
 
+    @property
+    def fingerprint(self) -> str: ...
+
 
 def require_neutral(metadata: Metadata, neutral: Mapping[str, object], prefix: str = "") -> None:
     """Refuse keys that would change the arithmetic in a way that is not implemented.

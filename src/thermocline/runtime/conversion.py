@@ -59,7 +59,8 @@ class Wanted:
     `predictor` is a sidecar or one of PowerInfer's folders; `threshold` is used in all layers instead of its own.
     `activity` is a sidecar of this model, or of the one that it was converted from, and gives the neurons' order;
     `order` is a sidecar with nothing but that. `standard` writes the down projection as other engines read it,
-    `powerinfer` a file for PowerInfer. `force` replaces files that are there.
+    `powerinfer` a file for PowerInfer. `force` replaces files that are there, `restart` forgets an unfinished run
+    instead of going on with it.
     """
 
     outtype: str = AUTO
@@ -70,6 +71,7 @@ class Wanted:
     standard: bool = False
     powerinfer: bool = False
     force: bool = False
+    restart: bool = False
 
 
 def convert_model(
@@ -84,7 +86,8 @@ def convert_model(
 
     `overrides` are single fields of `Wanted`: `convert_model("m", "m.gguf", outtype="q8_0")`. Models whose activation
     gives zeros are written as neuron records, unless `standard`. With an activity or an order, neurons are stored
-    hottest first; a predictor goes inside, with its neurons in the same order.
+    hottest first; a predictor goes inside, with its neurons in the same order. A second call goes on where one that was
+    killed stopped.
 
     Raises:
         UsageError: what is wanted does not go together, or `output` is there and not to be replaced.
@@ -125,11 +128,18 @@ def _convert(source: ModelSource, path: Path, wanted: Wanted, progress: Progress
 
 
 def quantize_model(
-    model: str | Path, output: str | Path, kind: str, *, force: bool = False, progress: Progress | None = None
+    model: str | Path,
+    output: str | Path,
+    kind: str,
+    *,
+    force: bool = False,
+    restart: bool = False,
+    progress: Progress | None = None,
 ) -> Converted:
     """Write a model anew with its matrices in the format `kind` (Q8_0, Q4_K, ...), in the layout that it has.
 
-    PowerInfer's files stay PowerInfer's, as long as it computes with that format.
+    PowerInfer's files stay PowerInfer's, as long as it computes with that format. A second call goes on where one that
+    was killed stopped, unless `restart`.
 
     Raises:
         UsageError: there is no such format, or `output` is there and not to be replaced.
@@ -142,10 +152,10 @@ def quantize_model(
         raise UsageError(f"type is {printable(kind.upper(), 40)}; allowed: {known}{hint}")
     _require_new(Path(output), force=force)
     with open_model(model) as source:
-        return _quantize(source, Path(output), kind, progress)
+        return _quantize(source, Path(output), kind, restart, progress)
 
 
-def _quantize(source: ModelSource, path: Path, kind: str, progress: Progress | None) -> Converted:
+def _quantize(source: ModelSource, path: Path, kind: str, restart: bool, progress: Progress | None) -> Converted:
     began = time.perf_counter()
     family = family_of(source)
     spec = family.spec(source)
@@ -158,11 +168,13 @@ def _quantize(source: ModelSource, path: Path, kind: str, progress: Progress | N
     predictor = predictor_inside(source) if powerinfer and isinstance(source, GgufFile) else None
     threads = find_cores().threads
     if predictor is not None:
-        report = write_powerinfer(source, for_powerinfer(predictor), path, kind, threads=threads, progress=progress)
+        report = write_powerinfer(
+            source, for_powerinfer(predictor), path, kind, threads=threads, restart=restart, progress=progress
+        )
     else:
         records = has_records(family.weights(source, spec))
         powerinfer = False
-        report = convert(source, path, kind, records=records, threads=threads, progress=progress)
+        report = convert(source, path, kind, records=records, threads=threads, restart=restart, progress=progress)
     return _converted(source, replace(report, notes=(*notes, *report.notes)), powerinfer, began)
 
 
@@ -230,7 +242,16 @@ def _write(
     outtype, threads = None if wanted.outtype == AUTO else wanted.outtype, find_cores().threads
     if wanted.powerinfer and predictor is not None:
         scores = for_powerinfer(predictor)
-        return write_powerinfer(source, scores, path, outtype or "f16", order=order, threads=threads, progress=progress)
+        return write_powerinfer(
+            source,
+            scores,
+            path,
+            outtype or "f16",
+            order=order,
+            threads=threads,
+            restart=wanted.restart,
+            progress=progress,
+        )
     records = not wanted.standard and (spec.ffn.sparse or order is not None)
     return convert(
         source,
@@ -240,6 +261,7 @@ def _write(
         order=order,
         predictor=predictor,
         threads=threads,
+        restart=wanted.restart,
         progress=progress,
     )
 

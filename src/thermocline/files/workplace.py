@@ -28,7 +28,7 @@ class Workplace:
         """Make the folder, or go on in the one that is there; `restart` empties it first.
 
         Raises:
-            UsageError: another run is at work in it, or it is of a run over other texts or with other settings.
+            UsageError: another run is at work in it, or it is of a run with other inputs or settings.
             OutputError: it cannot be made.
         """
         with self.explained():
@@ -44,10 +44,15 @@ class Workplace:
             found = self.read_state("run")
             if found and found != self._identity:
                 raise UsageError(
-                    f"an unfinished run over other texts or with other settings is kept in "
+                    f"an unfinished run with other inputs or settings is kept in "
                     f"{printable(str(self.folder))}: repeat its command to finish it, or give --restart to forget it"
                 )
-            self.write_state("run", self._identity)
+            try:
+                self.write_state("run", self._identity)
+            except OutputError:
+                if not found:
+                    self.remove()  # nothing was done in it
+                raise
             yield
         finally:
             os.close(descriptor)

@@ -1,0 +1,121 @@
+"""Large files that are made part by part, whole or not at all; a second start goes on with what a killed one made.
+
+Until it is whole, such a file lies in the folder FILE.work (see `workplace`). What counts of it is noted there from
+time to time, after the parts so far are safe on the disk; what a killed run wrote beyond is made anew.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from thermocline.errors import ModelFormatError, OutputError, ThermoclineError, printable
+from thermocline.files.atomic import AtomicFile, existing_mode, explained, put_in_place, require_space, sync_folder
+from thermocline.files.workplace import Workplace
+
+SAVE_SECONDS: Final = 20.0
+"""How much work a killed run loses at most, beside the part it was at. A run that fails sooner leaves nothing."""
+STATE: Final = "parts"
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """What a run must have in common with one that it goes on with (JSON), and what is told of the parts.
+
+    `told` gives what is to be kept with the parts made so far (JSON), `recall` takes it back; `restart` forgets an
+    unfinished run.
+    """
+
+    identity: Mapping[str, Any]
+    told: Callable[[], Any]
+    recall: Callable[[Any], None]
+    restart: bool = False
+
+
+class ResumableFile(AtomicFile):
+    """The file under construction. `parts` counts those that need not be made again; call `part` after each new one."""
+
+    def __init__(self, path: Path, descriptor: int, place: Workplace, resume: Resume) -> None:
+        state = place.read_state(STATE)
+        try:
+            self.parts, size = int(state.get("parts", 0)), int(state.get("bytes", 0))
+            if state:
+                resume.recall(state["told"])
+            if not 0 <= size <= os.fstat(descriptor).st_size or self.parts < 0:
+                raise ValueError
+        except (KeyError, TypeError, ValueError):
+            raise ModelFormatError(place.folder, STATE, "is damaged; give --restart to begin anew") from None
+        super().__init__(path, descriptor, size)
+        self._place, self._resume, self._whole = place, resume, size
+        self._saved = time.monotonic()
+        self.kept = bool(state)
+        os.ftruncate(descriptor, size)
+        os.lseek(descriptor, size, os.SEEK_SET)
+
+    def part(self) -> None:
+        """A part is complete."""
+        self.parts, self._whole = self.parts + 1, self.tell()
+        if time.monotonic() - self._saved >= SAVE_SECONDS:
+            self.save()
+
+    def save(self) -> None:
+        """Make the complete parts safe, cut off what is beyond, and note how many they are.
+
+        Raises:
+            OutputError: the disk refuses.
+        """
+        with explained(self._path):
+            os.ftruncate(self._descriptor, self._whole)
+            os.fsync(self._descriptor)
+        self._place.write_state(STATE, {"parts": self.parts, "bytes": self._whole, "told": self._resume.told()})
+        self._saved, self.kept = time.monotonic(), True
+
+
+@contextmanager
+def resumable_write(path: Path, size: int, resume: Resume) -> Iterator[ResumableFile]:
+    """Write a new file `path` of `size` bytes, which appears when the block ends without an exception.
+
+    Raises:
+        UsageError: another run writes this file, or the unfinished one is not the same.
+        OutputError: as `atomic_write`; what was made is kept, if it took some time.
+    """
+    mode, place = existing_mode(path), Workplace(path, resume.identity)
+    temporary = place.folder / "file"
+    with explained(path):
+        require_space(path, size - (temporary.stat().st_size if temporary.is_file() else 0))
+    with place.occupied(restart=resume.restart):
+        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            file = ResumableFile(path, descriptor, place, resume)
+            with _kept(file, place):
+                yield file
+                with explained(path):
+                    put_in_place(temporary, descriptor, path, mode)
+        finally:
+            os.close(descriptor)
+        place.remove()
+    with explained(path, "is written, but may not survive a power failure"):
+        sync_folder(path.parent)
+
+
+@contextmanager
+def _kept(file: ResumableFile, place: Workplace) -> Iterator[None]:
+    """Where the block fails, keep what a second start can go on with; remove all if it would fail alike."""
+    try:
+        yield
+    except BaseException as error:
+        alike = isinstance(error, ThermoclineError) and not isinstance(error, OutputError)
+        if alike or not file.kept:
+            place.remove()
+            raise
+        with suppress(OutputError):
+            file.save()
+        if isinstance(error, OutputError):
+            where = printable(str(place.folder))
+            raise OutputError(f"{error}; what was done is kept in {where}: the same command goes on with it") from error
+        raise
