@@ -28,7 +28,7 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name, value in (("bandwidth.BUFFER", 1 << 20), ("bandwidth.LARGE_CACHES", 0), ("probe.SECONDS", 0.005)):
         monkeypatch.setattr(f"thermocline.hardware.{name}", value)
     monkeypatch.setattr("thermocline.hardware.disk.SCRATCH", 2 << 20)
-    bare = Overheads(staging=40_000, graphs=0, margin_vram=0, margin_ram=0)
+    bare = Overheads(staging=40_000, reading=0, graphs=0, margin_vram=0, margin_ram=0)
     monkeypatch.setattr("thermocline.runtime.planning.Overheads", lambda: bare)
     monkeypatch.setattr(pieces, "PIECE", 3 << 10)
     monkeypatch.setattr("thermocline.runtime.below.PIECES_BYTES", 5 * (3 << 10))

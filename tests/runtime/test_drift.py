@@ -96,7 +96,7 @@ def records(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(f"thermocline.hardware.{name}", value)
     monkeypatch.setattr("thermocline.hardware.disk.SCRATCH", 2 << 20)
     monkeypatch.setenv("THERMOCLINE_HOME", str(tmp_path / "home"))
-    bare = Overheads(staging=2_000, graphs=0, margin_vram=0, margin_ram=0)
+    bare = Overheads(staging=2_000, reading=0, graphs=0, margin_vram=0, margin_ram=0)
     monkeypatch.setattr("thermocline.runtime.planning.Overheads", lambda: bare)
     monkeypatch.setattr("thermocline.runtime.planning.LARGEST_CLUSTER", 32)
     monkeypatch.setattr("thermocline.runtime.below.IN_FLIGHT", 0)

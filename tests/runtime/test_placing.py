@@ -29,6 +29,7 @@ from thermocline.files.open import open_model
 from thermocline.files.sidecar import SidecarKind
 from thermocline.hardware.machine import Corrections, Tier
 from thermocline.memory.arena import make_array
+from thermocline.memory.convert import convert
 from thermocline.placement.ledger import Purpose
 from thermocline.placement.plan import Plan
 from thermocline.placement.plan_file import save_plan
@@ -222,6 +223,33 @@ def test_budgets_that_do_not_hold_the_trunk_are_refused_with_the_number_that_wou
     enough = (200 << 20) + small.value.missing
     with emulated(profiled, 0.3, ram_budget=f"{enough + (1 << 20)}b") as llm:
         assert llm._loaded.placing.memory.ledger.used(RAM) <= enough + (1 << 20)
+
+
+@pytest.mark.parametrize("share", [0.15, 0.4, 0.6])
+def test_three_tiers_down_to_the_smallest_budget_that_is_named(
+    expected: tuple[int, ...], tmp_path: Path, share: float
+) -> None:
+    """What finds no room beside an emulated device is read from disk, be it every neuron or parts of the trunk too."""
+    model = tmp_path / "records.gguf"
+    with open_model(api.shipped_model()) as source:
+        convert(source, model, None, records=True)
+    with pytest.raises(BudgetError) as refusal:
+        emulated(model, share, ram_budget="200MiB")
+    least = (200 << 20) + refusal.value.missing
+    on_disk = []
+    for more in (0, 1 << 20, 3 << 20, 6 << 20):
+        with emulated(model, share, ram_budget=f"{least + more}b") as llm:
+            assert greedy(llm) == expected
+            plan, placing = llm.plan, llm._loaded.placing
+            assert plan is not None
+            assert placing.memory.is_true
+            assert placing.memory.ledger.used(RAM) <= least + more
+            neurons = sum(plan.n_ff - layer.warm for layer in plan.layers)
+            trunk = [plan.head, *(layer.home for layer in plan.layers)].count(Tier.DISK)
+            assert (placing.below.stats.requests > 0) == (neurons + trunk > 0)
+            on_disk.append((neurons, trunk))
+    assert sum(on_disk[0]) > 0
+    assert on_disk == sorted(on_disk, key=lambda found: (found[1], found[0]), reverse=True)
 
 
 @pytest.mark.parametrize("budget", ["-1", "nan", "x", "1e99", "101%", "9PiB", "9000TiB"])

@@ -83,6 +83,8 @@ def choices_of(
                 positions = f.positions if part == 0 else 0
                 if home is not Tier.DISK:
                     (v if home is Tier.VRAM else r)[part, h, 0] = (0 if tied and part == 0 else size) + positions
+                elif part:
+                    r[part, h, 0] = f.head_vectors
         for layer in range(f.n_layer):
             _layer(problem, layer, homes, h, (predictor[h], hot, warm), prompt_weight, seconds, v, r)
     if homes_of is not None:
@@ -141,7 +143,7 @@ def _layer(
         + {
             Tier.VRAM: 0,
             Tier.RAM: trunk,
-            Tier.DISK: cache,
+            Tier.DISK: f.vectors[layer] + cache,
         }[homes[h]]
     )
     for place, tier in enumerate(homes):

@@ -26,7 +26,9 @@ class Footprint:
     embedding's matrix, stored once. `kv_token` is the bytes that one token takes in one layer's cache.
     `windows` are the sliding windows in tokens, 0 for none. `attention_params` is the number of weights of
     a layer's attention matrices. `positions` is the bytes of learned positions, which lie with the embedding;
-    `rope_token` what one position takes in the table of rotations. `fingerprint` identifies the model's file.
+    `rope_token` what one position takes in the table of rotations. `vectors` are the bytes of each layer's attention
+    that are no matrices and `head_vectors` those of the head, which are in memory wherever the matrices are.
+    `fingerprint` identifies the model's file.
     """
 
     name: str
@@ -46,13 +48,17 @@ class Footprint:
     windows: tuple[int, ...]
     positions: int = 0
     rope_token: int = 0
+    vectors: tuple[int, ...] = ()
+    head_vectors: int = 0
 
     def __post_init__(self) -> None:
         layers = len(self.attention)
-        if not layers or {len(self.records), len(self.predictor), len(self.windows)} != {layers}:
+        object.__setattr__(self, "vectors", self.vectors or (0,) * layers)
+        counted = {len(part) for part in (self.records, self.predictor, self.windows, self.vectors)}
+        if not layers or counted != {layers}:
             raise UsageError(f"the footprint of {self.name} does not count the same layers everywhere")
         sizes = [getattr(self, f.name) for f in fields(self) if f.type == "int"]
-        sizes += [*self.attention, *self.predictor, *self.windows, *(b for r in self.records for b in r)]
+        sizes += [*self.attention, *self.predictor, *self.windows, *self.vectors, *(b for r in self.records for b in r)]
         if min(sizes) < 0 or self.n_ff < 1:
             raise UsageError(f"the footprint of {self.name} has a negative or empty size")
 
@@ -127,6 +133,8 @@ class Footprint:
             tied=tied,
             kv_token=2 * n_kv * kv_element,
             windows=tuple(windows) if windows is not None else (0,) * n_layer,
+            vectors=(2 * n_embd * F32.block_bytes,) * n_layer,
+            head_vectors=n_embd * F32.block_bytes,
         )
 
 
@@ -159,12 +167,13 @@ def footprint_of(
         bias = F32.block_bytes if f"blk.{layer}.ffn_up.bias" in weights else 0
         return row(layer, "ffn_gate"), row(layer, "ffn_up") + bias, column
 
-    def rest(layer: int) -> int:
+    def rest(layer: int) -> list[Weight]:
         prefix, neurons = f"blk.{layer}.", tuple(f"blk.{layer}.ffn_{part}" for part in NEURON_PARTS)
-        return sum(
-            _resident(w) for name, w in weights.items() if name.startswith(prefix) and not name.startswith(neurons)
-        ) + sum(_resident(w) for name, w in weights.items() if name.startswith(f"{prefix}ffn_down") and w.rows == 1)
+        own = [w for name, w in weights.items() if name.startswith(prefix) and not name.startswith(neurons)]
+        return own + [w for name, w in weights.items() if name.startswith(f"{prefix}ffn_down") and w.rows == 1]
 
+    others = [rest(layer) for layer in layers]
+    norm = sum(_resident(w) for name, w in weights.items() if name.startswith("output_norm."))
     embedding = weights["token_embd.weight"].nbytes
     head = embedding if spec.tied_embeddings else weights["output.weight"].nbytes
     return Footprint(
@@ -174,17 +183,19 @@ def footprint_of(
         n_ff=spec.n_ff,
         n_vocab=spec.n_vocab,
         n_q=spec.n_q,
-        attention=tuple(rest(layer) for layer in layers),
+        attention=tuple(sum(map(_resident, parts)) for parts in others),
         attention_params=spec.n_embd * (2 * spec.n_q + 2 * spec.n_kv),
         records=tuple(record(layer) for layer in layers),
         predictor=tuple(predictor) if predictor is not None else (0,) * spec.n_layer,
         embedding=embedding,
-        head=head + sum(_resident(w) for name, w in weights.items() if name.startswith("output_norm.")),
+        head=head + norm,
         tied=spec.tied_embeddings,
         kv_token=kv_token,
         windows=spec.windows,
         positions=weights["position_embd.weight"].nbytes if spec.n_positions else 0,
         rope_token=F32.block_bytes * spec.rope.rotary_dim if spec.rope is not None else 0,
+        vectors=tuple(sum(_resident(w) for w in parts if w.rows == 1) for parts in others),
+        head_vectors=norm,
     )
 
 

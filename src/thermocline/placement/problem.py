@@ -109,13 +109,16 @@ class Problem:
             )
         scores = 4 * (min(tokens, MOST_TOKENS) + 1) * f.n_ff if self.mode is FfnMode.PREDICTED else 0
         size = tokens * token + outputs + scratch + scores + f.rope_token * w.context
+        if tier is Tier.RAM and self.machine.gpu is not None and not o.unpacks:
+            size, token = 2 * size, 2 * token  # its kernels and the device's, which are the same, each have scratch
         demands = [
             Demand(tier, Purpose.ACTIVATIONS, size, "--ubatch-size", tokens, token),
             Demand(tier, Purpose.MARGIN, o.margin_vram if tier is Tier.VRAM else o.margin_ram),
         ]
         moving = MOVING_BYTES if self.watched and tier is Tier.RAM else 0
+        reading = o.reading if self.machine.disk is not None and tier is Tier.RAM else 0
         if self.machine.gpu is not None or self.machine.disk is not None:
-            demands.append(Demand(tier, Purpose.STAGING, o.staging + moving))
+            demands.append(Demand(tier, Purpose.STAGING, max(o.staging, reading) + moving))
         if tier is Tier.VRAM:
             demands.append(Demand(tier, Purpose.GRAPHS, o.graphs))
         return demands
@@ -138,8 +141,12 @@ class Problem:
             add(placement.embedding, Purpose.EMBEDDING, f.embedding)
         add(placement.embedding, Purpose.EMBEDDING, f.positions)
         add(placement.head, Purpose.OUTPUT, f.head)
+        if placement.head is Tier.DISK:
+            add(Tier.RAM, Purpose.OUTPUT, f.head_vectors)
         for layer, place in enumerate(placement.layers):
             add(place.home, Purpose.ATTENTION, f.attention[layer])
+            if place.home is Tier.DISK:
+                add(Tier.RAM, Purpose.ATTENTION, f.vectors[layer])
             add(Tier.RAM if place.home is Tier.DISK else place.home, Purpose.KV, f.kv_layer(w.context, w.batch))
             if self.mode is FfnMode.PREDICTED:
                 add(place.predictor, Purpose.PREDICTOR, f.predictor[layer])

@@ -257,7 +257,7 @@ def _nothing_fits(problem: Problem, vram: bool) -> BudgetError:
     ways = [f"raise --ram-budget to about {total / (1 << 30):.2f}GiB ({total:,} bytes)"]
     if problem.machine.gpu is not None:
         more = problem.limits[Tier.VRAM] + missing
-        ways.append(f"--vram-budget to about {more / (1 << 30):.2f}GiB")
+        ways.append(f"--vram-budget to about {more / (1 << 30):.2f}GiB ({more:,} bytes)")
     kv = next((d for d in demands if d.purpose is Purpose.KV and d.step), None)
     if kv is not None and missing < kv.nbytes:
         ways.append(f"lower --ctx-size from {kv.count} to {kv.count - -(-missing // kv.step)}")

@@ -53,26 +53,29 @@ class Workload:
 class Overheads:
     """Bytes that a side needs besides weights, cache and activations; the other engines' out-of-memory errors.
 
-    `staging` is the pinned double buffer that loading and prefill stream through, on each side. `graphs` is
+    `staging` is the pinned double buffer that loading and prefill stream through, on each side. `reading` is what a
+    machine with a disk tier has of it in RAM at least: buffers that reads pass through, and slots for what they bring.
+    `graphs` is
     what captured graphs and the workspaces of matrix products keep in VRAM. The margins are for what nobody
     counts: fragments of the allocator and the driver in VRAM, the interpreter in RAM. A device that `unpacks`
     has the GPU's kernels, whose scratch is that of `ops.cuda.sizes`.
     """
 
     staging: int = 64 * MIB
+    reading: int = 32 * MIB
     graphs: int = 64 * MIB
     margin_vram: int = 256 * MIB
     margin_ram: int = 256 * MIB
     unpacks: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("staging", "graphs", "margin_vram", "margin_ram"):
+        for name in ("staging", "reading", "graphs", "margin_vram", "margin_ram"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise UsageError(f"{name} is {value!r} bytes; allowed: whole numbers >= 0")
 
 
-NO_OVERHEADS = Overheads(staging=0, graphs=0, margin_vram=0, margin_ram=0)
+NO_OVERHEADS = Overheads(staging=0, reading=0, graphs=0, margin_vram=0, margin_ram=0)
 """For arithmetic in tests."""
 
 EMULATED = Overheads(staging=0, graphs=0, margin_vram=0, unpacks=False)

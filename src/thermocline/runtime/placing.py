@@ -54,16 +54,14 @@ class Placing:
     def claim_scratch(self) -> None:
         """Put into the ledger what the plan sets aside for memory that is in use, but in no arena.
 
-        An emulated device computes with the host's kernels, so that their scratch is the host's.
+        An emulated device computes with the host's kernels, so that their scratch is the host's, where it is planned.
 
         Raises:
             BudgetError: a budget has no room for it.
         """
         for tier, purpose, left in self._set_aside():
-            where = tier
-            if isinstance(self.memory.devices.get(tier), EmulatedDevice):
-                where = Tier.RAM
-            self.memory.arenas[where].claim(left, purpose)
+            if not isinstance(self.memory.devices.get(tier), EmulatedDevice):
+                self.memory.arenas[tier].claim(left, purpose)
 
     @property
     def sent_from(self) -> tuple[int, ...]:
