@@ -76,7 +76,7 @@ class Attention {
       parts_ = context.arena.take<float>(job.kv_heads * chunks_ * sums_size_);
       prepared_ = context.arena.take<float>(job.kv_heads * queries_size_);
       prepare_items_.reset(job.kv_heads, 1);
-      streams_.reset(job.kv_heads * chunks_, 1);
+      streams_.reset(job.kv_heads * chunks_, 1, false);
       merge_items_.reset(job.kv_heads * queries, 1);
     } else {
       items_.reset(job.kv_heads * blocks, 1);

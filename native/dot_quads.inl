@@ -19,6 +19,7 @@ template <Format F, int R, int T, bool Fetch>
 [[gnu::always_inline]] static inline void int_tile(const RowTile<R>& tile, const Tokens& tokens, int64_t t0,
                                                    int64_t n, float (&out)[T][R]) {
   RowTile<4> four;
+  four.scattered = tile.scattered;
   for (int i = 0; i < 4; ++i) {
     four.now[i] = tile.now[i % R];
     four.next[i] = tile.next[i % R];

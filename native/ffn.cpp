@@ -60,12 +60,12 @@ class Slice {
       full_batch_.emplace(context, full_, tokens, block.neurons,
                           form_of(context.kernels, block.down->format, tokens));
       down_items_.reset(block.down->rows,
-                        row_grain(block.down->rows, block.down->row_bytes, tokens, team.size()));
+                        row_grain(block.down->rows, block.down->row_bytes, tokens, team.size()), tokens == 1);
     }
     scratch_ = arena.take<float>(scratch_size_ * team.size());
     const int64_t grain = row_grain(count_, block.up->row_bytes, tokens, team.size());
-    first_items_.reset(count_, grain);
-    second_items_.reset(count_, grain);
+    first_items_.reset(count_, grain, tokens == 1);
+    second_items_.reset(count_, grain, tokens == 1);
     token_items_.reset(tokens, 1);
   }
 
@@ -165,7 +165,7 @@ class Slice {
       if (kept_rows_) kept_rows_[kept_] = active_rows_[p];
       kept_ += opened_[p];
     }
-    second_items_.reset(kept_, row_grain(kept_, block_.up->row_bytes, tokens_, team_.size()));
+    second_items_.reset(kept_, row_grain(kept_, block_.up->row_bytes, tokens_, team_.size()), tokens_ == 1);
   }
 
   // h of the kept neurons k0 .. k1.

@@ -103,7 +103,7 @@ void Batch::quantise_piece(const Kernels& kernels, int64_t piece) {
 }
 
 int64_t row_grain(int64_t rows, int64_t row_bytes, int64_t tokens, int workers) {
-  constexpr int64_t kBytes = 64 * 1024, kBatchRows = 64;
+  constexpr int64_t kBytes = 16 * 1024, kBatchRows = 64;
   const int64_t wanted =
       tokens > 1 ? kBatchRows : std::clamp<int64_t>(kBytes / std::max<int64_t>(row_bytes, 1), 4, 64);
   const int64_t fair = rows / (4 * static_cast<int64_t>(workers)) + 1;
@@ -166,7 +166,7 @@ void linear(Context& context, const float* x, int64_t tokens, int64_t columns, c
   Batch batch(context, x, tokens, columns, forms);
   float* wide = context.arena.take<float>(scratch * team.size());
   Streams streams = context.streams(team);
-  streams.reset(pieces, 1);
+  streams.reset(pieces, 1, tokens == 1);
   const auto part_of = [&](int64_t piece) {
     return std::upper_bound(first, first + count, piece) - first - 1;
   };
@@ -177,13 +177,17 @@ void linear(Context& context, const float* x, int64_t tokens, int64_t columns, c
       fetch(parts[p].matrix.data + (own - first[p]) * grain[p] * parts[p].matrix.row_bytes);
     }
     batch.prepare(context, team);
-    streams.drain(worker, [&](int64_t piece, int64_t) {
-      const int64_t p = part_of(piece);
-      const LinearPart& part = parts[p];
-      const int64_t r0 = (piece - first[p]) * grain[p], r1 = std::min(r0 + grain[p], part.matrix.rows);
-      const DotJob job{part.matrix.all(), columns, batch.tokens(), part.out, part.matrix.rows,
-                       part.bias,         add};
-      dot_chunk(kernels, part.matrix.format, job, r0, r1, tokens, wide + worker * scratch);
+    streams.drain(worker, [&](int64_t piece, int64_t end) {
+      while (piece < end) {
+        const int64_t p = part_of(piece), last = std::min(end, first[p + 1]);
+        const LinearPart& part = parts[p];
+        const int64_t r0 = (piece - first[p]) * grain[p];
+        const int64_t r1 = std::min((last - first[p]) * grain[p], part.matrix.rows);
+        const DotJob job{part.matrix.all(), columns, batch.tokens(), part.out, part.matrix.rows,
+                         part.bias,         add};
+        dot_chunk(kernels, part.matrix.format, job, r0, r1, tokens, wide + worker * scratch);
+        piece = last;
+      }
     });
   });
 }

@@ -48,11 +48,11 @@ std::vector<int> allowed_cores() {
   return cores;
 }
 
-void pin_to(std::thread& thread, int cpu) {
+void pin_to(pthread_t thread, int cpu) {
   cpu_set_t mask;
   CPU_ZERO(&mask);
   CPU_SET(cpu, &mask);
-  pthread_setaffinity_np(thread.native_handle(), sizeof mask, &mask);  // refused: the system places it
+  pthread_setaffinity_np(thread, sizeof mask, &mask);  // refused: the system places it
 }
 #endif
 
@@ -63,10 +63,11 @@ Pool::Pool(int size, bool pin) : size_(size), forks_(forks()) {
   for (int worker = 1; worker < size; ++worker) threads_.emplace_back([this, worker] { work(worker); });
 #ifdef __linux__
   if (!pin || size == 1) return;
-  const std::vector<int> cores = allowed_cores();
+  std::vector<int> cores = allowed_cores();
   if (static_cast<int>(cores.size()) != size) return;
+  cores_ = std::move(cores);
   for (int worker = 1; worker < size; ++worker) {
-    pin_to(threads_[static_cast<size_t>(worker - 1)], cores[static_cast<size_t>(worker)]);
+    pin_to(threads_[static_cast<size_t>(worker - 1)].native_handle(), cores_[static_cast<size_t>(worker)]);
   }
 #else
   (void)pin;
@@ -90,6 +91,7 @@ void Pool::start(Call call, void* context) {
     throw std::runtime_error(
         "the thread pool belongs to the process that made it; make a new one after fork");
   }
+  step_aside();
   call_ = call;
   context_ = context;
   park_.store(false, std::memory_order_relaxed);
@@ -102,6 +104,24 @@ void Pool::start(Call call, void* context) {
 
 void Pool::finish() {
   spin_until([&] { return running_.load(std::memory_order_acquire) == 0; });
+}
+
+// The caller, which is not pinned, may wake up on the core of a worker. There each would wait for the other,
+// for the system thinks twice before it moves a thread that ran a moment ago.
+void Pool::step_aside() {
+#ifdef __linux__
+  constexpr auto kSeldom = std::chrono::milliseconds(10);  // a move takes tens of microseconds
+  if (cores_.empty() || sched_getcpu() == cores_[0]) return;
+  if (std::find(cores_.begin(), cores_.end(), sched_getcpu()) == cores_.end()) return;
+  const auto now = Clock::now();
+  if (now - stepped_aside_ < kSeldom) return;
+  stepped_aside_ = now;
+  cpu_set_t allowed;
+  if (pthread_getaffinity_np(pthread_self(), sizeof allowed, &allowed) != 0) return;
+  if (!CPU_ISSET(cores_[0], &allowed)) return;
+  pin_to(pthread_self(), cores_[0]);
+  pthread_setaffinity_np(pthread_self(), sizeof allowed, &allowed);
+#endif
 }
 
 int Pool::wait_for_work(int seen) {

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <thread>
 #include <vector>
@@ -84,6 +85,7 @@ class Pool {
   using Call = void (*)(void*, int);
 
   void start(Call call, void* context);
+  void step_aside();
   void finish();
   void work(int worker);
   int wait_for_work(int seen);
@@ -93,6 +95,8 @@ class Pool {
   Call call_ = nullptr;
   void* context_ = nullptr;
   std::vector<std::thread> threads_;
+  std::vector<int> cores_;  // of each worker, the caller's first; empty if they are not pinned
+  std::chrono::steady_clock::time_point stepped_aside_{};
   // Each on its own pair of cache lines: one is written while another is polled.
   alignas(128) std::atomic<int> epoch_{0};
   alignas(128) std::atomic<int> asleep_{0};
@@ -139,8 +143,11 @@ class Streams {
   // `stretches` has room for one of each worker.
   Streams(Stretch* stretches, int workers) : stretches_(stretches), workers_(workers) {}
 
-  void reset(int64_t count, int64_t grain) {
+  // Pieces are of one grain or, if `halving`, of half of what is left of a stretch: few, and small ones at
+  // the end, so that all workers finish together.
+  void reset(int64_t count, int64_t grain, bool halving) {
     grain_ = grain;
+    halving_ = halving;
     const int64_t pieces = (count + grain - 1) / grain;
     for (int w = 0; w < workers_; ++w) {
       Stretch& s = stretches_[w];
@@ -153,23 +160,35 @@ class Streams {
   // Where a worker begins.
   int64_t begin(int worker) const { return stretches_[worker].begin; }
 
-  // body(begin, end) for pieces until none is left.
+  // body(begin, end) for pieces, of whole grains but for the last, until none is left.
   template <class Body>
   void drain(int worker, Body&& body) {
     for (int i = 0; i < workers_; ++i) {
       Stretch& s = stretches_[(worker + i) % workers_];
-      for (;;) {
-        const int64_t begin = s.next.fetch_add(grain_, std::memory_order_relaxed);
-        if (begin >= s.end) break;
-        body(begin, std::min(begin + grain_, s.end));
-      }
+      for (Piece piece; (piece = take(s)).begin < s.end;) body(piece.begin, piece.end);
     }
   }
 
  private:
+  struct Piece {
+    int64_t begin, end;
+  };
+
+  Piece take(Stretch& s) const {
+    Piece piece{s.next.load(std::memory_order_relaxed), 0};
+    do {
+      const int64_t left = s.end - piece.begin;
+      const int64_t size = halving_ ? (left + 2 * grain_ - 1) / (2 * grain_) * grain_ : grain_;
+      piece.end = std::min(piece.begin + size, s.end);
+    } while (piece.begin < s.end &&
+             !s.next.compare_exchange_weak(piece.begin, piece.end, std::memory_order_relaxed));
+    return piece;
+  }
+
   Stretch* stretches_;
   int workers_;
   int64_t grain_ = 1;
+  bool halving_ = false;
 };
 
 }  // namespace thermocline

@@ -17,8 +17,8 @@ void predict(Context& context, const float* x, int64_t tokens, const Matrix& fc1
                                 dot_scratch(context.kernels, fc2.format, rank, tokens));
   float* scratch = context.arena.take<float>(room * team.size());
   Streams first = context.streams(team), second = context.streams(team);
-  first.reset(rank, row_grain(rank, fc1.row_bytes, tokens, team.size()));
-  second.reset(neurons, row_grain(neurons, fc2.row_bytes, tokens, team.size()));
+  first.reset(rank, row_grain(rank, fc1.row_bytes, tokens, team.size()), tokens == 1);
+  second.reset(neurons, row_grain(neurons, fc2.row_bytes, tokens, team.size()), tokens == 1);
   team.run([&](int worker) {
     float* own = scratch + worker * room;
     fetch(fc1.data + first.begin(worker) * fc1.row_bytes);

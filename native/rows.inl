@@ -12,6 +12,7 @@ template <int R>
 struct RowTile {
   const uint8_t* now[R];
   const uint8_t* next[R];
+  bool scattered;  // the next rows are not neighbours
 };
 
 template <int R>
@@ -23,15 +24,29 @@ static inline RowTile<R> row_tile(const Rows& rows, int64_t r, int64_t end) {
     const int64_t next = r + i + (R * rows.row_bytes < kAhead ? 2 * R : R);
     tile.next[i] = row_at(rows, next < limit ? next : r + i);
   }
+  tile.scattered = tile.next[R - 1] != tile.next[0] + (R - 1) * rows.row_bytes;
   return tile;
 }
 
 // step(s) for all steps, which read kStepBytes of every row of a tile. If FETCH, the next tile is fetched
-// meanwhile, row after row: where the rows are neighbours, memory sees a single stream.
+// meanwhile: where rows are neighbours one after another, so that memory sees a single stream, and else side
+// by side, so that several of its banks answer at once.
 template <bool Fetch, int kStepBytes, int R, class Step>
 static inline void for_steps(const RowTile<R>& tile, int64_t offset, int64_t steps, Step step) {
+  constexpr int kLine = 64;
   if constexpr (!Fetch) {
     for (int64_t s = 0; s < steps; ++s) step(s);
+    return;
+  }
+  if (tile.scattered) {
+    int64_t at = 0;
+    for (int64_t s = 0; s < steps; ++s) {
+      for (; at < (s + 1) * kStepBytes; at += kLine) {
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) __builtin_prefetch(tile.next[r] + offset + at);
+      }
+      step(s);
+    }
     return;
   }
   int64_t s = 0;
@@ -39,7 +54,7 @@ static inline void for_steps(const RowTile<R>& tile, int64_t offset, int64_t ste
     const uint8_t* ahead = tile.next[r] + offset;
     for (const int64_t end = steps * (r + 1) / R; s < end; ++s) {
 #pragma GCC unroll 16
-      for (int i = 0; i < R * kStepBytes; i += 64) __builtin_prefetch(ahead + i);
+      for (int i = 0; i < R * kStepBytes; i += kLine) __builtin_prefetch(ahead + i);
       ahead += R * kStepBytes;
       step(s);
     }

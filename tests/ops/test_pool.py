@@ -5,12 +5,14 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from thermocline.files.formats import F32
 from thermocline.files.quantize import from_float
+from thermocline.hardware.cores import find_cores
 from thermocline.ops.contract import ALL, Activation, FfnKind, NeuronBlock
 from thermocline.ops.cpu import CpuOps
 
@@ -42,6 +44,31 @@ def test_parked_threads_wake_up(values):
         ops.park()
         time.sleep(0.01)
         assert product(ops, values, values).tobytes() == expected.tobytes()
+
+
+def current_core():
+    return int(Path("/proc/thread-self/stat").read_text().rpartition(")")[2].split()[36])
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "sched_setaffinity") or len(os.sched_getaffinity(0)) < 2, reason="needs cores to choose from"
+)
+def test_the_caller_leaves_the_core_of_a_worker(values):
+    allowed = os.sched_getaffinity(0)
+    if find_cores().threads != len(allowed):
+        pytest.skip("threads of a core share it")
+    ops, last = CpuOps(len(allowed)), max(allowed)
+    product(ops, values, values)
+
+    def left():
+        time.sleep(0.02)
+        os.sched_setaffinity(0, {last})
+        os.sched_setaffinity(0, allowed)
+        product(ops, values, values)
+        assert os.sched_getaffinity(0) == allowed
+        return current_core() != last
+
+    assert sum(left() for _ in range(20)) > 15
 
 
 def test_two_contexts_work_at_once(values):
@@ -111,6 +138,7 @@ import os, sys
 import numpy as np
 from thermocline.files.formats import F32
 from thermocline.files.quantize import from_float
+from thermocline.hardware.cores import find_cores
 from thermocline.ops.cpu import CpuOps
 
 ops = CpuOps(3)
