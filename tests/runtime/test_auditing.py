@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from thermocline import LLM, audit, convert
+from thermocline import LLM, audit, convert, describe
 from thermocline.activity.audit import SAME_KL, AuditResult, Comparison, Distance, Gate, Generated
 from thermocline.activity.calibration import Quality
 from thermocline.activity.likelihood import log_probabilities
@@ -27,7 +27,7 @@ from thermocline.files.formats import F32
 from thermocline.files.open import open_model
 from thermocline.files.powerinfer import PredictorLayer
 from thermocline.files.quantize import from_float
-from thermocline.files.sidecar import SidecarKind, read_sidecar
+from thermocline.files.sidecar import SidecarKind, read_sidecar, write_sidecar
 from thermocline.runtime import auditing
 from thermocline.runtime.auditing import Audited
 
@@ -279,6 +279,70 @@ def test_a_file_that_was_written_in_another_order_is_audited_alike(
     activity, predictor = (companion(shipped, kind) for kind in (SidecarKind.ACTIVITY, SidecarKind.PREDICTOR))
     ordered = tmp_path / "ordered.gguf"
     convert(shipped, ordered, activity=activity, predictor=predictor)
-    found = audit(ordered, [source_text], SPLIT, tokens=TOKENS)
-    assert not found.stored
-    same_audit(found, whole)
+    same_audit(audit(ordered, [source_text], SPLIT, tokens=TOKENS), whole)
+
+
+@pytest.fixture
+def inside(model: Path, tmp_path: Path) -> Path:
+    """A model with the oracle inside, and nothing beside it."""
+    path = tmp_path / "inside.gguf"
+    convert(model, path, predictor=companion(model, SidecarKind.PREDICTOR))
+    return path
+
+
+def test_a_predictor_inside_a_model_is_used_once_it_was_audited(inside: Path, text: Path) -> None:
+    with LLM.load(inside, threads=1) as llm:
+        assert llm.mode == "exact"
+        assert "mode exact, for the predictor inside the model: not audited" in "".join(llm.notices)
+        exact = llm.generate("abc", **GREEDY).logprobs
+    found = audit(inside, [text], SETTINGS, tokens=TOKENS)
+    assert found.passed
+    assert found.stored
+    told = describe(inside).predictor
+    assert told is not None
+    assert (told.passed, told.audit) == (True, found.summary)
+    with LLM.load(inside, threads=1, mode="predicted") as llm:
+        assert f"its audit passed ({found.summary})" in "".join(llm.notices)
+        assert llm.generate("abc", **GREEDY).logprobs == exact
+    # The oracle of a model as small as this one is larger than what it spares; that is known from the audit.
+    with LLM.load(inside, threads=1) as llm:
+        assert llm.mode == "exact"
+        assert "it would read more bytes than it saves" in "".join(llm.notices)
+
+
+def test_an_audit_of_another_model_or_a_damaged_one_is_told_of(inside: Path, text: Path, tiny_plain: Path) -> None:
+    audit(inside, [text], SETTINGS, tokens=TOKENS)
+    path = companion(inside, SidecarKind.AUDIT)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-3])
+    with LLM.load(inside, threads=1) as llm:
+        assert llm.mode == "exact"
+        assert "its audit failed (inside.audit.safetensors is of no use: " in "".join(llm.notices)
+    path.write_bytes(whole)
+    with open_model(tiny_plain) as source:
+        write_sidecar(path, SidecarKind.AUDIT, source.fingerprint, read_sidecar(path).info, read_sidecar(path).arrays)
+    with LLM.load(inside, threads=1, mode="predicted") as llm:
+        assert "is of no use: " in "".join(llm.notices)
+
+
+def test_an_audit_with_another_threshold_is_not_noted(inside: Path, text: Path) -> None:
+    assert not audit(inside, [text], replace(SETTINGS, predictor_threshold=0.1), tokens=TOKENS).stored
+    assert not companion(inside, SidecarKind.AUDIT).exists()
+
+
+def test_mode_auto_predicts_by_an_audited_predictor_inside(shipped: Path, source_text: Path, tmp_path: Path) -> None:
+    path = tmp_path / "inside.gguf"
+    convert(shipped, path, predictor=companion(shipped, SidecarKind.PREDICTOR))
+    found = audit(path, [source_text], SPLIT, tokens=TOKENS)
+    note, shares = companion(path, SidecarKind.AUDIT), [layer.selected for layer in found.layers]
+    kept = read_sidecar(note)
+    assert kept.arrays["active_share"].tolist() == pytest.approx(shares)
+    with LLM.load(path, threads=1) as llm:
+        assert llm.mode == ("predicted" if found.passed else "exact")
+    # So few tokens may fail a gate by chance; what is noted decides.
+    for passed, mode in ((True, "predicted"), (False, "exact")):
+        info = {"audit": {**kept.info["audit"], "passed": passed}}
+        write_sidecar(note, SidecarKind.AUDIT, kept.model_fingerprint, info, kept.arrays)
+        with LLM.load(path, threads=1) as llm:
+            assert llm.mode == mode
+            assert f"its audit {'passed' if passed else 'failed'}" in "".join(llm.notices)

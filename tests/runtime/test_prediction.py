@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from thermocline import LLM, describe
+from thermocline import LLM, audit, describe
 from thermocline.activity.predictor import Predictor, save_predictor
 from thermocline.config import LoadSettings
 from thermocline.errors import FingerprintError, ModelFormatError, NumericalError, UsageError
@@ -282,6 +282,9 @@ def test_powerinfers_variable_sets_the_threshold_of_its_files_only(
     with LLM.load(audited) as llm:
         assert VARIABLE not in notice_of(llm)
         assert llm.mode == "predicted"
+    text = sparse.with_name("text.txt")
+    text.write_text("pack my box with five dozen jugs\n" * 4)
+    assert not audit(sparse, [text], LoadSettings(ctx_size=24), tokens=24).stored  # it is of another threshold
     monkeypatch.setenv(VARIABLE, "much")
     with pytest.raises(UsageError, match=f"{VARIABLE} is much; allowed: a number"):
         LLM.load(sparse, mode="predicted")

@@ -37,7 +37,8 @@ def audit(
     layer's predictor selects; whether free texts repeat more or break. The oracle mask computes exactly what fires:
     what is between it and predicted is the predictor's error. Use text that the predictor was not trained on.
 
-    The result is noted in the predictor's file, and mode auto goes by it. The exit code is 1 where a gate fails.
+    The result is noted in the predictor's file (M.audit.safetensors where it is inside M.gguf), and mode auto goes by
+    it. The exit code is 1 where a gate fails.
 
     For example:
 
@@ -92,13 +93,13 @@ def _summary(found: AuditResult) -> list[tuple[str, str]]:
     exact, predicted = found.generated
     free = f"repeated {predicted.repeated:.1%} (exact {exact.repeated:.1%}), invalid {predicted.invalid:.1%}"
     selected = sum(layer.selected for layer in found.layers) / len(found.layers)
-    noted = "noted in the predictor's file" if found.stored else "not noted: it is not the predictor's own threshold, "
+    noted = "noted: mode auto goes by it" if found.stored else "not noted: it is not the predictor's own threshold"
     return [
         ("verdict", f"{'passed' if found.passed else 'FAILED'}: {found.summary}"),
         ("predictor", f"{found.share:.2%} of the model's numbers, selects {selected:.1%} of the neurons"),
         ("free texts", f"{free} (exact {exact.invalid:.1%})"),
         ("read", f"{found.tokens:,} tokens in {found.seconds:.1f} s"),
-        ("result", noted if found.stored else noted + "or it lies inside a model"),
+        ("result", noted),
     ]
 
 

@@ -53,11 +53,14 @@ AnyArray = npt.NDArray[Any]
 
 
 class SidecarKind(StrEnum):
-    """What a sidecar holds. A journal is unfinished work that its maker will go on with."""
+    """What a sidecar holds. An audit is of a predictor inside a model; a journal is unfinished work that its maker will
+    go on with.
+    """
 
     ACTIVITY = "activity"
     PREDICTOR = "predictor"
     ORDER = "order"
+    AUDIT = "audit"
     JOURNAL = "journal"
 
 

@@ -24,7 +24,6 @@ from thermocline.activity.likelihood import log_probabilities
 from thermocline.activity.texts import Corpus, Reading, Window, find_texts
 from thermocline.config import LoadSettings, Mode, SamplingSettings
 from thermocline.errors import UsageError
-from thermocline.files.sidecar import update_info
 from thermocline.files.source import ModelSource
 from thermocline.hardware.machine import Tier
 from thermocline.memory.kv_cache import KVCache
@@ -38,6 +37,7 @@ from thermocline.ops.device import Device
 from thermocline.runtime.engine import Engine
 from thermocline.runtime.generation import Stream
 from thermocline.runtime.loading import LoadedModel, load_model
+from thermocline.runtime.prediction import keep_audit
 from thermocline.runtime.profiling import WINDOW
 from thermocline.runtime.scoring import Scorer
 from thermocline.runtime.sequence import TransformerSequence
@@ -75,8 +75,8 @@ def audit_predictor(
 ) -> AuditResult:
     """Load `source` with its predictor, hold it to exact computing over `tokens` tokens, and note the result.
 
-    The note is kept in the predictor's file, and mode auto goes by it. A predictor inside a model, or one with another
-    threshold than its own, gets none.
+    The note is kept in the predictor's file, or beside a model that has it inside, and mode auto goes by it. A
+    predictor with another threshold than its own gets none.
 
     Raises:
         UsageError: the model has no predictor, or the texts have less than `tokens` tokens.
@@ -127,12 +127,12 @@ def _audit(
         layers=auditor.watch.qualities(),
         generated=_generated(loaded, [part.tokens for part in read], window, settings),
         share=found.predictor.share(loaded.transformer.spec),
-        stored=found.path != source.path and settings.predictor_threshold is None,
+        stored=not found.adjusted,
         seconds=time.perf_counter() - began,
     )
     if result.stored:
         note = {**result.as_dict(), "texts": corpus.digest, "ops": loaded.transformer.ops.name, "window": window}
-        update_info(found.path, {"audit": note})
+        keep_audit(source, found, note, [layer.selected for layer in result.layers])
     return result
 
 

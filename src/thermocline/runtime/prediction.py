@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
+
+import numpy as np
 
 from thermocline.activity.inside import predictor_inside
 from thermocline.activity.predictor import Audit, Predictor, load_predictor
@@ -15,22 +17,24 @@ from thermocline.config import LoadSettings, Mode
 from thermocline.errors import ThermoclineError, UsageError, printable
 from thermocline.files.companion import companion
 from thermocline.files.gguf import GgufFile
-from thermocline.files.sidecar import SidecarKind
+from thermocline.files.sidecar import SidecarKind, read_sidecar, update_info, write_sidecar
 from thermocline.files.source import ModelSource
 from thermocline.model.spec import ModelSpec
 
 INSIDE: Final = "the predictor inside the model"
 VARIABLE: Final = "LLAMA_SPARSE_PRED_THRESHOLD"
 """PowerInfer's environment variable; honoured for predictors inside its own files."""
+SHARES: Final = "active_share"
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A model's predictor, where it lies, and how messages call it."""
+    """A model's predictor, where it lies, how messages call it, and whether it has another threshold than its own."""
 
     predictor: Predictor
     path: Path
     name: str
+    adjusted: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +75,7 @@ def choose_prediction(
             )
         return Prediction(Mode.DENSE)
     if not asked and _only_inside(source):
-        # Reading it takes seconds in a large model, and nothing inside a model tells of an audit.
+        # Reading it takes seconds in a large model, and only what lies beside it tells of an audit.
         return _unused(INSIDE, _judged(None))
     try:
         found = find_predictor(source, spec, settings.predictor)
@@ -102,7 +106,39 @@ def find_predictor(source: ModelSource, spec: ModelSpec, path: Path | str | None
         predictor.require_fits(file, spec)
         return Found(predictor, file, f"predictor {printable(file.name, 80)}")
     inside = predictor_inside(source) if isinstance(source, GgufFile) else None
-    return None if inside is None else Found(inside, source.path, INSIDE)
+    return None if inside is None else Found(_with_audit(inside, source), source.path, INSIDE)
+
+
+def keep_audit(source: ModelSource, found: Found, note: Mapping[str, Any], selected: Sequence[float]) -> None:
+    """Note what an audit found: in the predictor's file, or beside a model that has it inside.
+
+    There the shares of neurons that were `selected` in each layer are kept too, as nothing else tells of them.
+
+    Raises:
+        OutputError: it could not be written.
+    """
+    if found.path != source.path:
+        update_info(found.path, {"audit": note})
+        return
+    shares = {SHARES: np.array(selected, np.float32)}
+    path = companion(source.path, SidecarKind.AUDIT)
+    write_sidecar(path, SidecarKind.AUDIT, source.fingerprint, {"audit": note}, shares)
+
+
+def _with_audit(predictor: Predictor, source: ModelSource) -> Predictor:
+    """With what an audit left beside the model; what is of no use there counts as an audit that failed."""
+    path = companion(source.path, SidecarKind.AUDIT)
+    if not path.is_file():
+        return predictor
+    try:
+        kept = read_sidecar(path, SidecarKind.AUDIT)
+        kept.require_model(source.fingerprint)
+        shares = kept.arrays[SHARES].reshape(-1).tolist()
+        return replace(predictor, active_shares=tuple(shares), info={**predictor.info, "audit": kept.info["audit"]})
+    except (ThermoclineError, KeyError) as error:
+        why = "it tells of no audit" if isinstance(error, KeyError) else str(error)
+        note = {"passed": False, "summary": f"{printable(path.name)} is of no use: {why}"}
+        return replace(predictor, info={**predictor.info, "audit": note})
 
 
 def threshold_of_environment(environment: Mapping[str, str]) -> float | None:
@@ -139,7 +175,7 @@ def _adjusted(found: Found, source: ModelSource, settings: LoadSettings) -> Foun
     if threshold is None:
         return found
     name = f"{found.name} with threshold {threshold:g}{origin}"
-    return replace(found, predictor=found.predictor.with_threshold(threshold), name=name)
+    return Found(found.predictor.with_threshold(threshold), found.path, name, adjusted=True)
 
 
 def _decided(found: Found, mode: Mode, first_bytes: tuple[int, ...]) -> Prediction:
@@ -155,7 +191,8 @@ def _decided(found: Found, mode: Mode, first_bytes: tuple[int, ...]) -> Predicti
 
 
 def _only_inside(source: ModelSource) -> bool:
-    return "blk.0.fc1.weight" in source.tensors and not companion(source.path, SidecarKind.PREDICTOR).is_file()
+    beside = (companion(source.path, kind).is_file() for kind in (SidecarKind.PREDICTOR, SidecarKind.AUDIT))
+    return "blk.0.fc1.weight" in source.tensors and not any(beside)
 
 
 def _unused(name: str, why: str) -> Prediction:
