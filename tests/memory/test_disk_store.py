@@ -397,6 +397,20 @@ def test_the_gap_follows_the_curve() -> None:
     assert 1000 < fast.gap < 40_000
 
 
+def test_rows_are_read_alone_where_that_is_sooner_than_all_of_them() -> None:
+    size, of = 4096, 1000
+    quick = Way.of(ReadCurve(((4096, 2e9), (1 << 20, 4e9))))  # a read costs a microsecond to begin
+    turning = Way.of(ReadCurve(((4096, 4096 / 5e-3), (1 << 20, 150e6))))
+    every_tenth, most = np.arange(0, of, 10), np.flatnonzero(np.arange(of) % 20)
+    assert quick.alone(every_tenth, of, size)
+    assert not turning.alone(every_tenth, of, size)
+    assert turning.alone(np.arange(3), of, size)
+    assert not quick.alone(most, of, size)
+    assert quick.alone(np.arange(700), of, size)  # together they lie
+    assert Way(0).alone(np.arange(499), of, size)
+    assert not Way(0).alone(np.arange(500), of, size)
+
+
 def test_the_cache_keeps_what_is_used_often_and_lately() -> None:
     cache = RecordCache(20)
     layer = cache.add_layer(100)

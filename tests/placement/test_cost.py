@@ -13,6 +13,7 @@ from thermocline.config import Mode
 from thermocline.errors import HardwareError, UsageError
 from thermocline.files.formats import F16
 from thermocline.hardware.machine import Corrections, Disk, Machine, Processor, ReadCurve, Tier
+from thermocline.memory.reads import Way, merged
 from thermocline.placement.cost import ATTENTION_KERNELS, FFN_KERNELS, PREDICTOR_KERNELS, CostModel, FfnMode, ffn_mode
 from thermocline.placement.footprint import Footprint
 from thermocline.placement.workload import Workload
@@ -198,6 +199,39 @@ def test_disk_reads_first_rows_in_one_piece_and_the_rest_by_runs() -> None:
     time = predicted.layer(predicted.decode, 0, Tier.RAM, Tier.RAM, 0, 4)
     by_run = {r: 512 * (1 - 0.9**r) * 3 * ROW / curve.bandwidth(3 * ROW * r) for r in (2**i for i in range(11))}
     assert float(time.disk) == pytest.approx(min(by_run.values()))
+
+
+@pytest.mark.parametrize("points", [((4096, 3e8), (1 << 20, 18e8)), ((4096, 1e6), (1 << 20, 15e7))])
+@pytest.mark.parametrize("share", [0.01, 0.1, 0.4, 0.9])
+def test_scattered_pieces_take_as_long_as_the_reads_that_are_made_of_them(points, share: float) -> None:
+    curve, of, size, rng = ReadCurve(points), 6000, 2 * 4096, np.random.default_rng(1)
+    made, wanted = [], round(share * of)
+    for _ in range(20):
+        offsets = np.sort(rng.choice(of, wanted, replace=False)) * size
+        pieces = np.stack([offsets, np.full(wanted, size), offsets], axis=1)
+        reads = merged(pieces, Way(curve.gap, of * size))[0][:, 1]
+        made.append(reads.sum() / curve.bandwidth(reads.mean()))
+    assert float(curve.scattered(np.array([1.0 * wanted]), of, size)[0]) == pytest.approx(np.mean(made), rel=0.05)
+    nothing, one = curve.scattered(np.array([0.0, 1.0]), of, size).tolist()
+    assert (nothing, one) == (0.0, pytest.approx(size / curve.bandwidth(size)))
+
+
+def test_neurons_that_lie_anywhere_in_the_file_are_priced_so() -> None:
+    curve = ReadCurve(((4096, 1e8), (1 << 20, 1e9)))
+    machine = replace(MACHINE, disk=Disk(name="d", curve=curve))
+    p = np.full((2, N_FF), 0.1)
+    work, f = DECODE, model()
+    ordered, anywhere = (
+        CostModel(f, machine, work, FfnMode.EXACT, p, CLUSTER, scattered=scattered) for scattered in (False, True)
+    )
+    warm = np.arange(9)
+    one, two = (c.layer(c.decode, 0, Tier.RAM, Tier.RAM, 0, warm).disk for c in (ordered, anywhere))
+    rows = (8 - warm) * CLUSTER
+    rest = curve.scattered(0.1 * rows, N_FF, 2 * ROW)
+    first = np.minimum(curve.scattered(1.0 * rows, N_FF, ROW), N_FF * ROW / curve.bandwidth(N_FF * ROW))
+    np.testing.assert_allclose(two, np.minimum(first + rest, curve.scattered(1.0 * rows, N_FF, 3 * ROW)))
+    assert (two[1:-1] > one[1:-1]).all()
+    assert two[-1] == one[-1] == 0
 
 
 def test_exact_passes_of_many_tokens_read_all_records() -> None:

@@ -23,6 +23,7 @@ from thermocline.errors import (
 from thermocline.files.gpuidx import read_gpu_index, write_gpu_index
 from thermocline.files.open import open_model
 from thermocline.hardware.machine import Tier
+from thermocline.memory.convert import convert
 from thermocline.placement.cost import FfnMode
 from thermocline.placement.ledger import Purpose
 from thermocline.placement.plan import Status, check_plan
@@ -59,6 +60,25 @@ def test_a_plan_is_made_of_what_is_known(model: Path, activity: Path) -> None:
     without = api.plan(model, **TIGHT)
     assert without.plan.activity is None
     assert any("temperatures are unknown" in note for note in without.plan.notes)
+
+
+def test_a_file_in_the_order_of_its_activity_has_its_cold_neurons_together(
+    model: Path, activity: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("thermocline.runtime.planning.LARGEST_CLUSTER", 8)  # the model has 96 neurons
+    ordered = model.with_name("ordered.gguf")
+    with open_model(model) as source:
+        counts = api.read_activity(activity)
+        convert(source, ordered, None, records=True, order=Order.of(counts))
+        mixed = problem_of(source, PlanSettings(machine=PC), LoadSettings(), activity=activity)[0]
+        unknown = problem_of(source, PlanSettings(machine=PC), LoadSettings())[0]
+    again = -np.sort(-counts.fired, axis=1)
+    with open_model(ordered) as source:
+        beside = model.with_name("ordered.activity.safetensors")
+        save_activity(Activity.from_counts(source.fingerprint, "ordered", again, counts.tokens), beside)
+        tidy = problem_of(source, PlanSettings(machine=PC), LoadSettings(), activity=beside)[0]
+    assert [p.scattered for p in (mixed, unknown, tidy)] == [True, False, False]
+    assert mixed.cost.decode.mode is tidy.cost.decode.mode
 
 
 def test_the_margin_of_a_run_follows_what_its_process_takes() -> None:

@@ -8,6 +8,9 @@ from bisect import bisect_right
 from dataclasses import dataclass, fields
 from enum import StrEnum
 
+import numpy as np
+import numpy.typing as npt
+
 from thermocline.errors import HardwareError
 
 
@@ -83,6 +86,29 @@ class ReadCurve:
         (a, low), (b, high) = self.points[right - 1], self.points[right]
         share = math.log(size / a) / math.log(b / a)
         return low * math.exp(share * math.log(high / low))
+
+    @property
+    def gap(self) -> int:
+        """Bytes that are read on in the time that another read takes to begin."""
+        (size, rate), fastest = self.points[0], max(rate for _, rate in self.points)
+        return int(max(0.0, size / rate - size / fastest) * fastest)
+
+    def scattered(self, wanted: npt.NDArray[np.float64], of: int, size: int) -> npt.NDArray[np.float64]:
+        """Seconds to read `wanted` (n, expected numbers) of `of` neighbouring pieces of `size` bytes, which are any.
+
+        Pieces with no more than `gap` between them share a read: how many unwanted ones lie before the next wanted one
+        is geometric, and those that are read over are counted.
+        """
+        if not size:
+            return np.zeros(len(wanted))
+        share = np.minimum(wanted / of, 1 - 1e-12)[:, None]
+        over = np.arange(min(of, 1 + self.gap // size))
+        near = share * (1 - share) ** over
+        before_another = np.maximum(wanted - 1, 0.0)
+        reads = np.maximum(1.0, wanted - before_another * near.sum(axis=1))
+        nbytes = (wanted + before_another * (near * over).sum(axis=1)) * size
+        rates = [self.bandwidth(mean) if mean else 1.0 for mean in (nbytes / reads).tolist()]
+        return np.asarray(nbytes / rates)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

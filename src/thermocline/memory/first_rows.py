@@ -70,9 +70,9 @@ class FirstRows:
         return found[rising], taken[rising]
 
     def _read(self, numbers: Longs) -> Iterator[tuple[slice, Bytes]]:
-        """The rows with these numbers, which rise, by pieces; many are read with the whole matrix, from end to end."""
+        """The rows with these numbers, which rise, by pieces; or all rows, from end to end, where that is sooner."""
         start = 0
-        if 2 * len(numbers) < self._weight.rows:
+        if self._way.alone(numbers, self._weight.rows, self._weight.data.shape[1]):
             for data in self._scanner.rows(self._matrix, numbers, self._way):
                 yield slice(start, start + len(data)), data
                 start += len(data)

@@ -34,22 +34,32 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """How records are read. `gap` is the most bytes between two pieces that are read over rather than left out."""
+    """How records are read. `gap` is the most bytes between two pieces that are read over rather than left out; `curve`
+    is the disk's, if it is known.
+    """
 
     gap: int
     largest: int = LARGEST_READ
+    curve: ReadCurve | None = None
 
     @classmethod
     def of(cls, curve: ReadCurve | None) -> Way:
         """What a disk's curve says: reading on costs less than beginning anew, up to so many bytes."""
         if curve is None:
             return cls(0)
-        start, fastest = curve.points[0], max(rate for _, rate in curve.points)
-        begin = max(0.0, start[0] / start[1] - start[0] / fastest)
-        largest = SMALLEST_LIMIT
+        largest, fastest = SMALLEST_LIMIT, max(rate for _, rate in curve.points)
         while largest < LARGEST_READ and curve.bandwidth(largest) < FLAT * fastest:
             largest *= 2
-        return cls(min(int(begin * fastest), largest // 4), largest)
+        return cls(min(curve.gap, largest // 4), largest, curve)
+
+    def alone(self, numbers: Longs, of: int, size: int) -> bool:
+        """Whether rows `numbers` (rising) of `of` neighbours of `size` bytes are read sooner than all of them."""
+        if self.curve is None or not len(numbers):
+            return 2 * len(numbers) < of
+        pieces = np.stack([numbers * size, np.full(len(numbers), size), numbers * size], axis=1)
+        requests, _ = merged(pieces, self)
+        nbytes = float(requests[:, 1].sum())
+        return nbytes / self.curve.bandwidth(nbytes / len(requests)) < of * size / self.curve.bandwidth(of * size)
 
 
 def merged(pieces: Longs, way: Way) -> tuple[Longs, Longs]:

@@ -18,8 +18,9 @@ import numpy.typing as npt
 
 from thermocline.config import Mode
 from thermocline.errors import HardwareError, UsageError
-from thermocline.hardware.machine import UNCORRECTED, Corrections, Machine, Processor, ReadCurve, Tier
+from thermocline.hardware.machine import UNCORRECTED, Corrections, Machine, Processor, Tier
 from thermocline.placement.footprint import Footprint
+from thermocline.placement.reading import ReadPrices
 from thermocline.placement.workload import Workload
 
 Floats = npt.NDArray[np.float64]
@@ -107,7 +108,8 @@ class CostModel:
     neuron is then taken to fire always, so that no sparsity is promised that nobody has measured. In mode
     `predicted` they should be how often the predictor selects each neuron. A batch unites the active sets of
     its tokens, taken as independent: 1 - (1 - p)^tokens. The cost of a cache of clusters read from disk
-    before is not counted: reads are priced as if each were the first.
+    before is not counted: reads are priced as if each were the first. `scattered` says that the file has its neurons
+    in another order than the temperatures, so that those on disk lie anywhere among those that are not.
 
     Raises:
         UsageError: temperatures do not fit the model, are not probabilities or not hottest first; or the
@@ -122,6 +124,8 @@ class CostModel:
         mode: FfnMode,
         temperatures: npt.NDArray[np.floating] | None = None,
         cluster: int = LARGEST_CLUSTER,
+        *,
+        scattered: bool = False,
     ) -> None:
         if not 1 <= cluster <= LARGEST_CLUSTER:
             raise UsageError(
@@ -143,6 +147,8 @@ class CostModel:
         self.phases = self._phases(p)
         self._tables = {phase.name: self._table(phase, p) for phase in self.phases}
         self._disk: dict[str, tuple[Floats, Ints]] = {}
+        disk = machine.disk
+        self._prices = None if disk is None else ReadPrices(disk.curve, self.bounds, scattered=scattered)
         self.share = self._share(p)
 
     @property
@@ -284,40 +290,31 @@ class CostModel:
     def _reads(self, phase: Phase) -> tuple[Floats, Ints]:
         """Seconds to read what a pass needs of the clusters from each depth on, and the best size of a read.
 
-        Both (n_layer, clusters + 1). A read fetches a run of neighbouring records if any is active: short runs fetch
-        less, long ones faster. In mode exact a short pass reads the rows of the first matrix before, to know which are;
-        they lie together in a file that is in the order of its activity. A longer pass reads all records.
+        Both (n_layer, clusters + 1). In mode exact a short pass reads the rows of the first matrix before, to know
+        which records are needed, where that takes less than all of them. A longer pass reads all records.
         """
         if phase.name in self._disk:
             return self._disk[phase.name]
-        if self.machine.disk is None:
+        if self._prices is None:
             raise HardwareError(f"{self.machine.name} has no disk tier; keep all neurons in RAM and VRAM")
-        f, rows, curve = self.footprint, self._tables[phase.name].rows, self.machine.disk.curve
+        f, rows, prices = self.footprint, self._tables[phase.name].rows, self._prices
         time = np.zeros((f.n_layer, self.clusters + 1))
         runs = np.ones((f.n_layer, self.clusters + 1), np.int64)
         sizes = np.diff(self.bounds).astype(np.float64)
         exact = phase.mode is FfnMode.EXACT
-        scans = exact and phase.tokens <= SCANNED_TOKENS
         for layer, record in enumerate(f.records):
-            first = (record[0] or record[1]) if scans else 0
-            needed = np.ones_like(sizes) if exact and not scans else rows[layer, :, 2] / sizes
-            time[layer], runs[layer] = self._by_runs(curve, sizes, needed, sum(record) - first)
-            pieces = ((f.n_ff - self.bounds) * float(first)).tolist()
-            time[layer] += [piece / curve.bandwidth(piece) if piece else 0.0 for piece in pieces]
+            needed, whole = rows[layer, :, 2] / sizes, sum(record)
+            if not exact:
+                time[layer], runs[layer] = prices.records(needed, whole)
+                continue
+            time[layer], runs[layer] = prices.records(np.ones_like(sizes), whole)
+            if phase.tokens <= SCANNED_TOKENS:
+                first = record[0] or record[1]
+                few, lengths = prices.records(needed, whole - first)
+                few = few + prices.first_rows(first)
+                runs[layer] = np.where(few < time[layer], lengths, runs[layer])
+                time[layer] = np.minimum(few, time[layer])
         return self._disk.setdefault(phase.name, (time, runs))
-
-    def _by_runs(self, curve: ReadCurve, sizes: Floats, share: Floats, record: int) -> tuple[Floats, Ints]:
-        """Seconds to read a `share` of each cluster's records from each depth on (clusters + 1), and the best run."""
-        n_ff = self.footprint.n_ff
-        candidates = [1 << i for i in range(n_ff.bit_length()) if 1 << i < n_ff] + [n_ff]
-        best, runs = np.full(self.clusters + 1, np.inf if record else 0.0), np.ones(self.clusters + 1, np.int64)
-        missed = np.log1p(-np.clip(share, 0.0, 1 - 1e-12))
-        for run in candidates if record else ():
-            hit = -np.expm1(run * missed)
-            suffix = _suffix(sizes * hit * record / curve.bandwidth(run * record))
-            runs = np.where(suffix < best, run, runs)
-            best = np.minimum(suffix, best)
-        return best, runs
 
     def _predictor(self, phase: Phase, layer: int, tier: Tier) -> float:
         nbytes = self.footprint.predictor[layer]
@@ -402,10 +399,6 @@ def _prefix(values: Floats) -> Floats:
     sums = np.zeros((values.shape[0], values.shape[1] + 1))
     np.cumsum(values, axis=1, out=sums[:, 1:])
     return sums
-
-
-def _suffix(values: Floats) -> Floats:
-    return np.append(np.cumsum(values[::-1])[::-1], 0.0)
 
 
 def _checked(temperatures: npt.NDArray[np.floating] | None, footprint: Footprint) -> Floats | None:

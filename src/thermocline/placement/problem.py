@@ -54,6 +54,7 @@ class Problem:
     `budgets` are bytes of VRAM and RAM; a tier that is not named may be used whole. `temperatures` is
     (n_layer, n_ff), hottest first, or None for unknown (see `CostModel`). `watched` says that somebody counts what
     fires, for which activations are kept, and may move neurons.
+    `scattered` says that the file has its neurons in another order than the temperatures; see `CostModel`.
     `no_disk` is what would give a machine with a disk a disk tier, for refusals; empty where nothing would.
 
     Raises:
@@ -69,6 +70,7 @@ class Problem:
     overheads: Overheads = field(default_factory=Overheads)
     cluster: int = LARGEST_CLUSTER
     watched: bool = False
+    scattered: bool = False
     no_disk: str = ""
 
     def __post_init__(self) -> None:
@@ -80,7 +82,15 @@ class Problem:
     @cached_property
     def cost(self) -> CostModel:
         """The model of time."""
-        return CostModel(self.footprint, self.machine, self.workload, self.mode, self.temperatures, self.cluster)
+        return CostModel(
+            self.footprint,
+            self.machine,
+            self.workload,
+            self.mode,
+            self.temperatures,
+            self.cluster,
+            scattered=self.scattered,
+        )
 
     @property
     def limits(self) -> dict[Tier, int]:

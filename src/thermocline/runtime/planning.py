@@ -192,9 +192,9 @@ def problem_of(
         _temperatures(order, footprint, mode, prediction.predictor),
         budgets,
         overheads,
-        LARGEST_CLUSTER,
-        load.watched,
-        no_disk,
+        watched=load.watched,
+        scattered=order is not None and not _as_in_file(order),
+        no_disk=no_disk,
     )
     problem, shorter = _with_short_passes(problem)
     return problem, order, (*prediction.notices, *notices, *shorter)
@@ -394,6 +394,12 @@ def computed(temperatures: Any, mode: FfnMode, predictor: Predictor | None) -> A
     mean = heat.mean(axis=1)
     factor = np.divide(np.asarray(shares), mean, out=np.ones_like(mean), where=mean > 0)
     return np.clip(heat * np.maximum(factor, 1.0)[:, None], 0.0, 1.0)
+
+
+def _as_in_file(order: Order) -> bool:
+    """Whether the file has its neurons hottest first, but for neighbours."""
+    moved = np.abs(order.order - np.arange(order.order.shape[1]))
+    return float(moved.mean()) < LARGEST_CLUSTER
 
 
 def _predictor_bytes(predictor: Predictor) -> tuple[int, ...]:
