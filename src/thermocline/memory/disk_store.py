@@ -9,22 +9,23 @@ on what was cached nor on where.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from thermocline.errors import BudgetError, HardwareError, UsageError
+from thermocline.errors import BudgetError, UsageError
 from thermocline.files.weight import Bytes, Weight
 from thermocline.hardware.machine import Tier
 from thermocline.hardware.reader import Reader, ReadStats, RecordReader
 from thermocline.memory.arena import Memory
+from thermocline.memory.fetching import Fetch, Fetching, Known
 from thermocline.memory.first_rows import FirstRows, Scanner
 from thermocline.memory.neuron_store import Records
 from thermocline.memory.pool import Pool
-from thermocline.memory.reads import Place, Way, merged, place_of
+from thermocline.memory.reads import Place, Way, place_of
 from thermocline.memory.record_cache import SPARE, Uses
 from thermocline.model.feed_forward import NOTHING
 from thermocline.ops.contract import ActiveSet, Array, FfnWork, NeuronBlock
@@ -221,24 +222,6 @@ class DiskStore:
         return self._pools[shape]
 
 
-@dataclass(slots=True)
-class _Fetch:
-    """Reads that were started: tickets by reader, and the slots that they fill."""
-
-    wanted: Ints
-    missing: Ints
-    slots: Ints
-    tickets: list[tuple[RecordReader, int]]
-
-
-@dataclass(frozen=True, slots=True)
-class _Known:
-    """First rows of records, by place in the slice, that were read already."""
-
-    places: Ints
-    rows: Bytes
-
-
 class DiskNeurons:
     """One layer's slice on disk; see `model.feed_forward.Neurons`."""
 
@@ -249,10 +232,9 @@ class DiskNeurons:
         self._number = records.layer
         self._store = store
         self.pool = pool
-        self._places = places
         self._layer = pool.cache.add_layer(self.stop - self.start)
         order = np.arange(self.start, self.stop) if records.order is None else records.order[self.start : self.stop]
-        self._numbers = order.astype(np.int64)
+        self._reads = Fetching(pool, self._layer, places, order.astype(np.int64), store.reader, store.way)
         self._block = NeuronBlock(
             gate=pool.matrices[0] if records.gate is not None else None,
             up=pool.matrices[-2],
@@ -263,9 +245,8 @@ class DiskNeurons:
             up_bias=records.up_bias,
             rows=pool.cache.rows[self._layer],
         )
-        self._begun: _Fetch | None = None
-        self._ahead: _Fetch | None = None
-        self._known: _Known | None = None
+        self._begun: Fetch | None = None
+        self._ahead: Fetch | None = None
         self._first: FirstRows | None = None
         if store.scanner is not None and records.kind.sparse:
             first = records.gate if records.gate is not None else records.up
@@ -278,10 +259,10 @@ class DiskNeurons:
         """
         assert self._block.up_bias is None
         self.let_go()
-        places = np.full(max(int(self._numbers.max(initial=-1)), int(numbers.max(initial=-1))) + 1, -1, np.int32)
+        places = np.full(max(int(self._reads.numbers.max(initial=-1)), int(numbers.max(initial=-1))) + 1, -1, np.int32)
         places[numbers] = np.arange(len(numbers), dtype=np.int32)
-        self.pool.cache.renumber(self._layer, places[self._numbers], len(numbers))
-        self.start, self._numbers = start, numbers.astype(np.int64)
+        self.pool.cache.renumber(self._layer, places[self._reads.numbers], len(numbers))
+        self.start, self._reads.numbers = start, numbers.astype(np.int64)
         rows = self.pool.cache.rows[self._layer]
         self._block = replace(self._block, neurons=len(numbers), rows=rows)
 
@@ -292,13 +273,13 @@ class DiskNeurons:
             HardwareError: a read failed.
         """
         self.let_go()
-        self._settle(self._fetch(records))
+        self._reads.settle(self._fetch(records))
         slots = self.pool.cache.rows[self._layer][records]
         return [self.pool.rows(matrix)[slots] for matrix in range(len(self.pool.row_bytes))]
 
     def heat(self, of_file: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
         """How often each record of the slice is used."""
-        return np.asarray(of_file[self._number, self._numbers], np.float64)
+        return np.asarray(of_file[self._number, self._reads.numbers], np.float64)
 
     @property
     def held(self) -> npt.NDArray[np.bool_]:
@@ -320,7 +301,7 @@ class DiskNeurons:
         for start in range(0, len(records), PIECE):
             piece = records[start : start + PIECE]
             fetch = self._fetch(piece)
-            self._settle(fetch, heat[start : start + PIECE][np.isin(piece, fetch.missing)])
+            self._reads.settle(fetch, heat[start : start + PIECE][np.isin(piece, fetch.missing)])
 
     def announce(self, active: ActiveSet) -> None:
         """Start reading what is missing of the active set, or of its first part if there is no room for all."""
@@ -343,14 +324,7 @@ class DiskNeurons:
         self._settle_ahead()
         room = (self._room - self._store.in_use) // 2
         missing, slots = self.pool.cache.claim_ahead(self._layer, self._wanted(active), max(0, room))
-        fetch = _Fetch(missing, missing, slots, [])
-        try:
-            if len(missing):
-                self._start_reads(fetch)
-        except BaseException:
-            self._abandon(fetch)
-            raise
-        self._ahead = fetch
+        self._ahead = self._reads.start(missing, missing, slots)
 
     def ffn(self, x: Array, active: ActiveSet, out: Array, *, skip_zeros: bool, hidden: Array | None = None) -> FfnWork:
         """See `Neurons.ffn`.
@@ -363,7 +337,7 @@ class DiskNeurons:
         if short and first is not None and first.pay(sum(self.pool.row_bytes)):
             active, scanned = self._needed(x, first), self.stop - self.start
         else:
-            self._known = None
+            self._reads.known = None
         wanted, room = self._wanted(active), self._room
         total, part = NOTHING, hidden
         if hidden is not None:
@@ -387,9 +361,9 @@ class DiskNeurons:
         bias = None
         if self._block.gate is None and self._block.up_bias is not None:
             bias = self.device.ops.to_host(self._block.up_bias)[missing]
-        places, rows = first.let_through(x, self._numbers[missing], bias)
+        places, rows = first.let_through(x, self._reads.numbers[missing], bias)
         wanted[missing[places]] = True
-        self._known = _Known(missing[places].astype(np.int32), rows)
+        self._reads.known = Known(missing[places].astype(np.int32), rows)
         return ActiveSet(np.flatnonzero(wanted).astype(np.int32))
 
     @property
@@ -408,48 +382,32 @@ class DiskNeurons:
         self._settle_ahead()
         fetch, self._begun = self._begun, None
         if fetch is not None and not np.array_equal(fetch.wanted, piece):
-            self._abandon(fetch)
+            self._reads.abandon(fetch)
             fetch = None
         if fetch is None:
             fetch = self._fetch(piece)
-        self._settle(fetch)
+        self._reads.settle(fetch)
 
     def let_go(self) -> None:
         """Forget all that was begun."""
         self._drop()
         ahead, self._ahead = self._ahead, None
         if ahead is not None:
-            self._abandon(ahead)
+            self._reads.abandon(ahead)
 
     def _settle_ahead(self) -> None:
         """Have in memory what was foreseen."""
         ahead, self._ahead = self._ahead, None
         if ahead is not None:
-            self._settle(ahead)
-
-    def _settle(self, fetch: _Fetch, heat: npt.NDArray[np.float64] | None = None) -> None:
-        """Wait for reads, and enter what they brought."""
-        try:
-            failed = _wait(fetch.tickets)
-        except BaseException:
-            self.pool.cache.give_back(fetch.slots)
-            raise
-        if failed is not None:
-            self.pool.cache.give_back(fetch.slots)
-            raise failed
-        self.pool.cache.fill(self._layer, fetch.missing, fetch.slots, heat)
+            self._reads.settle(ahead)
 
     def _drop(self) -> None:
         """Forget what a step before has read, or had begun to when it failed."""
-        begun, self._begun, self._known = self._begun, None, None
+        begun, self._begun, self._reads.known = self._begun, None, None
         if begun is not None:
-            self._abandon(begun)
+            self._reads.abandon(begun)
 
-    def _abandon(self, fetch: _Fetch) -> None:
-        _wait(fetch.tickets)
-        self.pool.cache.give_back(fetch.slots)
-
-    def _fetch(self, wanted: Ints) -> _Fetch:
+    def _fetch(self, wanted: Ints) -> Fetch:
         """Start reads of the records that are not in memory, nor on their way."""
         cache, wanted = self.pool.cache, wanted.copy()
         if self._ahead is not None and len(self._ahead.missing):
@@ -458,51 +416,4 @@ class DiskNeurons:
             missing, slots = cache.claim(self._layer, wanted[~coming])
         else:
             missing, slots = cache.claim(self._layer, wanted)
-        fetch = _Fetch(wanted, missing, slots, [])
-        try:
-            if len(missing):
-                self._start_reads(fetch)
-        except BaseException:
-            self._abandon(fetch)
-            raise
-        return fetch
-
-    def _fill_known(self, fetch: _Fetch) -> npt.NDArray[np.bool_]:
-        """Copy the first rows that were read already; of which of the missing records they were not."""
-        known = self._known
-        if known is None or not len(known.places):
-            return np.ones(len(fetch.missing), bool)
-        at = np.minimum(np.searchsorted(known.places, fetch.missing), len(known.places) - 1)
-        found = known.places[at] == fetch.missing
-        self.pool.rows(0)[fetch.slots[found]] = known.rows[at[found]]
-        unread: npt.NDArray[np.bool_] = ~found
-        return unread
-
-    def _start_reads(self, fetch: _Fetch) -> None:
-        numbers, pool, unread = self._numbers[fetch.missing], self.pool, self._fill_known(fetch)
-        for path in dict.fromkeys(place.path for place in self._places):
-            pieces = []
-            for i, (place, size, to) in enumerate(
-                zip(self._places, pool.row_bytes, pool.targets(fetch.slots), strict=True)
-            ):
-                if place.path == path:
-                    wanted = unread if i == 0 else slice(None)
-                    offsets = place.offset + numbers[wanted] * place.stride
-                    pieces.append(np.stack([offsets, np.full(len(offsets), size), to[wanted]], axis=1))
-            if not sum(map(len, pieces)):
-                continue
-            requests, parts = merged(np.concatenate(pieces).astype(np.int64), self._store.way)
-            reader = self._store.reader(path)
-            fetch.tickets.append((reader, reader.submit(requests, parts, pool.memory)))
-
-
-def _wait(tickets: list[tuple[RecordReader, int]]) -> HardwareError | None:
-    """Wait for all, whatever fails: nothing may still be written when the slots are given to others."""
-    failed = None
-    while tickets:
-        reader, ticket = tickets.pop()
-        try:
-            reader.wait(ticket)
-        except HardwareError as error:
-            failed = error
-    return failed
+        return self._reads.start(wanted, missing, slots)

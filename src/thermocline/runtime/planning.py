@@ -192,6 +192,7 @@ def problem_of(
         _temperatures(order, footprint, mode, prediction.predictor),
         budgets,
         overheads,
+        cluster=LARGEST_CLUSTER,
         watched=load.watched,
         scattered=order is not None and not _as_in_file(order),
         no_disk=no_disk,
