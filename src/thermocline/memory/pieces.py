@@ -27,9 +27,9 @@ PIECE = 2 << 20
 """Bytes of a buffer."""
 BUFFERS = 4
 """Pieces that are read or computed with at a time: enough to keep all reads in flight."""
-IN_FLIGHT = 4
-LARGEST_READ = 512 << 10
-"""Bytes of one read. A quarter of a piece: what each read costs beside its bytes is a few percent then."""
+IN_FLIGHT = 8
+LARGEST_READ = 256 << 10
+"""Bytes of one read. Half as many of twice the size were 5 % slower, measured in turns."""
 PIECES_BYTES = (BUFFERS + 1) * PIECE + IN_FLIGHT * LARGEST_READ
 """Bytes that reading takes, whatever is read; one buffer is for rows that are asked for by number."""
 
