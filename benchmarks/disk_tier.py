@@ -161,6 +161,7 @@ def main() -> None:
     parser.add_argument("--llama-model", type=Path, help="the model in the layout that llama.cpp reads")
     parser.add_argument("--llama-tokens", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3, help="turns of the limited runs")
+    parser.add_argument("--rest", type=float, default=0.0, help="seconds of pause before each limited run")
     parser.add_argument("--dry", action="store_true", help="keep no results")
     parser.add_argument("--one", choices=["with", "without", "llama"], help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -186,6 +187,8 @@ def compare(args: argparse.Namespace) -> None:
                 if file is not None:
                     forget(file)
             command = [sys.executable, "-m", "benchmarks.disk_tier", *sys.argv[1:], "--one", name]
+            if name != "without":
+                time.sleep(args.rest)
             try:
                 if name == "without":
                     out, charged = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout, 0
@@ -202,7 +205,7 @@ def compare(args: argparse.Namespace) -> None:
         records[name]["tokens_per_second"] = statistics.median(found)
     show(records, args)
     if not args.dry:
-        about = {"model": args.model.name, "mode": args.mode, "limited_by": limit.means or limit.why}
+        about = {"model": args.model.name, "mode": args.mode, "limited_by": limit.means or limit.why, "rest": args.rest}
         write_results("disk_tier", {"machine": machine.facts(args.threads), **about, **records})
 
 

@@ -12,6 +12,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from benchmarks import report_tiers
 from benchmarks.side_by_side import LLAMA, rates, ratios, shares
 from benchmarks.tables import RESULTS
 from thermocline.files.atomic import atomic_write
@@ -57,6 +58,7 @@ def block() -> str:
             _audit(),
             _pool(),
             _gpu(),
+            *_placement(),
         )
         if part
     ]
@@ -67,6 +69,14 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Markdown; the first column is words, the others are figures."""
     lines = ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 1)]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def _placement() -> list[str]:
+    """The disk tier, drift, and published figures beside predicted ones."""
+    parts = [report_tiers.disk(r) for r in read("disk_tier.json")]
+    parts += [report_tiers.drift(r) for r in (*read("drift.json"), *read("drift_disk.json"))]
+    parts += [report_tiers.paper(r, table) for r in read("placement_paper.json")]
+    return parts + [report_tiers.powerinfer(r, table) for r in read("placement_powerinfer.json")]
 
 
 def _gpu() -> str:

@@ -118,6 +118,50 @@ def test_perplexities_that_are_too_far_apart_end_the_benchmark(found: dict[str, 
         judge({"llama.cpp": 9.5, **found}, 0.25)
 
 
+def test_the_disk_tier_is_told_with_its_peer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    reads = {"neurons": {"megabytes_a_token": 80.0, "requests_a_token": 5000.0}, "matrices": {}}
+    ours = {"budget": "1GiB", "tokens": [1, 2], "tokens_per_second": 3.0, "rates": [2.0, 3.0, 4.0], "VmHWM": 1e9}
+    ours |= {"reads": reads, "hit_rate": 0.6, "of_allowed": 0.8}
+    result = {"model": "m", "mode": "predicted", "limited_by": "a group", "without": {"tokens": [1, 2]}, "with": ours}
+    result["llama"] = {"tokens_per_second": 1.0, "rates": [1.0, 1.0, 1.0]}
+    (tmp_path / "disk_tier.json").write_text(json.dumps(result))
+    said = report.block()
+    assert "the same tokens as without a budget, 3.00 tokens/s (median of 3, 2.00 to 4.00), 1000 MB resident" in said
+    assert "reads 80 MB in 5,000 reads" in said
+    assert "1.00 tokens/s, so 3.0× (2.0 to 4.0 by rounds)." in said
+    ours["tokens"] = [1, 3]
+    (tmp_path / "disk_tier.json").write_text(json.dumps(result))
+    assert "OTHER TOKENS than without" in report.block()
+
+
+def test_drift_is_told_of_the_last_turn_after_the_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+
+    def turns(*shares: float) -> dict[str, Any]:
+        kinds = ("code", "prose", "prose", "code")
+        each = [{"kind": k, "hot_share": s, "tokens_per_second": 100 * s} for k, s in zip(kinds, shares, strict=True)]
+        return {"turns": [turn | {"hit_rate": None} for turn in each]}
+
+    result = {"model": "m", "vram_budget": "10MB", "exact": {"plain": turns(0.9, 0.5, 0.5, 0.9)}}
+    result["exact"]["drift"] = turns(0.9, 0.5, 0.7, 0.9)  # type: ignore[index]
+    (tmp_path / "drift.json").write_text(json.dumps(result))
+    assert "exact: 50% of what fires hot without, 70% with it, 50.0 and 70.0 tokens/s." in report.block()
+
+
+def test_published_figures_stand_beside_predicted_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    row = {"model": "M F16", "computer": "pc", "published": 8.0, "predicted": 7.5, "hybrid tok/s": "-"}
+    row |= {"predicted ": 10.0, "baseline tok/s": "-", "predicted  ": 1.25}
+    (tmp_path / "placement_paper.json").write_text(json.dumps({"rows": [row]}))
+    theirs = {"model": "M F16", "computer": "pc", "theirs, ms": 12.0, "over budget, GiB": 0.5, "ours, ms": 10.0}
+    theirs |= {"faster": 1.2, "with their bytes": 1.25, "gap": "0.10%"}
+    (tmp_path / "placement_powerinfer.json").write_text(json.dumps({"rows": [theirs]}))
+    said = report.block()
+    assert "| M F16, pc | 8.00 | 7.50 | - | 10.00 | - | 1.25 |" in said
+    assert "| M F16, pc | 12.0 | 0.50 | 10.0 | 1.20 | 1.25 | 0.10% |" in said
+
+
 def test_a_text_without_the_marks_is_refused() -> None:
     with pytest.raises(SystemExit, match="lacks the lines"):
         report.with_block("no marks", "x")
