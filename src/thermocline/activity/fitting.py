@@ -31,6 +31,8 @@ RUN: Final = 16
 """Neighbouring tokens that are read together: on a disk, single ones would cost a seek each."""
 MOMENT_TOKENS: Final = 1 << 14
 """Tokens from which moments are taken."""
+MOMENT_ROWS: Final = 2048
+"""Of which so many are widened at once."""
 FAN_IN: Final = 256
 """Inputs up to which the learning rate is as it is set; more inputs move an output more, and have a smaller one."""
 WARM_UP: Final = 0.1
@@ -128,7 +130,7 @@ class Fitter:
 
     def _directions(self, first: torch.Tensor, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """A (n_ff, n_embd) and B (n_embd, n_embd), whose first k columns and rows are the best of rank k."""
-        moments = (sample.T @ sample / len(sample)).double()
+        moments = _moments(sample)
         moments.diagonal().add_(1e-6 * moments.diagonal().mean())
         root = torch.linalg.cholesky(moments)
         product = first.double() @ root
@@ -141,6 +143,17 @@ class Fitter:
 
     def _tensor(self, values: npt.NDArray[Any]) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(values, np.float32)).to(self._device)
+
+
+def _moments(sample: torch.Tensor) -> torch.Tensor:
+    """Second moments (n_embd, n_embd) of rows, in float64: where rows repeat themselves they fill few directions, and
+    float32's rounding would make the others' negative.
+    """
+    total = torch.zeros(sample.shape[1], sample.shape[1], dtype=torch.float64, device=sample.device)
+    for start in range(0, len(sample), MOMENT_ROWS):
+        wide = sample[start : start + MOMENT_ROWS].double()
+        total += wide.T @ wide
+    return total / len(sample)
 
 
 def _loss(scores: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
