@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from thermocline.errors import UsageError
-from thermocline.placement.budget import GIB, parse_budget, size_text, spare
+from thermocline.placement.budget import GIB, parse_budget, setting_text, size_text, spare
 
 
 @pytest.mark.parametrize(
@@ -74,6 +74,12 @@ def test_whole_numbers_are_exact(number: int, unit: str) -> None:
 @given(st.integers(0, 1 << 50), st.fractions(0, 1))
 def test_a_share_never_exceeds_the_whole(total: int, share) -> None:
     assert 0 <= parse_budget(f"{float(share * 100):.6f}%").resolve("budget", total, 0) <= total
+
+
+@given(st.integers(0, 1 << 44))
+def test_a_budget_that_is_named_holds_what_it_is_named_for(size: int) -> None:
+    held = parse_budget(setting_text(size), "ram-budget").amount
+    assert size <= held <= size * 1.01 + 11
 
 
 def test_sizes_for_people() -> None:

@@ -49,7 +49,7 @@ def test_refusal_is_itemised_and_names_what_fits() -> None:
 
 
 def test_a_budget_that_does_is_named_even_where_no_setting_helps() -> None:
-    with pytest.raises(BudgetError, match=r"raise --ram-budget to 0\.00GiB or more \(7 bytes\)"):
+    with pytest.raises(BudgetError, match=r"raise --ram-budget to 7B or more \(7 bytes\)"):
         Ledger({Tier.RAM: 3}).reserve(Demand(Tier.RAM, Purpose.EMBEDDING, 7))
 
 

@@ -97,6 +97,15 @@ def size_text(size: float) -> str:
     return f"{size:.0f} B"
 
 
+def setting_text(size: int) -> str:
+    """Bytes as a budget that can be typed and holds them: hundredths of a binary unit, rounded up."""
+    for unit, name in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
+        if size >= unit:
+            hundredths = -(-100 * size // unit)
+            return f"{hundredths // 100}.{hundredths % 100:02}{name}"
+    return f"{size}B"
+
+
 def _plain(value: str | float, text: str) -> str:
     """Numbers without an exponent: 1e-05 is how Python writes a small one."""
     return f"{value:.20f}" if isinstance(value, float) and "e" in text else text

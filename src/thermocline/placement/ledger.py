@@ -9,7 +9,7 @@ from enum import StrEnum
 
 from thermocline.errors import BudgetError, UsageError
 from thermocline.hardware.machine import Tier
-from thermocline.placement.budget import GIB, size_text
+from thermocline.placement.budget import setting_text, size_text
 
 
 class Purpose(StrEnum):
@@ -170,7 +170,7 @@ class Ledger:
     def _remedy(self, tier: Tier, missing: int, wanted: tuple[Demand, ...]) -> str:
         """The budget that would do, and the settings that fit this one."""
         whole = self.budgets[tier] + missing
-        ways = [f"raise --{tier}-budget to {whole / GIB:.2f}GiB or more ({whole:,} bytes)"]
+        ways = [f"raise --{tier}-budget to {setting_text(whole)} or more ({whole:,} bytes)"]
         for d in wanted:
             steps = -(-missing // d.step) if d.tier is tier and d.step else d.count
             if steps < d.count:

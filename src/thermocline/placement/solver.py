@@ -9,6 +9,7 @@ import numpy as np
 
 from thermocline.errors import BudgetError
 from thermocline.hardware.machine import Tier
+from thermocline.placement.budget import setting_text
 from thermocline.placement.choices import Choices, choices_of
 from thermocline.placement.ledger import Purpose
 from thermocline.placement.milp import solve_milp
@@ -254,10 +255,10 @@ def _nothing_fits(problem: Problem, vram: bool) -> BudgetError:
     needed = sum(d.nbytes for d in demands) - spared
     missing = max(1, needed - problem.limits[Tier.RAM])
     total = problem.limits[Tier.RAM] + missing
-    ways = [f"raise --ram-budget to about {total / (1 << 30):.2f}GiB ({total:,} bytes)"]
+    ways = [f"raise --ram-budget to about {setting_text(total)} ({total:,} bytes)"]
     if problem.machine.gpu is not None:
         more = problem.limits[Tier.VRAM] + missing
-        ways.append(f"--vram-budget to about {more / (1 << 30):.2f}GiB ({more:,} bytes)")
+        ways.append(f"--vram-budget to about {setting_text(more)} ({more:,} bytes)")
     kv = next((d for d in demands if d.purpose is Purpose.KV and d.step), None)
     if kv is not None and missing < kv.nbytes:
         ways.append(f"lower --ctx-size from {kv.count} to {kv.count - -(-missing // kv.step)}")
