@@ -13,6 +13,8 @@ constexpr int64_t kTokenBlock = 32;
 constexpr int64_t kReduceColumns = 512;
 // Narrower pieces of a row would waste the cache lines at their ends.
 constexpr int64_t kFewestColumns = 256;
+// Kernels take four blocks at a time, and a K-quant's must begin where its scales do.
+constexpr int64_t kColumnUnit = 4 * kBlock;
 
 // body(group, begin, end) for the neurons of each cluster; ids ascend.
 template <class Body>
@@ -42,7 +44,7 @@ DownRecords::DownRecords(Context& context, Pool& team, const Matrix& down, int64
     parts_ = context.arena.take<float>(kGroups * down.cols);
     const int64_t most_parts = std::max<int64_t>(down.cols / kFewestColumns, 1);
     column_parts_ = std::clamp<int64_t>(wanted_items / kGroups, 1, most_parts);
-    tile_columns_ = parts_of(parts_of(down.cols, column_parts_), kBlock) * kBlock;
+    tile_columns_ = parts_of(parts_of(down.cols, column_parts_), kColumnUnit) * kColumnUnit;
     token_parts_ = 1;
   } else {
     tile_columns_ = kTileColumns;

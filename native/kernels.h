@@ -133,7 +133,8 @@ struct Kernels {
   // c0 and c1 are multiples of the block.
   void (*axpy[kFormats])(const AxpyJob& job, int64_t k0, int64_t k1, int64_t t0, int64_t t1, int64_t c0,
                          int64_t c1);
-  // axpy of one token, in which integer formats multiply h with a block's scale first.
+  // axpy of one token, in which integer formats multiply h with a block's scale first. acc holds zeros
+  // before; c0 is a multiple of 128.
   void (*add_scaled[kFormats])(const AxpyJob& job, int64_t k0, int64_t k1, int64_t c0, int64_t c1);
   // Rows k0 .. k1, columns c0 .. c1 (at most kListColumns).
   void (*unpack[kFormats])(const Rows& rows, int64_t k0, int64_t k1, int64_t c0, int64_t c1,

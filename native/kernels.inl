@@ -17,6 +17,9 @@ namespace thermocline::THERMOCLINE_ISA {
 #include THERMOCLINE_INT_DOT
 #include "dot.inl"
 #include "axpy.inl"
+#ifdef THERMOCLINE_QUADS
+#include "lanes.inl"
+#endif
 #include "scaled.inl"
 #ifdef THERMOCLINE_PANELS
 #include "panel.inl"

@@ -85,11 +85,18 @@ static void add_scaled(const AxpyJob& job, int64_t k0, int64_t k1, int64_t c0, i
   if constexpr (!is_integer(F)) {
     axpy<F>(job, k0, k1, 0, 1, c0, c1);
   } else {
+    AxpyJob rest = job;
+#ifdef THERMOCLINE_QUADS
+    const int64_t done = add_by_lanes<F>(job, k0, k1, c0, c1);
+    if (done == c1 - c0) return;
+    rest.acc += done;
+    c0 += done;
+#endif
     int64_t k = k0;
-    for (; k + 4 <= k1; k += 4) add_scaled_tile<F, 4>(job, k, k1, c0, c1);
-    if (k1 - k == 3) add_scaled_tile<F, 3>(job, k, k1, c0, c1);
-    if (k1 - k == 2) add_scaled_tile<F, 2>(job, k, k1, c0, c1);
-    if (k1 - k == 1) add_scaled_tile<F, 1>(job, k, k1, c0, c1);
+    for (; k + 4 <= k1; k += 4) add_scaled_tile<F, 4>(rest, k, k1, c0, c1);
+    if (k1 - k == 3) add_scaled_tile<F, 3>(rest, k, k1, c0, c1);
+    if (k1 - k == 2) add_scaled_tile<F, 2>(rest, k, k1, c0, c1);
+    if (k1 - k == 1) add_scaled_tile<F, 1>(rest, k, k1, c0, c1);
   }
 }
 

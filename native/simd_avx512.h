@@ -201,6 +201,14 @@ template <Format F>
   }
 }
 
+// The bytes of blocks b to b + 3 of a row, of a format of nibbles, in the order of the file.
+template <Format F>
+[[gnu::always_inline]] static inline __m512i load_nibbles(const uint8_t* row, int64_t b) {
+  constexpr int kBytes = kFormatInfo[F].block_bytes;
+  if constexpr (F == kQ4_0) return pick_words<kBytes / 2, 1>(row + b * kBytes);
+  return _mm512_loadu_si512(row + b / 8 * kBytes + 16 + b / 4 % 2 * 64);
+}
+
 // Scales of four blocks of four rows, in lanes block by block: of all numbers of a block or, in Q6_K, of the
 // first 16 and the second 16; and the minima.
 struct QuadScales {

@@ -72,7 +72,7 @@ int failures = 0;
 template <class Op>
 void same(const char* what, const std::string& isa, int64_t size, Op op) {
   Floats first;
-  for (int threads : {1, 2, 3}) {
+  for (int threads : {1, 2, 3, 7}) {
     Context context(threads, isa, false);
     const OpScope scope(context);
     Floats out(static_cast<size_t>(size), 0.25f);

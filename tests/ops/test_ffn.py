@@ -8,6 +8,7 @@ from thermocline.files.formats import BF16, BY_NAME, F16, F32, Q4_0, Q8_0
 from thermocline.files.quantize import to_float
 from thermocline.files.weight import Weight
 from thermocline.ops.contract import ALL, Activation, ActiveSet, FfnKind, NeuronBlock
+from thermocline.ops.cpu import CpuOps
 
 EPS = 2.0**-24
 ERF = np.vectorize(math.erf, otypes=[np.float64])
@@ -268,6 +269,21 @@ def test_gelu_is_exact_from_end_to_end(ops, reference, weight):
     assert (np.abs(hidden[finite, 0] - expected[finite]) <= off[finite]).all()
     assert hidden[4003, 0] == np.inf
     assert np.isnan(hidden[4004, 0])
+
+
+@pytest.mark.parametrize("fmt", [F16, *(f for f in BY_NAME.values() if f.block > 1)], ids=lambda f: f.name)
+def test_many_threads_share_the_columns(team, rng, weight, fmt):
+    """From four threads on, the columns of a group's rows are shared too: in parts that are no power of two, and with
+    columns left over that are no whole vector of blocks."""
+    neurons, width = 130, 1024 if fmt.block == 256 else 1056
+    make = lambda shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
+    block, x = make_block(weight, make, fmt, neurons, width, KINDS["reglu"]), make((1, width))
+    results = []
+    for ops in (*team, *(CpuOps(threads, team[0].name.removeprefix("cpu/")) for threads in (4, 7, 12))):
+        out = np.zeros((1, width), np.float32)
+        ops.ffn(x, placed(ops, block), ALL, out, skip_zeros=True)
+        results.append(out.tobytes())
+    assert len(set(results)) == 1
 
 
 def test_a_batch_beyond_one_slice(team, rng, weight):
