@@ -2,11 +2,13 @@
 
     python -m benchmarks.gpu          # on a machine with a GPU: writes benchmarks/results/gpu.json
     python -m benchmarks.gpu --dry    # tiny shapes in Triton's interpreter: shows that it runs, measures nothing
+    python -m benchmarks.gpu --minutes 5 --models 7b --parts kernels crossings models    # where less time is lent
 
 In order: bandwidth of copies, and of the kernels against it; what a crossing costs each way; decode and prefill of
 synthetic models of 7 and 13 billion weights at several budgets, beside our own split by whole layers at the same budget
 and beside the cost model's prediction, with device memory against the ledger; the kernels of a whole decode step by
-time; the tests that need a GPU. What is left of the time decides what is left out, and that is said.
+time; the tests that need a GPU; other tile sizes. What is left of the time decides what is left out, and that is said.
+At the end stands what was to be shown beside what was measured (`gpu_claims`).
 
 The models are those of `benchmarks.synthetic`, drawn on the GPU: neurons fire 12 % of the time, by a power law, and
 low-rank predictors know when. They lie hottest first.
@@ -22,6 +24,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from importlib.util import find_spec
 from statistics import median
 from typing import Any
 
@@ -34,6 +37,8 @@ if DRY:
 import torch
 
 from benchmarks.gpu_cases import GB, Case, Lengths, Loaded, Row, bytes_a_token, cases, problem_of, run_case, whole
+from benchmarks.gpu_claims import claims
+from benchmarks.gpu_sweep import sweep
 from benchmarks.synthetic import SHAPES, Shape
 from benchmarks.synthetic_gpu import Source, synthetic
 from benchmarks.tables import print_table, write_results
@@ -62,7 +67,9 @@ ACTIVE = 0.12
 MODELS = {"7b": SHAPES["7b"], "13b": SHAPES["13b"], "dry": Shape(64, 512, 2, 2, 1, 320)}
 BUDGETS = (0.25, 0.50, 1.00, 0.10, 0.75)
 """Shares of what the whole model takes, the most telling first."""
-SECONDS_A_CASE, SECONDS_OF_TESTS = 30.0, 120.0
+PARTS = ("kernels", "crossings", "models", "profile", "tests", "sweep")
+"""What there is to measure, the most telling first. Models need kernels and crossings, for their predictions."""
+SECONDS_A_CASE, SECONDS_OF_TESTS = 30.0, 150.0
 COLD = 400_000_000
 """Bytes that kernels read before they come back to the same: some times what second caches hold."""
 PROFILED = 5
@@ -119,7 +126,9 @@ def gpu_tests(bench: Bench) -> Row:
     """The tests that need a GPU, as many as end in time."""
     if DRY or not bench.time_for("tests on the device", SECONDS_OF_TESTS / 3):
         return {}
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-n", "12", "-x", "-p", "no:cacheprovider", "tests"]
+    folders = [f"tests/{name}" for name in ("runtime/test_gpu.py", "runtime/test_captured.py", "memory", "ops")]
+    spread = ["-n", "12"] if find_spec("xdist") else []
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", *spread, "-p", "no:cacheprovider", *folders]
     limit = min(SECONDS_OF_TESTS, bench.left - 5)
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
@@ -147,17 +156,13 @@ def kernels(bench: Bench, copy: float) -> list[Row]:
     rows, columns = (64, 64) if DRY else (11008, 4096)
     active = np.sort(np.random.default_rng(1).choice(rows, max(1, int(rows * ACTIVE)), replace=False))
     listed: Any = ActiveSet(torch.from_numpy(active.astype(np.int32)).to(bench.gpu.device))  # type: ignore[arg-type]
-    kind = FfnKind(Activation.SILU, gated=True)  # every neuron of the list is computed to its end
     result: list[Row] = []
     for fmt in (F16, BF16, Q8_0, Q4_0):
         if result and not bench.time_for(f"kernels in {fmt.name}", 10):  # predictions need the first
             continue
         read = len(active) * fmt.row_bytes(columns)
-        turns = 1 if DRY else -(-COLD // (3 * read))
-        weight = random_weight(rows, columns, fmt)
-        matrices = [bench.gpu.place(weight) for _ in range(3 * turns)]
-        thirds = zip(matrices[::3], matrices[1::3], matrices[2::3], strict=True)
-        blocks = [NeuronBlock(gate, up, down, True, kind, rows) for gate, up, down in thirds]
+        matrices, blocks = cold_weights(bench, rows, columns, fmt, 3 * read)
+        turns = len(blocks)
         x, out, y = (bench.gpu.array((1, n)) for n in (columns, rows, columns))
         x.normal_()
         counts = bench.gpu.array((4,), "int64")
@@ -172,7 +177,7 @@ def kernels(bench: Bench, copy: float) -> list[Row]:
                     bench.gpu.ffn(x, block, listed, y, skip_zeros=True)
 
         for name, call, times, nbytes in (
-            ("matrix-vector", dense, 3 * turns, weight.nbytes),
+            ("matrix-vector", dense, len(matrices), matrices[0].nbytes),
             ("sparse FFN, 12 %", sparse, turns, 3 * read),
         ):
             each = bench.seconds(call) / times
@@ -181,6 +186,30 @@ def kernels(bench: Bench, copy: float) -> list[Row]:
                 "kernel": name, "format": fmt.name, "µs": round(each * 1e6, 1),
                 "MB": round(nbytes / 1e6, 2), "GB/s": round(rate / GB, 1), "of copy": round(rate / copy, 3),
             })  # fmt: skip
+    return result
+
+
+def cold_weights(
+    bench: Bench, rows: int, columns: int, fmt: BlockFormat, read: int
+) -> tuple[list[Any], list[NeuronBlock]]:
+    """Matrices, and blocks of three of them each, of which `read` bytes are read, that no cache holds all."""
+    kind = FfnKind(Activation.SILU, gated=True)  # every neuron of the list is computed to its end
+    weight = random_weight(rows, columns, fmt)
+    matrices = [bench.gpu.place(weight) for _ in range(3 * (1 if DRY else -(-COLD // read)))]
+    thirds = zip(matrices[::3], matrices[1::3], matrices[2::3], strict=True)
+    return matrices, [NeuronBlock(gate, up, down, True, kind, rows) for gate, up, down in thirds]
+
+
+def tile_sizes(bench: Bench) -> list[Row]:
+    """The kernels with other tile sizes, at a 7B model's shapes."""
+    rows, columns = (64, 64) if DRY else (11008, 4096)
+    active = np.sort(np.random.default_rng(1).choice(rows, max(1, int(rows * ACTIVE)), replace=False))
+    listed: Any = ActiveSet(torch.from_numpy(active.astype(np.int32)).to(bench.gpu.device))  # type: ignore[arg-type]
+    result: list[Row] = []
+    for fmt in (F16, Q8_0, Q4_0)[: 1 if DRY else 3]:
+        if bench.time_for(f"tile sizes in {fmt.name}", 15):
+            weights = cold_weights(bench, rows, columns, fmt, 3 * len(active) * fmt.row_bytes(columns))
+            result += sweep(bench.gpu, *weights, listed, bench.seconds, lambda: bench.left > 8)
     return result
 
 
@@ -213,20 +242,19 @@ def crossings(bench: Bench) -> list[Row]:
     ]
 
 
-def models(bench: Bench, machine: Machine, name: str) -> tuple[list[Row], list[Row]]:
-    """Decode and prefill of one model at every budget, and the kernels of a step at half of its size."""
+def models(bench: Bench, machine: Machine, name: str, args: argparse.Namespace, results: dict[str, Any]) -> list[Row]:
+    """Decode and prefill of one model at every budget go into `results`; returns the kernels of a step by time."""
     if not bench.time_for(f"{name}, all budgets", 1.5 * SECONDS_A_CASE):
-        return [], []
+        return []
     began = time.monotonic()
     source = synthetic(MODELS[name], ACTIVE, 1, bench.gpu.device)
     if bench.gpu.streams.real:
         torch.cuda.empty_cache()
     print(f"{name}: {source.nbytes / GB:.1f} GB drawn in {time.monotonic() - began:.1f} s", flush=True)
     lengths = Lengths(64, 6, 2) if DRY else Lengths()
-    rows: list[Row] = []
-    profiled: list[Row] = []
+    rows: list[Row] = results["models"]
     longest = 0.0
-    for share in (0.5, 1.0) if DRY else BUDGETS:
+    for share in args.budgets:
         for mode in (Mode.PREDICTED, Mode.EXACT) if share == 1.0 else (Mode.PREDICTED,):
             problem = problem_of(source, machine, lengths, FfnMode(str(mode)), bench.overheads)
             budget = int(share * whole(problem))
@@ -242,9 +270,9 @@ def models(bench: Bench, machine: Machine, name: str) -> tuple[list[Row], list[R
                 print_table(rows[-1:])
                 if share == 1.0 and mode is Mode.EXACT and "tok/s" in rows[-1]:
                     rows[-1]["GB/s"] = round(bytes_a_token(source) * rows[-1]["tok/s"] / GB, 1)
-                if share == 0.5 and case.name == "ours" and not profiled:
-                    profiled = profile(bench, source, case, budget, lengths)
-    return rows, profiled
+                if "profile" in args.parts and share == 0.5 and case.name == "ours" and not results["profile"]:
+                    results["profile"] = profile(bench, source, case, budget, lengths)
+    return results["profile"]
 
 
 def profile(bench: Bench, source: Source, case: Case, budget: int, lengths: Lengths) -> list[Row]:
@@ -279,8 +307,9 @@ def profile(bench: Bench, source: Source, case: Case, budget: int, lengths: Leng
     return [{"kernel": "the step on the clock", "calls": 1.0, "µs": round(wall, 1), "of step": "100.0%"}, *rows]
 
 
-def machine_of(bench: Bench, rows: list[Row], crossing: float) -> Machine:
+def machine_of(bench: Bench, rows: list[Row], crossings: list[Row]) -> Machine:
     """This machine as the cost model wants it, from what was measured in this run."""
+    crossing = min((row["µs a layer"] for row in crossings), default=30.0) * 1e-6
     buffer = np.ones((1 << 22) if DRY else (1 << 30), np.uint8)
     ram = max(_native.read_bandwidth(bench.cpu.context, buffer) for _ in range(3))
     real = bench.gpu.streams.real
@@ -319,42 +348,71 @@ def cpu_flops(cpu: CpuOps) -> float:
     return 2.0 * tokens * side * side / median(times)
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dry", action="store_true", help="tiny shapes in the interpreter, nothing written")
     parser.add_argument("--minutes", type=float, default=9.0, help="what does not fit is left out, and said")
     parser.add_argument("--models", nargs="+", default=["dry"] if DRY else ["7b", "13b"], choices=MODELS)
+    parser.add_argument("--budgets", nargs="+", type=float, default=(0.5, 1.0) if DRY else BUDGETS, metavar="SHARE")
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS, help="what is measured; all, if not said")
     parser.add_argument("--threads", type=int, default=max(1, (os.cpu_count() or 2) - 1))
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def measure(bench: Bench, args: argparse.Namespace, results: dict[str, Any], keep: Callable[[], None]) -> None:
+    """Fill in `results`, part after part, whatever fails; `keep` writes them down."""
+    parts = set(args.parts)
+    copy = copy_bandwidth(bench)
+    results["copy GB/s"] = round(copy / GB, 1)
+    print(f"copies on the device: {copy / GB:.1f} GB/s")
+
+    def attempt(name: str, call: Callable[[], list[Row] | Row]) -> None:
+        try:
+            results[name] = call()
+        except (ThermoclineError, RuntimeError) as error:
+            bench.skipped.append(f"{name}: {type(error).__name__}: {str(error).splitlines()[0]}")
+            print(f"failed: {bench.skipped[-1]}", file=sys.stderr)
+            results[name] = []
+        if isinstance(results[name], list) and results[name]:
+            print_table(results[name])
+        keep()
+
+    if parts & {"kernels", "models"}:
+        attempt("kernels", lambda: kernels(bench, copy))
+    if parts & {"crossings", "models"}:
+        attempt("crossings", lambda: crossings(bench))
+    if "models" in parts and results["kernels"]:
+        machine = machine_of(bench, results["kernels"], results["crossings"])
+        if DRY:
+            machine = catalogue.machine("t4+i5-12400")  # on which a GPU is of use
+        results |= {"machine": machine, "models": [], "profile": []}
+        for name in args.models:
+            attempt(name, lambda name=name: models(bench, machine, name, args, results))  # type: ignore[misc]
+            results.pop(name)
+    if "tests" in parts:
+        attempt("tests", lambda: gpu_tests(bench))
+    if "sweep" in parts:
+        attempt("tile sizes", lambda: tile_sizes(bench))
+
+
+def main() -> None:
+    args = arguments()
     began = time.monotonic()
     gpu = CudaOps()
     bench = Bench(gpu, CpuOps(1 if DRY else args.threads), began + 60 * args.minutes, gpu.held_bytes())
     results: dict[str, Any] = {"device": bench.gpu.name, "torch": torch.__version__, "threads": args.threads}
-    copy = copy_bandwidth(bench)
-    results["copy GB/s"] = round(copy / GB, 1)
-    print(f"copies on the device: {copy / GB:.1f} GB/s")
-    results["kernels"] = kernels(bench, copy)
-    print_table(results["kernels"])
-    results["crossings"] = crossings(bench)
-    print_table(results["crossings"])
-    machine = machine_of(bench, results["kernels"], min(row["µs a layer"] for row in results["crossings"]) * 1e-6)
-    if DRY:
-        machine = catalogue.machine("t4+i5-12400")  # on which a GPU is of use
-    results["machine"] = machine
-    results["models"], results["profile"] = [], []
-    for name in args.models:
-        rows, profiled = models(bench, machine, name)
-        results["models"] += rows
-        results["profile"] = results["profile"] or profiled
+
+    def keep() -> None:  # what is measured stays measured, whatever comes
+        results["left out"], results["seconds"] = bench.skipped, round(time.monotonic() - began, 1)
         if not DRY:
-            write_results("gpu", results)  # what is measured stays measured, whatever comes
-    if results["profile"]:
-        print_table(results["profile"])
-    results["tests"] = gpu_tests(bench)
-    results["left out"] = bench.skipped
-    results["seconds"] = round(time.monotonic() - began, 1)
-    if not DRY:
-        write_results("gpu", results)
+            write_results("gpu", results)
+
+    try:
+        measure(bench, args, results, keep)
+    finally:
+        results["claims"] = claims(results)
+        keep()
+        print_table(results["claims"])
     print(f"done in {results['seconds']} s" + (f"; left out: {'; '.join(bench.skipped)}" if bench.skipped else ""))
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from benchmarks.synthetic_gpu import Source
-from thermocline.config import Mode
+from thermocline.config import Mode, SamplingSettings
 from thermocline.errors import BudgetError, ThermoclineError, UsageError
 from thermocline.hardware.machine import Machine, Tier
 from thermocline.memory.arena import Memory
@@ -32,6 +32,7 @@ from thermocline.placement.seats import LayerSeat, Seating, Seats
 from thermocline.placement.sending import sent_from
 from thermocline.placement.workload import Overheads, Workload
 from thermocline.runtime.captured import CapturedStep
+from thermocline.runtime.sampler import Sampler
 
 GB = 1e9
 Row = dict[str, Any]
@@ -116,8 +117,10 @@ class Loaded:
     def __init__(
         self, source: Source, case: Case, cpu: CpuOps, device: str, budget: int, lengths: Lengths, mode: Mode
     ) -> None:
+        self.before = 0  # bytes of others in this process
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+            self.before = torch.cuda.memory_allocated()
         self.gpu = CudaOps(device)
         self.memory = Memory({Tier.VRAM: CudaDevice(self.gpu), Tier.RAM: Host(cpu)}, {Tier.VRAM: budget})
         self.lengths = lengths
@@ -164,12 +167,13 @@ class Loaded:
     def decode(self, token: int) -> tuple[str, float, float]:
         """How the sides crossed, seconds a token, and seconds that the sampler had the logits."""
         way, call = self.stepping()
+        sampler = Sampler(SamplingSettings(temperature=0.0), self.transformer.spec.n_vocab, self.lengths.context)
         times, choosing = [], []
         for _ in range(self.lengths.steps):
             began = time.perf_counter()
             logits = call(token)
             middle = time.perf_counter()
-            token = int(logits.argmax())
+            token = sampler.sample(logits).token
             end = time.perf_counter()
             times.append(end - began)
             choosing.append(end - middle)
@@ -202,7 +206,7 @@ def run_case(source: Source, case: Case, cpu: CpuOps, device: str, budget: int, 
         ledger = loaded.memory.ledger.used(Tier.VRAM) + loaded.gpu.scratch.nbytes
         row |= {
             "budget GB": round(budget / GB, 3), "ledger GB": round(ledger / GB, 3),
-            "torch peak GB": round(torch.cuda.max_memory_allocated() / GB, 3),
+            "torch peak GB": round((torch.cuda.max_memory_allocated() - loaded.before) / GB, 3),
             "held GB": round(loaded.gpu.held_bytes() / GB, 3),
         }  # fmt: skip
     loaded.close()

@@ -39,6 +39,15 @@ def test_it_runs_from_end_to_end() -> None:
         assert placement in said
     assert "failed" not in said
     assert "left out" not in said
+    assert "rows 4, block 1024, warps 4" in said
+    assert "times the layer split" in said
+
+
+def test_parts_are_chosen() -> None:
+    said = run("--parts", "kernels")
+    assert "matrix-vector" in said
+    assert "ours" not in said
+    assert "warps 4" not in said
 
 
 def test_what_there_is_no_time_for_is_said() -> None:
@@ -66,6 +75,37 @@ def test_drawn_models_are_as_sparse_as_asked_and_their_predictors_know() -> None
     assert 0.10 < fired[Mode.EXACT] / (20 * 3 * 512) < 0.14
     assert fired[Mode.PREDICTED] >= 0.98 * fired[Mode.EXACT]
     assert rows[Mode.PREDICTED] < 0.2 * rows[Mode.EXACT]
+
+
+def test_claims_stand_beside_what_was_measured() -> None:
+    from benchmarks.gpu_claims import claims
+
+    case = {"model": "7b", "budget": "50%", "mode": "predicted", "predicted": 45.0, "sampler µs": 60.0}
+    memory = {"held GB": 7.3, "budget GB": 7.2, "ledger GB": 7.0, "torch peak GB": 6.9}
+    results = {
+        "copy GB/s": 4000.0,
+        "kernels": [{"kernel": "matrix-vector", "format": "F16", "of copy": 0.8}],
+        "crossings": [{"crossing": "calls", "µs a layer": 40.0}, {"crossing": "memory", "µs a layer": 12.0}],
+        "models": [
+            case | memory | {"placement": "ours", "tok/s": 50.0},
+            case | {"placement": "layer split", "tok/s": 20.0},
+            case | {"placement": "ours", "mode": "exact", "budget": "100%", "tok/s": 200.0, "GB/s": 2700.0},
+            case | {"placement": "ours", "budget": "25%", "failed": "vram lacks bytes"},
+        ],
+        "tests": {"passed": True},
+    }
+    found = {row["claim"]: (row["measured"], row["met"]) for row in claims(results)}
+    assert found["matrix-vector, F16, of copies"] == (0.8, True)
+    assert found["7b resident, exact, of copies"] == (0.675, False)
+    assert found["crossing, µs a layer"] == (12.0, True)
+    assert found["sampler, µs"] == (60.0, True)
+    assert found["7b, 50% (planned 1.00): times the layer split"] == (2.5, True)
+    assert found["7b, 50%: off the prediction"] == (0.111, True)
+    assert found["7b, 25%: times the layer split"] == ("-", False)
+    assert found["memory held beyond the budget, GB"] == (0.1, False)
+    assert found["torch's peak off the ledger"] == (0.014, True)
+    assert found["tests on the device"] == (True, True)
+    assert not any(row["met"] for row in claims({}))
 
 
 def test_what_was_measured_becomes_a_table() -> None:
