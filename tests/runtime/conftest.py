@@ -35,6 +35,8 @@ class FakeSequence:
     `choose` gives a token id, or a row of logits. `steps` records (start, count, logits wanted) of every step.
     """
 
+    over = 0
+
     def __init__(self, choose: Callable[[Sequence[int]], int | np.ndarray], n_vocab: int, n_ctx: int, ubatch: int):
         self.n_vocab, self.n_ctx, self.ubatch = n_vocab, n_ctx, ubatch
         self.choose = choose

@@ -30,7 +30,8 @@ from thermocline.ops.cuda.ops import CudaOps
 from thermocline.ops.cuda.streams import Streams
 from thermocline.ops.device import Host
 from thermocline.ops.handover import Fault
-from thermocline.placement.budget import parse_budget
+from thermocline.placement.budget import parse_budget, size_text
+from thermocline.placement.ledger import Purpose
 from thermocline.placement.plan_file import save_plan
 from thermocline.placement.seats import LayerSeat, Seating
 from thermocline.runtime.captured import CapturedStep
@@ -446,6 +447,26 @@ def test_a_gpu_that_always_holds_more_is_refused(tiny_model: Any, monkeypatch: p
         LLM.load(tiny_model, ctx_size=32, threads=1, device="cuda", vram_budget=BUDGET)
 
 
+@interpreted
+def test_what_the_first_prompt_takes_beyond_the_budget_is_said(
+    tiny_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with LLM.load(tiny_model, ctx_size=32, threads=1, device="cuda", vram_budget=BUDGET) as llm:
+        whole, asked = llm._loaded.placing.memory.ledger.budgets[VRAM], []
+
+        def held(ops: CudaOps) -> int:
+            asked.append(True)
+            return whole + (3 << 20)
+
+        monkeypatch.setattr(CudaOps, "held_bytes", held)
+        for _ in range(2):
+            split = llm.generate([5, 9, 2], max_tokens=2).report.split
+            assert split is not None
+            assert split.over == 3 << 20
+            assert any(f"{size_text(3 << 20)} more than its budget in the first prompt" in line for line in split.lines())
+        assert len(asked) == 1
+
+
 @pytest.mark.parametrize("mode", [Mode.EXACT, Mode.PREDICTED])
 def test_scratch_of_the_longest_prompt_is_in_the_ledger(tiny_model: Any, with_predictor: Any, mode: Mode) -> None:
     """Prompts and their answers take no more than loading has shown."""
@@ -455,6 +476,8 @@ def test_scratch_of_the_longest_prompt_is_in_the_ledger(tiny_model: Any, with_pr
         scratch = memory.devices[VRAM].ops.scratch
         before, claimed = scratch.nbytes, memory.arenas[VRAM].claimed
         assert 0 < before <= claimed
+        pinned = memory.devices[VRAM].ops.streams.pinned_bytes
+        assert 4 * (64 + 2 * 64 + 96) < pinned <= memory.ledger.used(RAM, Purpose.STAGING)
         for prompt in (range(5, 60), range(5, 8)):
             llm.generate(list(prompt), max_tokens=2)
         assert (scratch.nbytes, memory.arenas[VRAM].claimed) == (before, claimed)

@@ -69,6 +69,25 @@ def find_gpus(run: Callable[[list[str]], str] | None = None) -> tuple[Gpu, ...]:
     return tuple(gpus) if visible is None else tuple(replace(gpu, index=i) for i, gpu in enumerate(gpus))
 
 
+def own_bytes(index: int = 0, process: int | None = None) -> int:
+    """Bytes that this process, or another, holds of a GPU by the driver's account; 0 where that is not told."""
+    try:
+        nvml: Any = import_module("pynvml")
+        nvml.nvmlInit()
+    except Exception:  # as in `_from_library`
+        return 0
+    wanted = os.getpid() if process is None else process
+    try:
+        names = _visible()
+        handle = _handle(nvml, str(index) if names is None else names[index])
+        found = [p.usedGpuMemory for p in nvml.nvmlDeviceGetComputeRunningProcesses(handle) if p.pid == wanted]
+    except (nvml.NVMLError, IndexError):
+        return 0
+    finally:
+        nvml.nvmlShutdown()
+    return int(found[0] or 0) if found else 0
+
+
 def measure_gpu(index: int, beside: Callable[[Callable[[], float]], float]) -> GpuSpeed | None:
     """Measure with torch; None where torch with CUDA is missing. `beside` runs a measurement while the CPU reads."""
     try:

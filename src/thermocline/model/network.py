@@ -19,7 +19,7 @@ import numpy.typing as npt
 from thermocline.config import Mode
 from thermocline.errors import ContextError, UsageError
 from thermocline.hardware.machine import Tier
-from thermocline.model.feed_forward import NOTHING, Tally
+from thermocline.model.feed_forward import NOTHING, Neurons, Tally
 from thermocline.model.layer import Layer, Norm
 from thermocline.model.observers import Counter, Observer, SelectionObserver
 from thermocline.model.spec import ModelSpec
@@ -241,11 +241,22 @@ class Transformer:
                 predictor.device.ops.select(views.scores, predictor.threshold, views.active)
             for part in ffn.parts:
                 if part.device.tier is tier:
-                    count = part.stop - part.start
-                    some = ActiveSet(np.arange(count, dtype=np.int32)) if predicted else ALL
-                    part.ffn(views.normed, some, views.x, skip_zeros=self.mode is not Mode.DENSE)
+                    self._rehearse_part(part, views, beside=len(ffn.parts) > 1, predicted=predicted)
         if self.exit.tier is tier:
             self._logits(views, segments, workspace, Outputs.LAST)
+
+    def _rehearse_part(self, part: Neurons, views: Views, *, beside: bool, predicted: bool) -> None:
+        """`beside` others a device works in a thread of its own, for which libraries have workspaces of their own."""
+        some = ActiveSet(np.arange(part.stop - part.start, dtype=np.int32)) if predicted else ALL
+
+        def work() -> FfnWork:
+            return part.ffn(views.normed, some, views.x, skip_zeros=self.mode is not Mode.DENSE)
+
+        if beside:
+            part.device.begin(work)
+            part.device.end()
+        else:
+            work()
 
     def embed(self, tokens: Array, positions: Array, x: Array, spare: Array) -> None:
         """Write the residual stream of `tokens` at `positions` into `x` (T, n_embd); `spare`, its like, is overwritten.

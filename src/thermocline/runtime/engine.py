@@ -63,8 +63,19 @@ class Engine:
         if self.plan is None:
             return None
         return split_report(
-            self.plan, self.account, fired=self.fired, bytes_read=self.bytes_read, seconds=seconds, curve=self.curve
+            self.plan,
+            self.account,
+            fired=self.fired,
+            bytes_read=self.bytes_read,
+            seconds=seconds,
+            curve=self.curve,
+            over=self.over,
         )
+
+    @property
+    def over(self) -> int:
+        """Bytes that a GPU held beyond its budget in the first prompt."""
+        return self._sequence.over
 
     @property
     def curve(self) -> ReadCurve | None:

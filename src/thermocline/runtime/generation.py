@@ -143,6 +143,7 @@ class Stream:
             bytes_read=self._bytes_read,
             seconds=self._decode_seconds,
             curve=self._engine.curve,
+            over=self._engine.over,
         )
 
     def collect(self) -> Generation:

@@ -7,6 +7,7 @@ import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from thermocline.activity.predictor import MOST_TOKENS
@@ -152,9 +153,10 @@ def load_model(
             from thermocline.runtime import on_gpu  # torch is needed with a GPU only
 
             sequence: TransformerSequence
-            sequence, more = on_gpu.sequence_of(transformer, cache, ubatch, scratch, settings.crossing)
+            gpu, more = on_gpu.sequence_of(transformer, cache, ubatch, scratch, settings.crossing)
             notices = [*notices, *more, *([shrunk] if shrunk else [])]
             over = on_gpu.excess(placing)
+            gpu.look, sequence = partial(on_gpu.beyond, placing), gpu
         else:
             counts = None if watch is None else watch.counts
             sequence = TransformerSequence(transformer, cache, ubatch, scratch, timed=plan is not None, counter=counts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Final
 
 import torch
@@ -40,6 +40,8 @@ class GpuSequence(TransformerSequence):
     ) -> None:
         super().__init__(transformer, cache, ubatch, arrays)
         self.captured: CapturedStep | None = None
+        self.look: Callable[[], int] | None = None
+        """Tells how many bytes the GPU held beyond its budget; asked once, after the first prompt."""
 
     def step(self, tokens: Tokens, start: int, *, logits: bool) -> Step:
         """See the protocol.
@@ -50,7 +52,10 @@ class GpuSequence(TransformerSequence):
         """
         try:
             if self.captured is None or len(tokens) > 1 or not logits:
-                return super().step(tokens, start, logits=logits)
+                done = super().step(tokens, start, logits=logits)
+                if logits and self.look is not None:
+                    self.over, self.look = self.look(), None
+                return done
             self.tally.clear()
             row, hot, cold = self.captured.run(int(tokens[0]), start)
         except torch.OutOfMemoryError as error:
@@ -98,16 +103,28 @@ def sequence_of(
     return sequence, notices
 
 
+def beyond(placing: Placing) -> int:
+    """Bytes that the GPU has held beyond its budget by the driver's account and torch's."""
+    memory = placing.memory
+    ops, budget = memory.devices[Tier.VRAM].ops, memory.ledger.budgets.get(Tier.VRAM)
+    return max(0, ops.held_bytes() - budget) if isinstance(ops, CudaOps) and budget is not None else 0
+
+
 def excess(placing: Placing) -> int:
-    """Put the kernels' scratch into the ledger, as large as the rehearsal made it; bytes beyond the budget, 0 if none.
+    """Put the kernels' scratch into the ledger, as large as the rehearsal made it, and the host's memory that is pinned
+    for the GPU; bytes beyond the budget, 0 if none.
 
     By the driver's account and torch's, which count what the ledger cannot know, or by the ledger's with all that the
     plan sets aside.
+
+    Raises:
+        BudgetError: the host's budget has no room for what is pinned.
     """
     memory = placing.memory
     ops, budget = memory.devices[Tier.VRAM].ops, memory.ledger.budgets.get(Tier.VRAM)
     if budget is None or not isinstance(ops, CudaOps):
         return 0
+    memory.arenas[Tier.RAM].claim(ops.streams.pinned_bytes, Purpose.STAGING)
     over = max(ops.held_bytes(), memory.ledger.used(Tier.VRAM) + ops.scratch.nbytes) - budget
     if over <= 0:
         memory.arenas[Tier.VRAM].claim(ops.scratch.nbytes, Purpose.ACTIVATIONS)

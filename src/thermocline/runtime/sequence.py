@@ -36,6 +36,8 @@ class Sequence(Protocol):
     ubatch: int
     tally: Tally
     """What the last step did, and by component how long it took, if that is measured."""
+    over: int
+    """Bytes that a GPU held beyond its budget in the first prompt."""
 
     def step(self, tokens: Tokens, start: int, *, logits: bool) -> Step:
         """Run `tokens` (1 to `ubatch`) at positions from `start`; positions before it are cached already."""
@@ -43,6 +45,8 @@ class Sequence(Protocol):
 
 class TransformerSequence:
     """A transformer with the cache of one sequence and the workspace of its steps."""
+
+    over = 0
 
     def __init__(
         self,

@@ -17,6 +17,7 @@ from thermocline.hardware.reader import ReadStats
 from thermocline.memory.record_cache import Uses
 from thermocline.model.feed_forward import Tally
 from thermocline.ops.contract import FfnWork
+from thermocline.placement.budget import size_text
 from thermocline.placement.plan import Plan
 
 LOUD = 0.25
@@ -133,7 +134,8 @@ class SplitReport:
     `hot_fired` of `fired` neurons were computed beside VRAM. The component "ffn" holds the predictor, both sides,
     which overlap, and the crossing.
     `vram_busy` and `ram_busy` are seconds that the two sides computed, 0 where that was not measured; RAM's hold the
-    waiting for the disk. `disk` is None where nothing is there.
+    waiting for the disk. `disk` is None where nothing is there. `over` is bytes that
+    a GPU held beyond its budget in the first prompt.
     """
 
     steps: int
@@ -148,6 +150,7 @@ class SplitReport:
     crossed_bytes: int
     components: tuple[Component, ...]
     disk: DiskReport | None = None
+    over: int = 0
 
     @property
     def hot_share(self) -> float:
@@ -169,7 +172,7 @@ class SplitReport:
     def as_dict(self) -> dict[str, Any]:
         """Everything, for JSON."""
         names = ("steps", "hot_share", "vram_bytes", "ram_bytes", "vram_busy", "ram_busy", "crossings",
-                 "crossed_bytes", "off")  # fmt: skip
+                 "crossed_bytes", "off", "over")  # fmt: skip
         return {name: getattr(self, name) for name in names} | {
             "disk": None if self.disk is None else self.disk.as_dict(),
             "components": [
@@ -196,6 +199,11 @@ class SplitReport:
         if self.disk is not None:
             lines.append(self.disk.line())
         lines.append(f"ms a token, predicted / measured: {shown}")
+        if self.over:
+            lines.append(
+                f"WARNING: the GPU held {size_text(self.over)} more than its budget in the first prompt; "
+                "lower --vram-budget by as much"
+            )
         if abs(self.off) > LOUD:
             faster = "slower" if self.off > 0 else "faster"
             lines.append(
@@ -206,7 +214,14 @@ class SplitReport:
 
 
 def split_report(
-    plan: Plan, account: Account, *, fired: int, bytes_read: float, seconds: float, curve: ReadCurve | None = None
+    plan: Plan,
+    account: Account,
+    *,
+    fired: int,
+    bytes_read: float,
+    seconds: float,
+    curve: ReadCurve | None = None,
+    over: int = 0,
 ) -> SplitReport:
     """The report of a generation whose decode steps took `seconds` and read `bytes_read`; `curve` is the disk's."""
     layers = plan.layers
@@ -235,6 +250,7 @@ def split_report(
         crossed_bytes=account.crossed_bytes,
         components=components,
         disk=_disk_report(account, seconds, curve),
+        over=over,
     )
 
 

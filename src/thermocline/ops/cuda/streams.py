@@ -22,10 +22,14 @@ class Streams:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self.real = device.type == "cuda"
+        self.pinned_bytes = 0
+        """Of the host, that the device was given so far."""
 
     def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Zeroed memory of the host that the device reads and writes by itself."""
-        return torch.zeros(shape, dtype=dtype, pin_memory=self.real)
+        array = torch.zeros(shape, dtype=dtype, pin_memory=self.real)
+        self.pinned_bytes += array.nbytes
+        return array
 
     @property
     def handle(self) -> int:
