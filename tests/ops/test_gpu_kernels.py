@@ -19,6 +19,7 @@ from thermocline.files.weight import Weight
 from thermocline.ops.contract import Activation, ActiveSet, FfnKind, KVLayer, NeuronBlock
 from thermocline.ops.cuda import ahead
 from thermocline.ops.cuda.kernels import KERNELS
+from thermocline.ops.cuda.layout import Kind
 from thermocline.ops.cuda.ops import CudaOps
 from thermocline.ops.cuda.scratch import Scratch
 
@@ -53,6 +54,12 @@ def test_every_variant_of_every_kernel_compiles() -> None:
     rows = compile_for("sm_80", "sm_90")
     assert {row["kernel"] for row in rows} == set(KERNELS)
     assert all(row["binary"] > 0 for row in rows)
+    for row in rows:
+        if row["kernel"] in ("matvec", "matvec_three", "gate_up", "add_rows"):
+            plain = set(row["kinds"]) <= {Kind.FLOAT, Kind.Q8_0, Kind.Q4_0, Kind.BF16}
+            # 16 bytes at once where rows are aligned, and nothing byte by byte but a few scales of K-quants.
+            assert "16" in row["loads"] or row["kinds"] == [Kind.Q6_K] or row["kernel"] == "add_rows", row
+            assert row["loads"].get("1", 0) <= (0 if plain else 96 if row["kernel"] != "add_rows" else 256), row
     by_target = [sum(row["target"] == target for row in rows) for target in ("sm_80", "sm_90")]
     assert by_target[0] == by_target[1] > 2 * len(KERNELS)
 
@@ -60,6 +67,20 @@ def test_every_variant_of_every_kernel_compiles() -> None:
 def test_a_target_that_is_none_is_refused() -> None:
     with pytest.raises(UsageError, match="allowed: sm_"):
         list(ahead.compile_all(["ninety"], []))
+
+
+def test_norms_of_rows_that_are_read_twice(ops: CudaOps, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(4)
+    x, weight, bias = (torch.from_numpy(rng.standard_normal(n).astype(np.float32)) for n in ((3, 1000), 1000, 1000))
+    found = []
+    for most in (8192, 256):
+        monkeypatch.setattr("thermocline.ops.cuda.ops.NORMED", most)
+        outs = ops.array((3, 1000)), ops.array((3, 1000))
+        ops.rms_norm(x.to(ops.device), weight.to(ops.device), 1e-5, outs[0])
+        ops.layer_norm(x.to(ops.device), weight.to(ops.device), bias.to(ops.device), 1e-5, outs[1])
+        found.append([out.cpu().numpy() for out in outs])
+    for once, twice in zip(*found, strict=True):
+        np.testing.assert_allclose(once, twice, rtol=2e-7, atol=2e-7)
 
 
 def sparse_file(tmp_path: Path, size: int) -> np.ndarray:

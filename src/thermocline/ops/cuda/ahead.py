@@ -9,8 +9,10 @@ line of JSON for each compilation goes to stdout. `TRITON_INTERPRET` must not be
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -142,12 +144,20 @@ def compile_all(targets: Iterable[str], wanted: Iterable[Variant]) -> Iterator[d
                 "binary": len(made.asm["cubin"]),
                 "shared": made.metadata.shared,
                 "wide": _widest_index(made.asm["ttir"]),
+                "loads": _loads(made.asm["ptx"]),
+                "kinds": sorted({value for name, value in variant.constants if name.endswith("_KIND")}),
             }
 
 
 def _widest_index(ir: str) -> bool:
     """Whether pointers are offset by 64-bit numbers."""
     return any("tt.addptr" in line and "i64" in line for line in ir.splitlines())
+
+
+def _loads(ptx: str) -> dict[int, int]:
+    """How many loads from the device's memory there are, by the bytes that a thread loads at once."""
+    found = re.findall(r"ld\.global[a-z0-9_:.]*?(?:\.v(\d))?\.[bfsu](\d+)\s", ptx, re.IGNORECASE)
+    return dict(Counter(int(many or 1) * int(bits) // 8 for many, bits in found))
 
 
 def main() -> None:

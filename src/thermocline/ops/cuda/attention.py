@@ -26,23 +26,24 @@ def attention(
     if not tokens:
         return
     position = start if isinstance(start, torch.Tensor) else torch.full((1,), start, dtype=torch.int32, device=q.device)
+    if tokens == 1:
+        stop = cache.keys.shape[1] if isinstance(start, torch.Tensor) else start + 1
+        _one(ops, q, k, v, cache, position, stop, scale, window, out)
+        return
+    assert not isinstance(start, torch.Tensor)
     heads = k.shape[1]
     ops.launcher(
         "store_kv", (tokens, -(-heads // 4)),
         k=k, v=v, position=position, tokens=tokens, kv_heads=heads, head_dim=dim, **_strides(cache),
         HEADS=4, DIM=power_of_two(dim), num_warps=4,
     )  # fmt: skip
-    if tokens == 1:
-        stop = cache.keys.shape[1] if isinstance(start, torch.Tensor) else start + 1
-        _one(ops, q, cache, position, stop, scale, window, out)
-    else:
-        assert not isinstance(start, torch.Tensor)
-        _many(ops, q, cache, start, scale, window, out)
+    _many(ops, q, cache, start, scale, window, out)
 
 
 def _one(
-    ops: CudaOps, q: Tensor, cache: KVLayer, position: Tensor, stop: int, scale: float, window: int, out: Tensor
-) -> None:
+    ops: CudaOps, q: Tensor, k: Tensor, v: Tensor, cache: KVLayer, position: Tensor, stop: int,
+    scale: float, window: int, out: Tensor,
+) -> None:  # fmt: skip
     """One token at `position`, below `stop`."""
     _, heads, dim = q.shape
     kv_heads = cache.keys.shape[0]
@@ -55,7 +56,8 @@ def _one(
     }
     ops.launcher(
         "attend", (kv_heads, parts),
-        q=q, position=position, scale=scale, window=window, parts=parts, group=heads // kv_heads, head_dim=dim,
+        q=q, k=k, v=v, position=position, scale=scale, window=window,
+        parts=parts, group=heads // kv_heads, head_dim=dim,
         **_strides(cache), **state, GROUP=group, DIM=wide, PART=part,
         BLOCK=max(1, min(32, part, ops.tuning.attention_tile // (group * wide))), num_warps=4,
     )  # fmt: skip

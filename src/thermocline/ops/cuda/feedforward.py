@@ -79,14 +79,15 @@ def _open(
 ) -> None:  # fmt: skip
     up: DeviceMatrix = block.up
     gate: DeviceMatrix = block.gate if block.gate is not None else up
-    rows, kind = ops.tuning.rows, block.kind
+    tuning, kind = ops.tuning, block.kind
+    rows = tuning.neuron_rows
     ops.launcher(
         "gate_up", (-(-limit // rows),),
         x=x, **gate.arguments("gate"), **up.arguments("up"), up_bias=block.up_bias, places=block.rows,
         ids=ids, count=count, neurons=limit,
         columns=up.columns, threshold=float(kind.threshold), h=h, work=work,
         GATED=block.gate is not None, BOTH=kind.both, ACTIVATION=ACTIVATIONS[kind.activation], SKIP=skip,
-        ROWS=rows, BLOCK=min(ops.tuning.block_of(gate), ops.tuning.block_of(up)), num_warps=4,
+        ROWS=rows, BLOCK=min(tuning.neuron_block_of(gate), tuning.neuron_block_of(up)), num_warps=tuning.warps,
     )  # fmt: skip
 
 
@@ -97,22 +98,24 @@ def _add_records(
     tuning, down = ops.tuning, block.down
     groups = tuning.groups(block.neurons)
     room = -(-block.neurons // groups)
-    lists = ops.scratch.take("lists", (groups, room), torch.int32)
-    sizes = ops.scratch.take("sizes", (groups,), torch.int32)
+    listed = {
+        "rows": ops.scratch.take("rows", (groups, room), torch.int32),
+        "values": ops.scratch.take("values", (groups, room)),
+        "sizes": ops.scratch.take("sizes", (groups,), torch.int32),
+    }
     partial = ops.scratch.take("partial", (groups, down.columns))
     if not limit:
         return
     ops.launcher(
         "list_groups", (groups,),
-        h=h, count=count, neurons=limit, room=room, lists=lists, sizes=sizes, work=work,
+        h=h, places=block.rows, ids=ids, count=count, neurons=limit, room=room, **listed, work=work,
         SKIP=skip, GROUPS=groups, BLOCK=min(1024, power_of_two(room)), num_warps=4,
     )  # fmt: skip
     width = tuning.record_block_of(down)
     ops.launcher(
         "add_rows", (groups, -(-down.columns // width)),
-        h=h, places=block.rows, ids=ids,
-        **down.arguments("down"), columns=down.columns, room=room, lists=lists, sizes=sizes,
-        partial=partial, AHEAD=tuning.ahead_of(down), BLOCK=width, num_warps=2 if width <= 512 else 4,
+        **down.arguments("down"), columns=down.columns, room=room, **listed, partial=partial,
+        AHEAD=tuning.ahead_of(down), BLOCK=width, num_warps=tuning.record_warps_of(down),
     )  # fmt: skip
     ops.launcher(
         "add_groups", (-(-down.columns // 128),),

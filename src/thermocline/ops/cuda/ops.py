@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from thermocline.files.weight import Weight
-from thermocline.hardware.gpu import find_gpus
+from thermocline.hardware.gpu import find_gpus, own_bytes
 from thermocline.ops.contract import ActiveSet, Array, Arrays, FfnWork, KVLayer, Matrix, NeuronBlock
 from thermocline.ops.cuda import attention as attending
 from thermocline.ops.cuda import feedforward
@@ -31,6 +31,8 @@ Tensor = torch.Tensor
 
 FEW = 4
 """Tokens up to which matrices are multiplied token by token: reading one twice costs less than decoding it first."""
+NORMED = 8192
+"""Elements of a row that a norm holds at once; it reads longer rows twice."""
 STAGING = 8 << 20
 """Bytes of pinned memory that uploads pass through."""
 
@@ -118,14 +120,16 @@ class CudaOps:
         return host
 
     def held_bytes(self) -> int:
-        """The most that torch held of the device since these ops were made, and what else has gone of it meanwhile.
+        """The most that torch held of the device since these ops were made, and what the driver holds beside it.
 
-        That is the driver's own part, and what other processes took. 0 where the device is none.
+        Where the driver does not tell what is this process's, that is what else has gone of the device meanwhile: other
+        processes' part too. 0 where the device is none.
         """
         if self.device.type != "cuda":
             return 0
-        now = int(torch.cuda.memory_reserved(self.device)) - self._others
-        beside = self._free - self._free_bytes() - now
+        reserved = int(torch.cuda.memory_reserved(self.device))
+        own = own_bytes(self.device.index or 0)
+        beside = own - reserved if own else self._free - self._free_bytes() - (reserved - self._others)
         return max(0, int(torch.cuda.max_memory_reserved(self.device)) - self._others) + max(0, beside)
 
     def _free_bytes(self) -> int:
@@ -133,7 +137,7 @@ class CudaOps:
 
     def _staging(self) -> Tensor:
         if self._pinned is None:
-            self._pinned = torch.empty(STAGING, dtype=torch.uint8, pin_memory=True)
+            self._pinned = self.streams.pinned((STAGING,), torch.uint8)
         return self._pinned
 
     @contextmanager
@@ -181,7 +185,7 @@ class CudaOps:
         self.launcher(
             "rms_norm", (x.numel() // columns if columns else 0,),
             x=x, weight=weight, out=out, columns=columns, eps=float(eps),
-            BLOCK=min(power_of_two(columns), 4096), num_warps=8 if columns > 1024 else 4,
+            WHOLE=columns <= NORMED, BLOCK=min(power_of_two(columns), NORMED), num_warps=8 if columns > 1024 else 4,
         )  # fmt: skip
 
     def layer_norm(self, x: Array, weight: Array, bias: Array, eps: float, out: Array) -> None:
@@ -190,7 +194,7 @@ class CudaOps:
         self.launcher(
             "layer_norm", (x.numel() // columns if columns else 0,),
             x=x, weight=weight, bias=bias, out=out, columns=columns, eps=float(eps),
-            BLOCK=min(power_of_two(columns), 4096), num_warps=8 if columns > 1024 else 4,
+            WHOLE=columns <= NORMED, BLOCK=min(power_of_two(columns), NORMED), num_warps=8 if columns > 1024 else 4,
         )  # fmt: skip
 
     def add(self, x: Array, y: Array) -> None:
@@ -227,7 +231,7 @@ class CudaOps:
         rows, tokens = self.tuning.rows, len(x)
         shared: dict[str, Any] = {
             "x": x, **matrix.arguments("matrix"), "bias": bias, "out": out, "rows": matrix.rows,
-            "columns": matrix.columns, "ROWS": rows, "ADD": add, "RELU": relu, "num_warps": 4,
+            "columns": matrix.columns, "ROWS": rows, "ADD": add, "RELU": relu, "num_warps": self.tuning.warps,
         }  # fmt: skip
         grid = (-(-matrix.rows // rows),)
         if tokens == 1:
@@ -248,7 +252,7 @@ class CudaOps:
             }  # fmt: skip
         self.launcher(
             "matvec_three", (sum(-(-matrix.rows // rows) for matrix in matrices),),
-            x=x, columns=x.shape[1], **arguments, ROWS=rows, num_warps=4,
+            x=x, columns=x.shape[1], **arguments, ROWS=rows, num_warps=self.tuning.warps,
         )  # fmt: skip
 
     def matmul(

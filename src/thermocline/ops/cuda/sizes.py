@@ -30,5 +30,5 @@ def scratch_bytes(tokens: int, *, n_embd: int, n_ff: int, n_vocab: int, n_q: int
         attention = scores + cached + 2 * tokens * n_q
         prompt = neurons + decoded + attention
     parts = -(-context // PART)
-    single = 3 * n_q * parts + 4 * n_ff + (MOST_GROUPS + 16) * n_embd
+    single = 3 * n_q * parts + 5 * n_ff + (MOST_GROUPS + 16) * n_embd
     return 4 * (prompt + single)

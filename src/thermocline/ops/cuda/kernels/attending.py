@@ -32,16 +32,26 @@ def store_kv(
 
 @kernel
 def attend(
-    q, keys, values, position, scale, window, parts, group, head_dim,
+    q, k, v, keys, values, position, scale, window, parts, group, head_dim,
     key_head, key_row, value_head, value_row, partial, peaks, sums,
     GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """One part of PART positions for the `group` query heads of a cached head.
 
+    The last part's program first writes the token's own key and value, k and v (kv_heads, head_dim), into the cache.
     q is (n_head, head_dim); partial (n_head, parts, head_dim), peaks and sums (n_head, parts).
     """
     kv_head, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     last = tl.load(position).to(tl.int64)
+    if part == last // PART:
+        at = tl.arange(0, DIM)
+        own = kv_head * head_dim + at
+        key, value = tl.load(k + own, mask=at < head_dim, other=0.0), tl.load(v + own, mask=at < head_dim, other=0.0)
+        there = keys + kv_head * key_head + last * key_row + at
+        tl.store(there, key.to(keys.dtype.element_ty), mask=at < head_dim)
+        there = values + kv_head * value_head + last * value_row + at
+        tl.store(there, value.to(values.dtype.element_ty), mask=at < head_dim)
+        tl.debug_barrier()  # other threads of this program read what was written
     first = last * 0
     if window > 0:
         first = tl.maximum(last - window + 1, 0)
@@ -59,15 +69,15 @@ def attend(
             seen = (at >= first) & (at < end)
             cells = seen[:, None] & (dim < head_dim)[None]
             row = at.to(tl.int64)[:, None]
-            key = tl.load(keys + kv_head * key_head + row * key_row + dim[None], mask=cells, other=0.0)
-            score = tl.sum(query[:, None, :] * key.to(tl.float32)[None], axis=2)
+            cached = tl.load(keys + kv_head * key_head + row * key_row + dim[None], mask=cells, other=0.0)
+            score = tl.sum(query[:, None, :] * cached.to(tl.float32)[None], axis=2)
             score = tl.where(seen[None], score, float("-inf"))
             higher = tl.maximum(peak, tl.max(score, axis=1))
             base = tl.where(higher == float("-inf"), 0.0, higher)
             weight = tl.exp(score - base[:, None])
             fade = tl.exp(peak - base)
-            value = tl.load(values + kv_head * value_head + row * value_row + dim[None], mask=cells, other=0.0)
-            acc = acc * fade[:, None] + tl.sum(weight[:, :, None] * value.to(tl.float32)[None], axis=1)
+            cached = tl.load(values + kv_head * value_head + row * value_row + dim[None], mask=cells, other=0.0)
+            acc = acc * fade[:, None] + tl.sum(weight[:, :, None] * cached.to(tl.float32)[None], axis=1)
             total = total * fade + tl.sum(weight, axis=1)
             peak = higher
     place = head * parts + part

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from thermocline.ops.cuda.kernels.registry import kernel
-from thermocline.ops.cuda.kernels.rows import decode, dot_rows
+from thermocline.ops.cuda.kernels.rows import decode, dot_rows, pairs
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,attr-defined"
 
@@ -145,10 +145,11 @@ def activate(
 
 @kernel
 def list_groups(
-    h, count, neurons, room, lists, sizes, work,
+    h, places, ids, count, neurons, room, rows, values, sizes, work,
     SKIP: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Group g lists the positions g, g + GROUPS, ... that fired (all of them without SKIP) at lists (GROUPS, room).
+    """Group g lists the positions g, g + GROUPS, ... that fired (all of them without SKIP): where their down row lies
+    at rows (GROUPS, room), and their activation at values.
 
     `work` counts down rows and fired neurons in its third and fourth place.
     """
@@ -164,7 +165,14 @@ def list_groups(
         value = tl.load(h + place, mask=ok, other=0.0)
         fires = (value != 0).to(tl.int32)
         wanted = fires if SKIP else ok.to(tl.int32)
-        tl.store(lists + group * room + size + tl.cumsum(wanted, axis=0) - wanted, place, mask=wanted > 0)
+        row = place
+        if ids is not None:
+            row = tl.load(ids + place, mask=wanted > 0, other=0)
+        if places is not None:
+            row = tl.load(places + row, mask=wanted > 0, other=0)
+        at = group * room + size + tl.cumsum(wanted, axis=0) - wanted
+        tl.store(rows + at, row, mask=wanted > 0)
+        tl.store(values + at, value, mask=wanted > 0)
         size += tl.sum(wanted, axis=0)
         fired += tl.sum(fires, axis=0)
     tl.store(sizes + group, size)
@@ -174,19 +182,22 @@ def list_groups(
 
 @kernel
 def add_rows(
-    h, places, ids, down, down_stride, down_scales, down_scale_stride, columns, room, lists, sizes, partial,
+    down, down_stride, down_scales, down_scale_stride, columns, room, rows, values, sizes, partial,
     DOWN_KIND: tl.constexpr, AHEAD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """partial (groups, columns) = each group's sum of h times down row, BLOCK columns a program."""
+    """partial (groups, columns) = each group's sum of its values times its down rows, BLOCK columns a program."""
     group = tl.program_id(0)
     size = tl.load(sizes + group)
-    members = lists + group * room
-    SPLIT: tl.constexpr = DOWN_KIND == 1 or DOWN_KIND == 2
-    WIDTH: tl.constexpr = BLOCK // 32 if SPLIT else 1
-    LANES: tl.constexpr = 16 if DOWN_KIND == 2 else (32 if SPLIT else BLOCK)
-    block = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    first = group * room
+    # WIDTH pieces of SPAN elements; those of Q4_0, Q4_K and Q5_K lie in halves of bytes, the high ones SPAN / 2 later.
+    MINIMA: tl.constexpr = DOWN_KIND == 3 or DOWN_KIND == 4
+    HALVES: tl.constexpr = MINIMA or DOWN_KIND == 2
+    SPAN: tl.constexpr = 64 if MINIMA else (32 if DOWN_KIND == 1 or DOWN_KIND == 2 else BLOCK)
+    WIDTH: tl.constexpr = BLOCK // SPAN
+    LANES: tl.constexpr = SPAN // 2 if HALVES else SPAN
+    piece = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     lane = tl.arange(0, LANES)
-    col = (block[:, None] * 32 if SPLIT else tl.program_id(1) * BLOCK) + lane[None]
+    col = piece[:, None] * SPAN + lane[None]
     inside = col < columns
     acc = tl.zeros((WIDTH, LANES), tl.float32)
     high = tl.zeros((WIDTH, LANES), tl.float32)
@@ -194,22 +205,21 @@ def add_rows(
         # Unrolled, so that AHEAD rows are on their way at once while they are added one after another.
         for step in tl.static_range(AHEAD):
             there = start + step < size
-            place = tl.load(members + start + step, mask=there, other=0)
-            value = tl.load(h + place, mask=there, other=0.0)
-            row = place.to(tl.int64)
-            if ids is not None:
-                row = tl.load(ids + place, mask=there, other=0).to(tl.int64)
-            if places is not None:
-                row = tl.load(places + row, mask=there, other=0).to(tl.int64)
-            if SPLIT:
-                known = there & (block < columns // 32)
-                scale = tl.load(down_scales + row * down_scale_stride + block, mask=known, other=0.0)
+            row = tl.load(rows + first + start + step, mask=there, other=0).to(tl.int64)
+            value = tl.load(values + first + start + step, mask=there, other=0.0)
+            known = there & (piece < columns // SPAN)
+            if MINIMA:
+                scale0, least0, q0, scale1, least1, q1 = pairs(down, row * down_stride, piece, lane, known, DOWN_KIND)
+                acc += value * (scale0[:, None] * q0 - least0[:, None])
+                high += value * (scale1[:, None] * q1 - least1[:, None])
+            elif DOWN_KIND == 1 or DOWN_KIND == 2:
+                scale = tl.load(down_scales + row * down_scale_stride + piece, mask=known, other=0.0)
                 factor = (value * scale.to(tl.float32))[:, None]
                 if DOWN_KIND == 1:
                     q = tl.load(down + row * down_stride + col, mask=inside & there, other=0)
                     acc += factor * q.to(tl.float32)
                 else:
-                    byte = block[:, None] * 16 + lane[None]
+                    byte = piece[:, None] * 16 + lane[None]
                     q = tl.load(down + row * down_stride + byte, mask=inside & there, other=0).to(tl.int32)
                     acc += factor * ((q & 15) - 8).to(tl.float32)
                     high += factor * ((q >> 4) - 8).to(tl.float32)
@@ -220,8 +230,8 @@ def add_rows(
                 acc += value * w
     at = partial + group.to(tl.int64) * columns + col
     tl.store(at, acc, mask=inside)
-    if DOWN_KIND == 2:
-        tl.store(at + 16, high, mask=inside)
+    if HALVES:
+        tl.store(at + LANES, high, mask=inside)
 
 
 @kernel

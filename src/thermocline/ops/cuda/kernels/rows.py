@@ -27,16 +27,23 @@ def _half_at(data, at, ok):
 
 
 @triton.jit
-def _with_minimum(data, block, part, number, ok):
-    """An element of Q4_K or Q5_K: its number scaled, less the minimum of its part."""
+def _part(data, block, part, ok):
+    """The whole numbers of a part of 32 elements of Q4_K or Q5_K: its scale, and its minimum."""
     at = part % 4
     first = tl.load(data + block + 4 + at, mask=ok, other=0).to(tl.int32)
     second = tl.load(data + block + 8 + at, mask=ok, other=0).to(tl.int32)
     third = tl.load(data + block + 12 + at, mask=ok, other=0).to(tl.int32)
     scale = tl.where(part < 4, first & 63, (third & 15) | ((first >> 6) << 4))
     least = tl.where(part < 4, second & 63, (third >> 4) | ((second >> 6) << 4))
+    return scale.to(tl.float32), least.to(tl.float32)
+
+
+@triton.jit
+def _with_minimum(data, block, part, number, ok):
+    """An element of Q4_K or Q5_K: its number scaled, less the minimum of its part."""
+    scale, least = _part(data, block, part, ok)
     d, dmin = _half_at(data, block, ok), _half_at(data, block + 2, ok)
-    return d * scale.to(tl.float32) * number.to(tl.float32) - dmin * least.to(tl.float32)
+    return d * scale * number.to(tl.float32) - dmin * least
 
 
 @triton.jit
@@ -96,11 +103,101 @@ def decode(data, stride, scales, scale_stride, row, col, ok, KIND: tl.constexpr)
 
 
 @triton.jit
+def pairs(data, start, group, lane, ok, KIND: tl.constexpr):
+    """Two parts of 32 elements of Q4_K or Q5_K, which share the 32 bytes at `lane` of the row's `group` of 64.
+
+    Of each part its scale, what is taken off its elements, and its numbers, all float32. `start` is
+    where the row begins; the numbers' last axis are the lanes.
+    """
+    SIZE: tl.constexpr = 144 if KIND == 3 else 176
+    pair = group % 4
+    block = start + group // 4 * SIZE
+    at = tl.expand_dims(block + SIZE - 128 + pair * 32, -1) + lane
+    cells = tl.expand_dims(ok, -1)
+    byte = tl.load(data + at, mask=cells, other=0).to(tl.int32)
+    q0, q1 = byte & 15, byte >> 4
+    if KIND == 4:
+        fifth = tl.load(data + tl.expand_dims(block + 16, -1) + lane, mask=cells, other=0).to(tl.int32)
+        bits = fifth >> tl.expand_dims(2 * pair, -1)
+        q0, q1 = q0 | ((bits & 1) << 4), q1 | ((bits & 2) << 3)
+    scale0, least0 = _part(data, block, 2 * pair, ok)
+    scale1, least1 = _part(data, block, 2 * pair + 1, ok)
+    d, dmin = _half_at(data, block, ok), _half_at(data, block + 2, ok)
+    return d * scale0, dmin * least0, q0.to(tl.float32), d * scale1, dmin * least1, q1.to(tl.float32)
+
+
+@triton.jit
+def _dot_minima(x, data, stride, row, ok, columns, KIND: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """`dot_rows` of Q4_K and Q5_K."""
+    GROUPS: tl.constexpr = BLOCK // 64
+    lane = tl.arange(0, 32)
+    sums = tl.zeros((ROWS, GROUPS), tl.float32)
+    for start in range(0, columns, BLOCK):
+        group = start // 64 + tl.arange(0, GROUPS)
+        inside = ok[:, None] & (group < columns // 64)[None]
+        col = group[:, None] * 64 + lane[None]
+        v0 = tl.load(x + col, mask=col < columns, other=0.0)
+        v1 = tl.load(x + col + 32, mask=col < columns, other=0.0)
+        scale0, least0, q0, scale1, least1, q1 = pairs(data, row[:, None] * stride, group[None], lane, inside, KIND)
+        sums += scale0 * tl.sum(q0 * v0[None], axis=2) - least0 * tl.sum(v0, axis=1)[None]
+        sums += scale1 * tl.sum(q1 * v1[None], axis=2) - least1 * tl.sum(v1, axis=1)[None]
+    return tl.sum(sums, axis=1)
+
+
+@triton.jit
+def _six_bits(low, pair, SHIFT: tl.constexpr):
+    return ((low | (((pair >> SHIFT) & 3) << 4)) - 32).to(tl.float32)
+
+
+@triton.jit
+def _dot_sixes(x, data, stride, row, ok, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """`dot_rows` of Q6_K by groups of 64 elements: sixteen of each quarter of a half block, which share bytes."""
+    GROUPS: tl.constexpr = BLOCK // 64
+    lane = tl.arange(0, 16)
+    sums = tl.zeros((ROWS, GROUPS), tl.float32)
+    for start in range(0, columns, BLOCK):
+        group = start // 64 + tl.arange(0, GROUPS)
+        half, side = group // 2 % 2, group % 2
+        inside = ok[:, None] & (group < columns // 64)[None]
+        cells = inside[:, :, None]
+        col = (group // 2 * 128 + side * 16)[:, None] + lane[None]
+        block = row[:, None] * stride + (group // 4 * 210)[None]
+        low = block[:, :, None] + (half * 64 + side * 16)[None, :, None] + lane[None, None]
+        first = tl.load(data + low, mask=cells, other=0).to(tl.int32)
+        second = tl.load(data + low + 32, mask=cells, other=0).to(tl.int32)
+        high = block[:, :, None] + (128 + half * 32 + side * 16)[None, :, None] + lane[None, None]
+        pair = tl.load(data + high, mask=cells, other=0).to(tl.int32)
+        dots = tl.zeros((ROWS, GROUPS), tl.float32)
+        for quarter in tl.static_range(4):
+            number = _six_bits((first if quarter % 2 == 0 else second) >> (quarter // 2 * 4) & 15, pair, quarter * 2)
+            v = tl.load(x + col + quarter * 32, mask=col < columns, other=0.0)
+            at = block + (192 + half * 8 + side + quarter * 2)[None]
+            scale = tl.load(data + at, mask=inside, other=0).to(tl.int8, bitcast=True).to(tl.float32)
+            dots += scale * tl.sum(number * v[None], axis=2)
+        sums += _half_at(data, block + 208, inside) * dots
+    return tl.sum(sums, axis=1)
+
+
+@triton.jit
 def dot_rows(
     x, data, stride, scales, scale_stride, row, ok, columns,
     KIND: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Dot products (ROWS) of the matrix's rows `row` with the vector `x`; rows not `ok` read nothing and give 0."""
+    if KIND == 3 or KIND == 4:
+        result = _dot_minima(x, data, stride, row, ok, columns, KIND, ROWS, BLOCK)
+    elif KIND == 5:
+        result = _dot_sixes(x, data, stride, row, ok, columns, ROWS, BLOCK)
+    else:
+        result = _dot_plain(x, data, stride, scales, scale_stride, row, ok, columns, KIND, ROWS, BLOCK)
+    return result
+
+
+@triton.jit
+def _dot_plain(
+    x, data, stride, scales, scale_stride, row, ok, columns,
+    KIND: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     SPLIT: tl.constexpr = KIND == 1 or KIND == 2
     WIDTH: tl.constexpr = BLOCK // 32 if SPLIT else BLOCK
     sums = tl.zeros((ROWS, WIDTH), tl.float32)

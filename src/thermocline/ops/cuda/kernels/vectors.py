@@ -11,45 +11,68 @@ from thermocline.ops.cuda.kernels.registry import kernel
 
 
 @kernel
-def rms_norm(x, weight, out, columns, eps, BLOCK: tl.constexpr):
-    """Each row of x (rows, columns) over its root mean square, times weight; squares are summed in float64."""
+def rms_norm(x, weight, out, columns, eps, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
+    """Each row of x (rows, columns) over its root mean square, times weight.
+
+    Squares are summed in float64, and the rest is float32, as many cards compute float64 slowly. WHOLE rows are read
+    once.
+    """
     row = tl.program_id(0).to(tl.int64) * columns
-    squares = tl.zeros((BLOCK,), tl.float64)
-    for start in range(0, columns, BLOCK):
-        col = start + tl.arange(0, BLOCK)
-        value = tl.load(x + row + col, mask=col < columns, other=0.0).to(tl.float64)
-        squares += value * value
-    scale = 1.0 / tl.sqrt(tl.sum(squares, axis=0) / columns + eps)
-    for start in range(0, columns, BLOCK):
-        col = start + tl.arange(0, BLOCK)
-        inside = col < columns
-        value = tl.load(x + row + col, mask=inside, other=0.0).to(tl.float64)
-        by = tl.load(weight + col, mask=inside, other=0.0).to(tl.float64)
-        tl.store(out + row + col, (value * scale * by).to(tl.float32), mask=inside)
+    lane = tl.arange(0, BLOCK)
+    if WHOLE:
+        inside = lane < columns
+        value = tl.load(x + row + lane, mask=inside, other=0.0)
+        by = tl.load(weight + lane, mask=inside, other=0.0)
+        wide = value.to(tl.float64)
+        scale = (1.0 / tl.sqrt(tl.sum(wide * wide, axis=0) / columns + eps)).to(tl.float32)
+        tl.store(out + row + lane, value * scale * by, mask=inside)
+    else:
+        squares = tl.zeros((BLOCK,), tl.float64)
+        for start in range(0, columns, BLOCK):
+            col = start + lane
+            wide = tl.load(x + row + col, mask=col < columns, other=0.0).to(tl.float64)
+            squares += wide * wide
+        scale = (1.0 / tl.sqrt(tl.sum(squares, axis=0) / columns + eps)).to(tl.float32)
+        for start in range(0, columns, BLOCK):
+            col = start + lane
+            inside = col < columns
+            value = tl.load(x + row + col, mask=inside, other=0.0)
+            by = tl.load(weight + col, mask=inside, other=0.0)
+            tl.store(out + row + col, value * scale * by, mask=inside)
 
 
 @kernel
-def layer_norm(x, weight, bias, out, columns, eps, BLOCK: tl.constexpr):
+def layer_norm(x, weight, bias, out, columns, eps, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
     """Each row of x (rows, columns), centred, over its deviation, times weight plus bias; sums are in float64."""
     row = tl.program_id(0).to(tl.int64) * columns
-    sums = tl.zeros((BLOCK,), tl.float64)
-    for start in range(0, columns, BLOCK):
-        col = start + tl.arange(0, BLOCK)
-        sums += tl.load(x + row + col, mask=col < columns, other=0.0).to(tl.float64)
-    mean = tl.sum(sums, axis=0) / columns
-    squares = tl.zeros((BLOCK,), tl.float64)
-    for start in range(0, columns, BLOCK):
-        col = start + tl.arange(0, BLOCK)
-        off = tl.load(x + row + col, mask=col < columns, other=0.0).to(tl.float64) - mean
-        squares += tl.where(col < columns, off * off, 0.0)
-    scale = 1.0 / tl.sqrt(tl.sum(squares, axis=0) / columns + eps)
-    for start in range(0, columns, BLOCK):
-        col = start + tl.arange(0, BLOCK)
-        inside = col < columns
-        off = tl.load(x + row + col, mask=inside, other=0.0).to(tl.float64) - mean
-        by = tl.load(weight + col, mask=inside, other=0.0).to(tl.float64)
-        plus = tl.load(bias + col, mask=inside, other=0.0).to(tl.float64)
-        tl.store(out + row + col, (off * scale * by + plus).to(tl.float32), mask=inside)
+    lane = tl.arange(0, BLOCK)
+    if WHOLE:
+        inside = lane < columns
+        wide = tl.load(x + row + lane, mask=inside, other=0.0).to(tl.float64)
+        by = tl.load(weight + lane, mask=inside, other=0.0)
+        plus = tl.load(bias + lane, mask=inside, other=0.0)
+        off = tl.where(inside, wide - tl.sum(wide, axis=0) / columns, 0.0)
+        scale = (1.0 / tl.sqrt(tl.sum(off * off, axis=0) / columns + eps)).to(tl.float32)
+        tl.store(out + row + lane, off.to(tl.float32) * scale * by + plus, mask=inside)
+    else:
+        sums = tl.zeros((BLOCK,), tl.float64)
+        for start in range(0, columns, BLOCK):
+            col = start + lane
+            sums += tl.load(x + row + col, mask=col < columns, other=0.0).to(tl.float64)
+        mean = tl.sum(sums, axis=0) / columns
+        squares = tl.zeros((BLOCK,), tl.float64)
+        for start in range(0, columns, BLOCK):
+            col = start + lane
+            off = tl.load(x + row + col, mask=col < columns, other=0.0).to(tl.float64) - mean
+            squares += tl.where(col < columns, off * off, 0.0)
+        scale = (1.0 / tl.sqrt(tl.sum(squares, axis=0) / columns + eps)).to(tl.float32)
+        for start in range(0, columns, BLOCK):
+            col = start + lane
+            inside = col < columns
+            off = tl.load(x + row + col, mask=inside, other=0.0).to(tl.float64) - mean
+            by = tl.load(weight + col, mask=inside, other=0.0)
+            plus = tl.load(bias + col, mask=inside, other=0.0)
+            tl.store(out + row + col, off.to(tl.float32) * scale * by + plus, mask=inside)
 
 
 @triton.jit
