@@ -22,6 +22,8 @@ from thermocline.ops.cuda.kernels import KERNELS
 from thermocline.ops.cuda.layout import Kind
 from thermocline.ops.cuda.ops import CudaOps
 from thermocline.ops.cuda.scratch import Scratch
+from thermocline.ops.cuda.sizes import part_of
+from thermocline.ops.reference import ReferenceOps
 
 BEYOND = (1 << 31) + 4096
 
@@ -81,6 +83,30 @@ def test_norms_of_rows_that_are_read_twice(ops: CudaOps, monkeypatch: pytest.Mon
         found.append([out.cpu().numpy() for out in outs])
     for once, twice in zip(*found, strict=True):
         np.testing.assert_allclose(once, twice, rtol=2e-7, atol=2e-7)
+
+
+@pytest.mark.parametrize(("context", "part"), [(1, 64), (4096, 64), (16384, 64), (16385, 128), (131072, 512)])
+def test_a_context_has_parts_of_a_bounded_number(context: int, part: int) -> None:
+    assert part_of(context) == part
+    assert -(-context // part) <= 256
+
+
+def test_attention_over_a_long_context(ops: CudaOps) -> None:
+    """Parts that are longer, most of which nothing is in yet; a replayed step takes all of them."""
+    rng, heads, dim, context, last = np.random.default_rng(6), 2, 16, 16500, 300
+    caches = [KVLayer(*(np.zeros((1, context, dim), np.float16) for _ in range(2)))]
+    for array in (caches[0].keys, caches[0].values):
+        array[:, :last] = rng.standard_normal((1, last, dim))
+    caches.append(KVLayer(*(torch.from_numpy(a.copy()).to(ops.device) for a in (caches[0].keys, caches[0].values))))
+    q, k, v = (rng.standard_normal((1, h, dim)).astype(np.float32) for h in (heads, 1, 1))
+    expected = np.zeros((1, heads, dim), np.float32)
+    ReferenceOps().attention(q, k, v, caches[0], last, 0.25, 0, expected)
+    there = [torch.from_numpy(array).to(ops.device) for array in (q, k, v)]
+    for start in (last, torch.tensor([last], dtype=torch.int32, device=ops.device)):
+        out = ops.array((1, heads, dim))
+        ops.attention(*there, caches[1], start, 0.25, 0, out)
+        np.testing.assert_allclose(out.cpu().numpy(), expected, rtol=1e-5, atol=1e-6)
+    assert np.array_equal(caches[1].keys.cpu().numpy(), caches[0].keys)
 
 
 def sparse_file(tmp_path: Path, size: int) -> np.ndarray:

@@ -463,7 +463,9 @@ def test_what_the_first_prompt_takes_beyond_the_budget_is_said(
             split = llm.generate([5, 9, 2], max_tokens=2).report.split
             assert split is not None
             assert split.over == 3 << 20
-            assert any(f"{size_text(3 << 20)} more than its budget in the first prompt" in line for line in split.lines())
+            assert any(
+                f"{size_text(3 << 20)} more than its budget in the first prompt" in line for line in split.lines()
+            )
         assert len(asked) == 1
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from thermocline.ops.contract import KVLayer
-from thermocline.ops.cuda.sizes import ATTENDED
+from thermocline.ops.cuda.sizes import ATTENDED, part_of
 from thermocline.ops.cuda.tuning import power_of_two
 
 if TYPE_CHECKING:
@@ -47,7 +47,9 @@ def _one(
     """One token at `position`, below `stop`."""
     _, heads, dim = q.shape
     kv_heads = cache.keys.shape[0]
-    group, wide, part = power_of_two(heads // kv_heads), power_of_two(dim), ops.tuning.part
+    group, wide = power_of_two(heads // kv_heads), power_of_two(dim)
+    part = part_of(cache.keys.shape[1])
+    many = power_of_two(-(-cache.keys.shape[1] // part))
     parts = -(-stop // part)
     state = {
         "partial": ops.scratch.take("attention", (heads, parts, dim)),
@@ -63,7 +65,7 @@ def _one(
     )  # fmt: skip
     ops.launcher(
         "combine", (heads,), **state, out=out, position=position, parts=parts, head_dim=dim,
-        PART=part, DIM=wide, num_warps=4,
+        PART=part, MANY=many, STEP=min(many, 16), DIM=wide, num_warps=4,
     )  # fmt: skip
 
 

@@ -12,8 +12,17 @@ PIECE: Final = 24 << 20
 """Bytes of cold neurons that are sent at once; two such buffers on either side."""
 MOST_GROUPS: Final = 64
 """Groups that the positions of an FFN are dealt to, at most."""
-PART: Final = 256
-"""Positions of a program of one token's attention."""
+SHORTEST_PART: Final = 64
+"""Positions of a program of one token's attention, at least."""
+MOST_PARTS: Final = 256
+
+
+def part_of(context: int) -> int:
+    """Positions of a program of one token's attention: few, so that programs are many and each is soon done.
+
+    In long contexts more, so that there are at most `MOST_PARTS`, whose sums are held.
+    """
+    return max(SHORTEST_PART, 1 << max(-(-context // MOST_PARTS) - 1, 0).bit_length())
 
 
 def scratch_bytes(tokens: int, *, n_embd: int, n_ff: int, n_vocab: int, n_q: int, gated: bool, context: int) -> int:
@@ -29,6 +38,6 @@ def scratch_bytes(tokens: int, *, n_embd: int, n_ff: int, n_vocab: int, n_q: int
         cached = max(min(ATTENDED // 4, 2 * n_q * context), min(2 * n_q, 512) * context)
         attention = scores + cached + 2 * tokens * n_q
         prompt = neurons + decoded + attention
-    parts = -(-context // PART)
+    parts = -(-context // part_of(context))
     single = 3 * n_q * parts + 5 * n_ff + (MOST_GROUPS + 16) * n_embd
     return 4 * (prompt + single)

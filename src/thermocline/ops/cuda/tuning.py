@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from thermocline.ops.cuda.layout import DeviceMatrix, Kind
-from thermocline.ops.cuda.sizes import MOST_GROUPS, PART
+from thermocline.ops.cuda.sizes import MOST_GROUPS
 
 K_QUANTS: Final = (Kind.Q4_K, Kind.Q5_K, Kind.Q6_K)
 
@@ -37,8 +37,6 @@ class Tuning:
     most_groups: int = MOST_GROUPS
     """Groups that the positions of an FFN are dealt to, at most; one for each `group_size` neurons at least."""
     group_size: int = 64
-    part: int = PART
-    """Positions of a program of attention."""
     attention_tile: int = 8192
     """Products of a query, a key and a head that a program of attention holds at once."""
     select_block: int = 1024

@@ -80,27 +80,32 @@ def attend(
             acc = acc * fade[:, None] + tl.sum(weight[:, :, None] * cached.to(tl.float32)[None], axis=1)
             total = total * fade + tl.sum(weight, axis=1)
             peak = higher
-    place = head * parts + part
-    tl.store(peaks + place, peak, mask=member < group)
-    tl.store(sums + place, total, mask=member < group)
-    tl.store(partial + place[:, None] * head_dim + dim[None], acc, mask=queries)
+    if begin <= last:  # nobody reads what comes after
+        place = head * parts + part
+        tl.store(peaks + place, peak, mask=member < group)
+        tl.store(sums + place, total, mask=member < group)
+        tl.store(partial + place[:, None] * head_dim + dim[None], acc, mask=queries)
 
 
 @kernel
-def combine(partial, peaks, sums, out, position, parts, head_dim, PART: tl.constexpr, DIM: tl.constexpr):
-    """out (n_head, head_dim) = the parts of each head together."""
+def combine(
+    partial, peaks, sums, out, position, parts, head_dim,
+    PART: tl.constexpr, MANY: tl.constexpr, STEP: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    """out (n_head, head_dim) = the parts of each head together, of which there are MANY at most: STEP at a time."""
     head = tl.program_id(0).to(tl.int64)
     dim = tl.arange(0, DIM)
-    inside = dim < head_dim
     used = tl.load(position).to(tl.int64) // PART + 1
-    peak = tl.load(peaks + head * parts)
-    for part in range(1, used):
-        peak = tl.maximum(peak, tl.load(peaks + head * parts + part))
+    lane = tl.arange(0, MANY)
+    every = tl.load(peaks + head * parts + lane, mask=lane < used, other=float("-inf"))
+    peak = tl.max(every, axis=0)
+    shares = tl.exp(every - peak) * tl.load(sums + head * parts + lane, mask=lane < used, other=0.0)
     acc = tl.zeros((DIM,), tl.float32)
-    total = 0.0
-    for part in range(used):
-        at = head * parts + part
-        weight = tl.exp(tl.load(peaks + at) - peak)
-        acc += weight * tl.load(partial + at * head_dim + dim, mask=inside, other=0.0)
-        total += weight * tl.load(sums + at)
-    tl.store(out + head * head_dim + dim, acc / total, mask=inside)
+    for start in range(0, used, STEP):
+        some = start + tl.arange(0, STEP)
+        at = head * parts + some
+        weight = tl.exp(tl.load(peaks + at, mask=some < used, other=float("-inf")) - peak)
+        cells = (some < used)[:, None] & (dim < head_dim)[None]
+        tile = tl.load(partial + at[:, None] * head_dim + dim[None], mask=cells, other=0.0)
+        acc += tl.sum(weight[:, None] * tile, axis=0)
+    tl.store(out + head * head_dim + dim, acc / tl.sum(shares, axis=0), mask=dim < head_dim)
