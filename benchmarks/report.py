@@ -263,12 +263,18 @@ def _perplexity() -> str:
 
 
 def _audit() -> str:
-    """What `thermocline audit --json` said, with the model's name."""
-    return "\n\n".join(
-        f"Audit of the exact low-rank predictor of {r['model']}, {r['tokens']:,} tokens: "
-        f"{'passed' if r['passed'] else 'failed'}, {r['summary']}."
-        for r in read("audit.json")
-    )
+    """What `benchmarks.audit` kept."""
+    parts = []
+    for r in read("audit.json"):
+        found, worst = r["predicted"], min(layer["energy_recall"] for layer in r["layers"])
+        same = max(r[name]["max_kl"] for name in ("exact", "oracle"))
+        parts.append(
+            f"Audit of the exact low-rank predictor of {r['model']}, {r['tokens']:,} tokens: "
+            f"{'passed' if r['passed'] else 'failed'}. Predicted against dense: mean KL divergence "
+            f"{found['mean_kl']:.1e}, top-1 {found['top1']:.1%}, perplexity ratio {found['perplexity_ratio']:.4f}; "
+            f"energy recall of the worst layer {worst:.3f}; exact and the oracle mask at most {same:.1g} from dense."
+        )
+    return "\n\n".join(parts)
 
 
 def _pool() -> str:

@@ -75,10 +75,16 @@ def test_attention_is_told_by_heads_and_keys(tmp_path: Path, monkeypatch: pytest
 
 def test_an_audit_is_told_with_its_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "RESULTS", tmp_path)
-    (tmp_path / "audit.json").write_text(
-        json.dumps({"model": "m", "tokens": 2048, "passed": True, "summary": "KL 0.0001, 2,048 tokens"})
+    found = {"mean_kl": 5e-6, "max_kl": 1e-5, "top1": 0.985, "perplexity_ratio": 1.0002}
+    layers = [{"energy_recall": 0.999}, {"energy_recall": 0.9712}]
+    distances = {"predicted": found, "exact": {"max_kl": 0.0}, "oracle": {"max_kl": 2e-9}}
+    kept = {"model": "m", "tokens": 2048, "passed": True, "layers": layers, **distances}
+    (tmp_path / "audit.json").write_text(json.dumps(kept))
+    said = report.block()
+    assert (
+        "predictor of m, 2,048 tokens: passed. Predicted against dense: mean KL divergence 5.0e-06, top-1 98.5%" in said
     )
-    assert "predictor of m, 2,048 tokens: passed, KL 0.0001, 2,048 tokens." in report.block()
+    assert "energy recall of the worst layer 0.971; exact and the oracle mask at most 2e-09 from dense." in said
 
 
 def test_engines_at_rest_and_together_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
