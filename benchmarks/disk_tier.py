@@ -97,6 +97,7 @@ def measure(path: Path, budget: str | None, tokens: int, threads: int, mode: str
     record: dict[str, Any] = {"budget": budget, "tokens": made, "tokens_per_second": tokens / seconds, **status()}
     record["page_cache"] = sum(cached(file) for file in files)
     record["notices"] = list(model.notices)
+    record["predictor_bytes"] = model.report.predictor_bytes
     if model.placing.plan is not None:
         record["predicted_tokens_per_second"] = model.placing.plan.predicted.tokens_per_second
     if below.reads:

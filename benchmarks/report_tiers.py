@@ -16,8 +16,11 @@ def disk(result: Result) -> str:
     same = "the same tokens as" if ours["tokens"] == free["tokens"] else "OTHER TOKENS than"
     size = sum(kind.get("megabytes_a_token", 0.0) for kind in ours["reads"].values())
     count = sum(kind.get("requests_a_token", 0.0) for kind in ours["reads"].values())
+    scored = ours.get("predictor_bytes", 0)
+    predictor = f" by a predictor of {scored / 1e6:.0f} MB" if scored else ""
     said = (
-        f"{result['model']} under a RAM budget of {ours['budget']}, mode {result['mode']}: {same} without a budget, "
+        f"{result['model']} under a RAM budget of {ours['budget']}, mode {result['mode']}{predictor}: {same} without a "
+        "budget, "
         f"{ours['tokens_per_second']:.2f} tokens/s (median of {len(ours['rates'])}, {min(ours['rates']):.2f} to "
         f"{max(ours['rates']):.2f}), {ours['VmHWM'] / 1e6:.0f} MB resident at most. Every token reads {size:.0f} MB in "
         f"{count:,.0f} reads; {ours['hit_rate']:.0%} of its neurons were in memory, and the reads alone, one kind "

@@ -293,11 +293,11 @@ def spooled(tensors: Iterator[tuple[str, Floats]], folder: Path) -> list[tuple[s
 
 
 def write_models(
-    generator: Generator, tensors: list[tuple[str, Floats]], outtype: str, stem: str, folder: Path
+    generator: Generator, tensors: list[tuple[str, Floats]], outtype: str, stem: str, folder: Path, scorer: str = ""
 ) -> None:
-    """The model in one type, in both layouts, and its predictor beside each."""
+    """The model in one type, in both layouts, and its predictor, of the type `scorer` or its own, beside each."""
     shape, mixture = generator.shape, MIXTURES[outtype]
-    made = predictor(generator, mixture.common)
+    made = predictor(generator, BY_NAME[scorer.upper()] if scorer else mixture.common)
     print(f"predictor: {made.nbytes / 1e6:.0f} MB, selects {np.mean(made.active_shares or 0):.1%}")
     kept: dict[str, Weight] = {}
     for layout in ("standard", "records"):
@@ -319,6 +319,12 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="1.3b")
     parser.add_argument("--active", type=float, default=0.12, help="mean share of neurons that fire")
     parser.add_argument("--outtype", nargs="+", default=["q8_0"], choices=MIXTURES)
+    parser.add_argument(
+        "--predictor",
+        default="",
+        choices=["f16", "q8_0", "q4_0"],
+        help="the predictors' type; without, the model's own",
+    )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("-o", "--output", type=Path, default=Path(), help="folder of the files")
     args = parser.parse_args()
@@ -328,7 +334,7 @@ def main() -> None:
     fired = np.mean(generator.measured)
     print(f"{fired:.1%} of neurons fire on the calibration tokens, {time.monotonic() - start:.0f} s", flush=True)
     for outtype in args.outtype:
-        write_models(generator, tensors, outtype, f"synthetic-{args.shape}", args.output)
+        write_models(generator, tensors, outtype, f"synthetic-{args.shape}", args.output, args.predictor)
 
 
 if __name__ == "__main__":
