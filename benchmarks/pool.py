@@ -1,15 +1,19 @@
-"""Whether an engine at rest uses the processor, and whether two engines in one process are in each other's way.
+"""Whether an engine at rest uses the processor, whether two engines in one process are in each other's way, and what
+becomes of one where another program is busy.
 
     python -m benchmarks.pool -m models/synthetic-1.3b.q4_0.gguf
 
 idle: processor time of the process in the second that begins 50 ms after the last token.
 in turns: two engines of all threads each decode by turns, a few tokens each, beside one alone.
 at once: both decode in threads of their own; what is compared is the sum of their rates.
+beside a busy program: one engine decodes while another process keeps a core busy.
 """
 
 from __future__ import annotations
 
 import argparse
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -61,6 +65,15 @@ def at_once(engines: tuple[Ours, Ours]) -> float:
     return COUNT / (time.perf_counter() - began)
 
 
+def beside_busy(engine: Ours) -> float:
+    """Tokens a second of one engine while another process computes."""
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as program:
+        try:
+            return alone(engine)
+        finally:
+            program.kill()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-m", "--model", type=Path, required=True)
@@ -72,7 +85,12 @@ def main() -> None:
     one, two = (Ours.load(path, Mode.EXACT, args.threads, 2 * COUNT) for _ in range(2))
     rest = idle(one)
     rounds = [
-        {"alone": alone(one), "in turns": in_turns((one, two)), "at once": at_once((one, two))}
+        {
+            "alone": alone(one),
+            "in turns": in_turns((one, two)),
+            "at once": at_once((one, two)),
+            "beside a busy program": beside_busy(one),
+        }
         for _ in range(args.rounds)
     ]
     print(f"idle: {rest * 1000:.2f} ms of processor time in a second, from {REST * 1000:.0f} ms after the last token")

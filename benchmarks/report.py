@@ -278,16 +278,18 @@ def _audit() -> str:
 
 
 def _pool() -> str:
-    """An engine at rest, and two in one process."""
+    """An engine at rest, two in one process, and one beside a busy program."""
     parts = []
     for r in read("pool.json"):
-        alone, turns, once = (
-            statistics.median(row[name] for row in r["rounds"]) for name in ("alone", "in turns", "at once")
+        alone, turns, once, busy = (
+            statistics.median(row[name] for row in r["rounds"])
+            for name in ("alone", "in turns", "at once", "beside a busy program")
         )
         parts.append(
             f"At rest, from 50 ms after its last token, an engine of {r['model']} used "
             f"{r['idle_seconds'] * 1000:.1f} ms of processor time in a second. Two engines in one process, all threads "
-            f"each: {turns / alone:.0%} of one's rate by turns, {once / alone:.0%} in sum at once."
+            f"each: {turns / alone:.0%} of one's rate by turns, {once / alone:.0%} in sum at once. Beside a program "
+            f"that keeps one of {r['machine']['cores']} cores busy: {busy / alone:.0%}."
         )
     return "\n\n".join(parts)
 

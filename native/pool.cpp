@@ -59,19 +59,19 @@ void pin_to(pthread_t thread, int cpu) {
 }  // namespace
 
 Pool::Pool(int size, bool pin) : size_(size), forks_(forks()) {
-  threads_.reserve(static_cast<size_t>(size));
-  for (int worker = 1; worker < size; ++worker) threads_.emplace_back([this, worker] { work(worker); });
 #ifdef __linux__
-  if (!pin || size == 1) return;
-  std::vector<int> cores = allowed_cores();
-  if (static_cast<int>(cores.size()) != size) return;
-  cores_ = std::move(cores);
-  for (int worker = 1; worker < size; ++worker) {
-    pin_to(threads_[static_cast<size_t>(worker - 1)].native_handle(), cores_[static_cast<size_t>(worker)]);
-  }
+  if (pin && size > 1) cores_ = allowed_cores();
+  if (static_cast<int>(cores_.size()) != size) cores_.clear();
 #else
   (void)pin;
 #endif
+  threads_.reserve(static_cast<size_t>(size));
+  for (int worker = 1; worker < size; ++worker) {
+    threads_.emplace_back([this, worker] { work(worker); });
+#ifdef __linux__
+    if (!cores_.empty()) pin_to(threads_.back().native_handle(), cores_[static_cast<size_t>(worker)]);
+#endif
+  }
 }
 
 Pool::~Pool() {
@@ -103,7 +103,7 @@ void Pool::start(Call call, void* context) {
 }
 
 void Pool::finish() {
-  spin_until([&] { return running_.load(std::memory_order_acquire) == 0; });
+  for (int look = 0; running_.load(std::memory_order_acquire) != 0; ++look) wait_between_looks(look, alone());
 }
 
 // The caller, which is not pinned, may wake up on the core of a worker. There each would wait for the other,
@@ -130,10 +130,12 @@ int Pool::wait_for_work(int seen) {
   for (int look = 1;; ++look) {
     const int epoch = epoch_.load(std::memory_order_acquire);
     if (epoch != seen) return epoch;
-    wait_between_looks(look);
+    wait_between_looks(look, alone());
     if (look % kLooksPerClock == 0 && (park_.load(std::memory_order_relaxed) || Clock::now() > deadline))
       break;
   }
+  const int counted = cores_.empty() ? 0 : 1;
+  awake.fetch_sub(counted);
   asleep_.fetch_add(1);
   int epoch = epoch_.load();
   while (epoch == seen) {
@@ -141,17 +143,20 @@ int Pool::wait_for_work(int seen) {
     epoch = epoch_.load();
   }
   asleep_.fetch_sub(1);
+  awake.fetch_add(counted);
   return epoch;
 }
 
 void Pool::work(int worker) {
   int seen = 0;
+  if (!cores_.empty()) awake.fetch_add(1);
   for (;;) {
     seen = wait_for_work(seen);
-    if (stop_.load()) return;
+    if (stop_.load()) break;
     call_(context_, worker);
     running_.fetch_sub(1, std::memory_order_release);
   }
+  if (!cores_.empty()) awake.fetch_sub(1);
 }
 
 }  // namespace thermocline

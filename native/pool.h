@@ -21,18 +21,15 @@ inline void relax() {
 
 // The n-th look of a waiting loop: soon the core is given away between looks, for with more threads than
 // cores the one waited for may need it. A pause takes 10 to 50 ns, a yield that nobody takes up about 300 ns.
-inline void wait_between_looks(int look) {
+// Where the one waited for has a core of its own (`keep`), only a stranger could take the core, and would
+// keep it for milliseconds.
+inline void wait_between_looks(int look, bool keep = false) {
   constexpr int kPauses = 256;
-  if (look < kPauses) {
+  if (keep || look < kPauses) {
     relax();
   } else {
     std::this_thread::yield();
   }
-}
-
-template <class Ready>
-void spin_until(Ready ready) {
-  for (int look = 0; !ready(); ++look) wait_between_looks(look);
 }
 
 // Runs a body on `size` threads at once; the calling thread is worker 0. Between bodies the other workers
@@ -72,7 +69,8 @@ class Pool {
       generation_.store(generation + 1, std::memory_order_release);
       return;
     }
-    spin_until([&] { return generation_.load(std::memory_order_acquire) != generation; });
+    for (int look = 0; generation_.load(std::memory_order_acquire) == generation; ++look)
+      wait_between_looks(look, alone());
   }
   void barrier() {
     barrier([] {});
@@ -84,11 +82,16 @@ class Pool {
  private:
   using Call = void (*)(void*, int);
 
+  // Whether every worker has a core, which it need not share with a worker of another pool.
+  bool alone() const { return !cores_.empty() && awake.load(std::memory_order_relaxed) < size_; }
+
   void start(Call call, void* context);
   void step_aside();
   void finish();
   void work(int worker);
   int wait_for_work(int seen);
+
+  alignas(128) static inline std::atomic<int> awake{0};  // workers of all pinned pools
 
   const int size_;
   const uint32_t forks_;

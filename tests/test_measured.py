@@ -89,10 +89,12 @@ def test_an_audit_is_told_with_its_verdict(tmp_path: Path, monkeypatch: pytest.M
 
 def test_engines_at_rest_and_together_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "RESULTS", tmp_path)
-    rounds = [{"alone": 10.0, "in turns": 9.0, "at once": 8.0}, {"alone": 10.0, "in turns": 9.0, "at once": 8.0}]
-    (tmp_path / "pool.json").write_text(json.dumps({"model": "m", "idle_seconds": 0.0002, "rounds": rounds}))
+    rounds = 2 * [{"alone": 10.0, "in turns": 9.0, "at once": 8.0, "beside a busy program": 5.0}]
+    result = {"model": "m", "machine": {"cores": 4}, "idle_seconds": 0.0002, "rounds": rounds}
+    (tmp_path / "pool.json").write_text(json.dumps(result))
     assert "used 0.2 ms of processor time in a second." in report.block()
     assert "90% of one's rate by turns, 80% in sum at once." in report.block()
+    assert "Beside a program that keeps one of 4 cores busy: 50%." in report.block()
 
 
 def test_perplexities_stand_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
