@@ -253,6 +253,7 @@ def models(bench: Bench, machine: Machine, name: str, args: argparse.Namespace, 
     print(f"{name}: {source.nbytes / GB:.1f} GB drawn in {time.monotonic() - began:.1f} s", flush=True)
     lengths = Lengths(64, 6, 2) if DRY else Lengths()
     rows: list[Row] = results["models"]
+    steps: list[Row] = results["profile"]
     longest = 0.0
     for share in args.budgets:
         for mode in (Mode.PREDICTED, Mode.EXACT) if share == 1.0 else (Mode.PREDICTED,):
@@ -270,9 +271,9 @@ def models(bench: Bench, machine: Machine, name: str, args: argparse.Namespace, 
                 print_table(rows[-1:])
                 if share == 1.0 and mode is Mode.EXACT and "tok/s" in rows[-1]:
                     rows[-1]["GB/s"] = round(bytes_a_token(source) * rows[-1]["tok/s"] / GB, 1)
-                if "profile" in args.parts and share == 0.5 and case.name == "ours" and not results["profile"]:
-                    results["profile"] = profile(bench, source, case, budget, lengths)
-    return results["profile"]
+                if "profile" in args.parts and share == 0.5 and case.name == "ours" and not steps:
+                    steps += profile(bench, source, case, budget, lengths)
+    return steps
 
 
 def profile(bench: Bench, source: Source, case: Case, budget: int, lengths: Lengths) -> list[Row]:

@@ -45,6 +45,7 @@ class Source:
     heat: npt.NDArray[np.float32]
     kind: str = "gguf"
     path: Path = field(default=Path("synthetic"))
+    fingerprint: str = "synthetic"
 
     @property
     def nbytes(self) -> int:
