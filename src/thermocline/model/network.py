@@ -175,7 +175,7 @@ class Transformer:
             ContextError: a segment goes beyond its cache or beyond the table of rotations.
             UsageError: tokens, segments or workspace do not fit one another.
         """
-        positions = self._check(
+        positions = self.check(
             tokens, segments, workspace, outputs, watched=observer is not None or counter is not None
         )
         tally = Tally() if tally is None else tally
@@ -400,16 +400,16 @@ class Transformer:
         self.ops.linear(normed, self.head, (logits,))
         return logits
 
-    def _check(
+    def check(
         self,
         tokens: npt.NDArray[np.int32],
         segments: Sequence[Segment],
         workspace: Workspace,
         outputs: Outputs,
         *,
-        watched: bool,
+        watched: bool = False,
     ) -> npt.NDArray[np.int32]:
-        """Refuse what would read or write outside an array; the positions of the tokens (T)."""
+        """Refuse what would read or write outside an array; the positions of the tokens (T). Raises as `step` does."""
         n = len(tokens)
         if not 1 <= n <= workspace.max_tokens:
             raise UsageError(f"a step of {n} tokens does not fit a workspace of 1 to {workspace.max_tokens}")

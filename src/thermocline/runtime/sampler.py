@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.random  # here, before a model is loaded: while it is imported, an interrupt would be lost in it
 import numpy.typing as npt
 
 from thermocline.config import SamplingSettings

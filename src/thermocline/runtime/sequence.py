@@ -8,12 +8,15 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from thermocline.errors import UsageError
 from thermocline.hardware.machine import Tier
 from thermocline.memory.kv_cache import KVCache
 from thermocline.model.feed_forward import NOTHING, Tally
 from thermocline.model.network import Outputs, Segment, Transformer
 from thermocline.model.observers import Counter
+from thermocline.model.workspace import Workspace
 from thermocline.ops.contract import Arrays, FfnWork
+from thermocline.runtime.taped import TapedStep
 
 Tokens = npt.NDArray[np.int32]
 Logits = npt.NDArray[np.float32]
@@ -67,12 +70,24 @@ class TransformerSequence:
         self._cache = cache
         self._counter = counter
         self._workspace = transformer.workspace(self.ubatch, 1, observed=counter is not None, arrays=arrays)
+        self._taped = None if timed or counter is not None else _taped(transformer, cache, self._workspace)
 
     def step(self, tokens: Tokens, start: int, *, logits: bool) -> Step:
         """See the protocol."""
         outputs = Outputs.LAST if logits else Outputs.NONE
         segment = Segment(self._cache, start, len(tokens))
+        if self._taped is not None and logits and len(tokens) == 1:
+            self._transformer.check(tokens, (segment,), self._workspace, outputs)
+            return Step(*self._taped.run(int(tokens[0]), start))
         result = self._transformer.step(
             tokens, (segment,), self._workspace, outputs, tally=self.tally, counter=self._counter
         )
         return Step(self._transformer.ops.to_host(result.logits)[0] if logits else None, result.work, result.hot)
+
+
+def _taped(transformer: Transformer, cache: KVCache, workspace: Workspace) -> TapedStep | None:
+    """The step of a single token without Python in it, where it can be had: it makes the same bits."""
+    try:
+        return TapedStep(transformer, cache, workspace)
+    except UsageError:
+        return None

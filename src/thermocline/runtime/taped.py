@@ -17,7 +17,7 @@ from thermocline.model.feed_forward import FeedForward
 from thermocline.model.layer import Layer, LayerPredictor
 from thermocline.model.network import Transformer
 from thermocline.model.workspace import Workspace
-from thermocline.ops.contract import NeuronBlock
+from thermocline.ops.contract import FfnWork, NeuronBlock
 from thermocline.ops.cpu import CpuOps
 from thermocline.ops.device import Host
 from thermocline.ops.tape import TapeOps
@@ -78,7 +78,8 @@ class Taping:
         tape = TapeOps(self.ops)
         device, transformer = Host(tape), self.transformer
         views = self.workspace.on(Tier.RAM).views(1)
-        tape.copy(self.residual, views.x)
+        if self.residual is not views.x:
+            tape.copy(self.residual, views.x)
         layers = list(transformer.layers)
         layers[stage.layers.start : stage.layers.stop] = [_on(device, layers[index]) for index in stage.layers]
         taped = replace(transformer, layers=tuple(layers))
@@ -109,6 +110,36 @@ class Taping:
         tape = TapeOps(self.ops)
         tape.predict(self.residual, predictor.fc1, predictor.fc2, self.workspace.on(Tier.RAM).views(1).scores)
         return tape
+
+
+class TapedStep:
+    """The decode step of a network that is the CPU's alone, replayed for every token: no Python between the layers."""
+
+    def __init__(self, transformer: Transformer, cache: KVCache, workspace: Workspace) -> None:
+        """For tokens of the sequence in `cache`; `workspace` is that of its other steps.
+
+        Raises:
+            UsageError: a part of the step is on another device, on disk, or may change its place.
+        """
+        ops = transformer.exit.ops
+        if [device.tier for device in transformer.devices] != [Tier.RAM] or type(ops) is not CpuOps:
+            raise UsageError("a taped step needs all of a network in RAM")
+        self._transformer, self._cache, self._views = transformer, cache, workspace.views(1)
+        self._token, self._position = np.zeros(1, np.int32), np.zeros(1, np.int32)
+        taping = Taping(transformer, ops, cache, workspace, self._views.x, self._position)
+        self._tape = taping.stage(Stage(Tier.RAM, range(len(transformer.layers))))
+        self._logits = workspace.logits
+
+    def run(self, token: int, position: int) -> tuple[Floats, FfnWork]:
+        """Logits (n_vocab) of the token after `token`, which is at `position`, and the work of all FFNs.
+
+        The logits are overwritten by the next step. Both numbers were checked.
+        """
+        self._token[0], self._position[0] = token, position
+        self._transformer.embed(self._token, self._position, self._views.x, self._views.normed)
+        work = self._tape.play()
+        self._cache.length = position + 1
+        return self._logits[0], work
 
 
 def _on(device: Host, layer: Layer) -> Layer:
