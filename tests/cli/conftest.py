@@ -6,7 +6,7 @@ import io
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,11 +52,17 @@ def command(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.fixture
-def spawn() -> Callable[..., subprocess.Popen[bytes]]:
-    """The command line in a process of its own, with pipes."""
+def spawn() -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
+    """The command line in a process of its own, with pipes; none outlives its test."""
+    started: list[subprocess.Popen[bytes]] = []
 
     def start(*arguments: object, **options: object) -> subprocess.Popen[bytes]:
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL, **options}
-        return subprocess.Popen([sys.executable, "-m", "thermocline", *map(str, arguments)], **pipes)  # type: ignore[call-overload, no-any-return]
+        started.append(subprocess.Popen([sys.executable, "-m", "thermocline", *map(str, arguments)], **pipes))  # type: ignore[call-overload]
+        return started[-1]
 
-    return start
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
