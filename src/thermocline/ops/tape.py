@@ -1,4 +1,4 @@
-"""The CPU's ops written down, so that a native thread plays them again without Python."""
+"""The CPU's ops written down, to be played again without Python between them."""
 
 from __future__ import annotations
 
