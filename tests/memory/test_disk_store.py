@@ -436,6 +436,22 @@ def test_the_cache_keeps_what_is_used_often_and_lately() -> None:
     cache.give_back(slots)
 
 
+def test_a_record_that_is_known_to_be_hot_stays_though_it_was_seen_once() -> None:
+    """Both come in together; one is expected to come again, and outlives the other."""
+    left = []
+    for heat in (np.zeros(12), np.where(np.arange(12) == 0, 0.9, 0.0)):
+        cache = RecordCache(8)
+        layer = cache.add_layer(12)
+        cache.rate(layer, heat)
+        for first in (0, 2, 4, 6, 8):
+            cache.step()
+            missing, slots = cache.claim(layer, np.array([first, first + 1], np.int32))
+            cache.fill(layer, missing, slots)
+        left.append((cache.rows[layer][:2] >= 0).tolist())
+    assert left[0][0] is False
+    assert left[1] == [True, False]
+
+
 def test_warming_up_reads_the_hottest_and_changes_nothing(file: Path, plain: np.ndarray) -> None:
     heat = np.random.default_rng(8).random((LAYERS, NEURONS))
     loaded = Loaded(file, 0, 110)

@@ -255,6 +255,20 @@ def test_a_caches_records_keep_their_slots_under_other_numbers() -> None:
     assert cache.rows[layer][4] == slots[2]
 
 
+def test_what_is_expected_of_records_goes_with_them_under_other_numbers() -> None:
+    cache = RecordCache(4)
+    layer = cache.add_layer(3)
+    cache.rate(layer, np.array([0.9, 0.0, 0.0]))
+    cache.renumber(layer, np.array([2, 0, -1], np.int32), 3)
+    for records in ([2], [0], [1]):
+        cache.step()
+        missing, slots = cache.claim(layer, np.array(records, np.int32))
+        cache.fill(layer, missing, slots)
+    other = cache.add_layer(3)
+    missing, slots = cache.claim(other, np.arange(3, dtype=np.int32))
+    assert (cache.rows[layer] >= 0).tolist() == [False, False, True]
+
+
 def test_neurons_with_biases_stay_where_they_are(make_source: Callable[..., Any]) -> None:
     source, memory = make_source(F32, RELU2), two_devices()
     network, _ = load_transformer(source, memory, seats=seating(32, 32), movable=Movable(memory))

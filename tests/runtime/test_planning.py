@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from thermocline import api
 from thermocline.activity.order import Order
 from thermocline.activity.statistics import Activity
 from thermocline.activity.store import save_activity
-from thermocline.config import LoadSettings
+from thermocline.config import LoadSettings, Mode
 from thermocline.errors import (
     BudgetError,
     FingerprintError,
@@ -28,7 +29,8 @@ from thermocline.placement.cost import FfnMode
 from thermocline.placement.ledger import Purpose
 from thermocline.placement.plan import Status, check_plan
 from thermocline.placement.plan_file import load_plan, save_plan
-from thermocline.runtime.planning import PlanSettings, problem_of
+from thermocline.placement.problem import LayerPlace, Placement
+from thermocline.runtime.planning import ONLY_SHARES, PlanSettings, problem_of
 
 PC = "rtx-3060+i5-12400+nvme-gen4"
 TIGHT = {"machine": PC, "vram_budget": "480MiB"}
@@ -60,6 +62,23 @@ def test_a_plan_is_made_of_what_is_known(model: Path, activity: Path) -> None:
     without = api.plan(model, **TIGHT)
     assert without.plan.activity is None
     assert any("temperatures are unknown" in note for note in without.plan.notes)
+
+
+@pytest.mark.parametrize("shares", [None, 0.125])
+def test_without_an_activity_neurons_count_as_often_as_the_predictor_selects_one(
+    model: Path, with_predictor: Any, shares: float | None
+) -> None:
+    with open_model(with_predictor(model, shares=shares)) as source:
+        problem, _, notices = problem_of(source, PlanSettings(machine=PC), LoadSettings(mode=Mode.PREDICTED))
+    assert (ONLY_SHARES in notices) == (shares is not None)
+    if shares is None:
+        assert problem.temperatures is None
+        return
+    assert problem.temperatures is not None
+    assert set(np.unique(problem.temperatures)) == {shares}
+    unknown = replace(problem, temperatures=None)
+    in_ram = Placement(Tier.RAM, Tier.RAM, (LayerPlace(Tier.RAM, Tier.RAM, 0, 1),) * 2)
+    assert problem.seconds(in_ram) < unknown.seconds(in_ram)
 
 
 def test_a_file_in_the_order_of_its_activity_has_its_cold_neurons_together(

@@ -125,7 +125,8 @@ class DiskStore:
             for done, (layer, mine) in enumerate(zip(layers, hot, strict=True)):
                 room = min(count, pool.cache.free)
                 chosen = np.flatnonzero(mine >= least)[:room].astype(np.int32)
-                layer.read_ahead(chosen, mine[chosen])
+                layer.rate(mine)
+                layer.read_ahead(chosen)
                 count -= len(chosen)
                 filled += len(chosen)
                 if progress is not None:
@@ -152,7 +153,7 @@ class DiskStore:
             for layer, mine, end in zip(layers, hot, ends, strict=True):
                 layer.rate(mine)
                 chosen = missing[(missing < end) & (missing >= end - len(mine))] - (end - len(mine))
-                layer.read_ahead(np.sort(chosen).astype(np.int32), mine[np.sort(chosen)])
+                layer.read_ahead(np.sort(chosen).astype(np.int32))
             records, size = records + len(missing), size + len(missing) * sum(pool.row_bytes)
         return records, size
 
@@ -288,10 +289,10 @@ class DiskNeurons:
         return held
 
     def rate(self, heat: npt.NDArray[np.float64]) -> None:
-        """Let records go by how often they are used, and no longer by when they were."""
+        """Let records go by how often they are expected to be used, and no longer by when they were."""
         self.pool.cache.rate(self._layer, heat)
 
-    def read_ahead(self, records: Ints, heat: npt.NDArray[np.float64]) -> None:
+    def read_ahead(self, records: Ints) -> None:
         """Have records in memory before anybody asks for them.
 
         Raises:
@@ -299,9 +300,7 @@ class DiskNeurons:
         """
         self.let_go()
         for start in range(0, len(records), PIECE):
-            piece = records[start : start + PIECE]
-            fetch = self._fetch(piece)
-            self._reads.settle(fetch, heat[start : start + PIECE][np.isin(piece, fetch.missing)])
+            self._reads.settle(self._fetch(records[start : start + PIECE]))
 
     def announce(self, active: ActiveSet) -> None:
         """Start reading what is missing of the active set, or of its first part if there is no room for all."""

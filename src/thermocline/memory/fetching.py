@@ -68,7 +68,7 @@ class Fetching:
             raise
         return fetch
 
-    def settle(self, fetch: Fetch, heat: npt.NDArray[np.float64] | None = None) -> None:
+    def settle(self, fetch: Fetch) -> None:
         """Wait for reads, and enter what they brought.
 
         Raises:
@@ -82,7 +82,7 @@ class Fetching:
         if failed is not None:
             self.pool.cache.give_back(fetch.slots)
             raise failed
-        self.pool.cache.fill(self.layer, fetch.missing, fetch.slots, heat)
+        self.pool.cache.fill(self.layer, fetch.missing, fetch.slots)
 
     def abandon(self, fetch: Fetch) -> None:
         """Wait for reads, and forget what they brought."""

