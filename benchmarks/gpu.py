@@ -4,11 +4,12 @@
     python -m benchmarks.gpu --dry    # tiny shapes in Triton's interpreter: shows that it runs, measures nothing
     python -m benchmarks.gpu --minutes 5 --models 7b --parts kernels crossings models    # where less time is lent
 
-In order: bandwidth of copies, and of the kernels against it; what a crossing costs each way; decode and prefill of
-synthetic models of 7 and 13 billion weights at several budgets, beside our own split by whole layers at the same budget
-and beside the cost model's prediction, with device memory against the ledger; the kernels of a whole decode step by
-time; the tests that need a GPU; other tile sizes. What is left of the time decides what is left out, and that is said.
-At the end stands what was to be shown beside what was measured (`gpu_claims`).
+In order: bandwidth of copies, and of the kernels against it; what a crossing costs each way; decode and prefill of a
+synthetic model of 7 billion weights at several budgets, beside our own splits by whole layers at the same budget and
+beside the cost model's prediction, with device memory against the ledger; the tests that need a GPU; the same for 13
+billion weights; the kernels of a whole decode step by time; other tile sizes. Each is a process of its own with a limit
+of time, and what is measured is written at once (`gpu_apart`). What is left of the time decides what is left out, and
+that is said. At the end stands what was to be shown beside what was measured (`gpu_claims`).
 
 The models are those of `benchmarks.synthetic`, drawn on the GPU: neurons fire 12 % of the time, by a power law, and
 low-rank predictors know when. They lie hottest first.
@@ -17,6 +18,7 @@ low-rank predictors know when. They lie hottest first.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import subprocess
 import sys
@@ -36,7 +38,8 @@ if DRY:
 
 import torch
 
-from benchmarks.gpu_cases import GB, Case, Lengths, Loaded, Row, bytes_a_token, cases, problem_of, run_case, whole
+from benchmarks.gpu_apart import Part, Results, apart
+from benchmarks.gpu_cases import GB, Lengths, Loaded, Row, bytes_a_token, cases, problem_of, run_case, whole
 from benchmarks.gpu_claims import claims
 from benchmarks.gpu_sweep import sweep
 from benchmarks.synthetic import SHAPES, Shape
@@ -67,9 +70,16 @@ ACTIVE = 0.12
 MODELS = {"7b": SHAPES["7b"], "13b": SHAPES["13b"], "dry": Shape(64, 512, 2, 2, 1, 320)}
 BUDGETS = (0.25, 0.50, 1.00, 0.10, 0.75)
 """Shares of what the whole model takes, the most telling first."""
+DENSE_TOO = (0.25, 0.50)
+"""Budgets at which a layer split that computes all neurons is measured too: what other engines do."""
 PARTS = ("kernels", "crossings", "models", "profile", "tests", "sweep")
 """What there is to measure, the most telling first. Models need kernels and crossings, for their predictions."""
 SECONDS_A_CASE, SECONDS_OF_TESTS = 30.0, 150.0
+LIMITS = {"kernels": 90.0, "crossings": 60.0, "profile": 60.0, "tests": SECONDS_OF_TESTS, "tile sizes": 90.0}
+"""Seconds of a part; models take what is left, and the first of them what the tests leave."""
+SECONDS_TO_START, END = 8.0, 2.0
+"""Seconds without which no part is begun, and that one has to come to its end."""
+LENGTHS = Lengths(64, 6, 2) if DRY else Lengths()
 COLD = 400_000_000
 """Bytes that kernels read before they come back to the same: some times what second caches hold."""
 PROFILED = 5
@@ -127,22 +137,27 @@ def gpu_tests(bench: Bench) -> Row:
     if DRY or not bench.time_for("tests on the device", SECONDS_OF_TESTS / 3):
         return {}
     folders = [f"tests/{name}" for name in ("runtime/test_gpu.py", "runtime/test_captured.py", "memory", "ops")]
-    spread = ["-n", "12"] if find_spec("xdist") else []
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", *spread, "-p", "no:cacheprovider", *folders]
-    limit = min(SECONDS_OF_TESTS, bench.left - 5)
+    more = ["-n", "12"] if find_spec("xdist") else []
+    more += ["--timeout", "60"] if find_spec("pytest_timeout") else []  # one that hangs is not to end the others
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "--tb=line", "-rfE", "-p", "no:cacheprovider", *more]
+    limit, passed, said = bench.left - 3, False, ""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
-    except subprocess.TimeoutExpired:
+        done = subprocess.run([*command, *folders], capture_output=True, text=True, timeout=limit, check=False)
+        passed, said = done.returncode == 0, done.stdout
+    except subprocess.TimeoutExpired as error:
         bench.skipped.append(f"tests on the device: not done after {limit:.0f} s")
-        return {}
-    return {"passed": done.returncode == 0, "tail": done.stdout.strip().splitlines()[-12:]}
+        said = error.stdout.decode(errors="replace") if isinstance(error.stdout, bytes) else error.stdout or ""
+    return {"passed": passed, "tail": said.strip().splitlines()[-40:]}
 
 
-def copy_bandwidth(bench: Bench) -> float:
+def copy_bandwidth(bench: Bench, results: Results) -> float:
     """Bytes/s read and written of a copy on the device."""
     data = torch.zeros((1 << 12) if DRY else (1 << 28), dtype=torch.float32, device=bench.gpu.device)
     other = torch.empty_like(data)
-    return 2 * data.nbytes / bench.seconds(lambda: other.copy_(data))
+    copy = 2 * data.nbytes / bench.seconds(lambda: other.copy_(data))
+    results["copy GB/s"] = round(copy / GB, 1)
+    print(f"copies on the device: {copy / GB:.1f} GB/s")
+    return copy
 
 
 def random_weight(rows: int, columns: int, fmt: BlockFormat) -> Weight:
@@ -242,60 +257,63 @@ def crossings(bench: Bench) -> list[Row]:
     ]
 
 
-def models(bench: Bench, machine: Machine, name: str, args: argparse.Namespace, results: dict[str, Any]) -> list[Row]:
-    """Decode and prefill of one model at every budget go into `results`; returns the kernels of a step by time."""
+def models(bench: Bench, name: str, args: argparse.Namespace, results: Results, keep: Callable[[], None]) -> None:
+    """Decode and prefill of one model at every budget go into `results`."""
     if not bench.time_for(f"{name}, all budgets", 1.5 * SECONDS_A_CASE):
-        return []
-    began = time.monotonic()
-    source = synthetic(MODELS[name], ACTIVE, 1, bench.gpu.device)
-    if bench.gpu.streams.real:
-        torch.cuda.empty_cache()
-    print(f"{name}: {source.nbytes / GB:.1f} GB drawn in {time.monotonic() - began:.1f} s", flush=True)
-    lengths = Lengths(64, 6, 2) if DRY else Lengths()
-    rows: list[Row] = results["models"]
-    steps: list[Row] = results["profile"]
+        return
+    machine = results["machine"] = machine_of(bench, results["kernels"], results.get("crossings", []))
+    source = drawn(bench, name)
+    lengths = LENGTHS
+    rows: list[Row] = results.setdefault("models", [])
     longest = 0.0
     for share in args.budgets:
         for mode in (Mode.PREDICTED, Mode.EXACT) if share == 1.0 else (Mode.PREDICTED,):
             problem = problem_of(source, machine, lengths, FfnMode(str(mode)), bench.overheads)
             budget = int(share * whole(problem))
-            for case in cases(problem, budget):
+            for case in cases(problem, budget, dense=share in DENSE_TOO):
                 if not bench.time_for(
                     f"{name}, {share:.0%}, {mode}, {case.name}", max(SECONDS_A_CASE / 3, 1.3 * longest)
                 ):
                     continue
                 began = time.monotonic()
                 shown = {"model": name, "budget": f"{share:.0%}", "mode": str(mode)}
-                rows.append(shown | run_case(source, case, bench.cpu, str(bench.gpu.device), budget, lengths, mode))
+                rows.append(shown | run_case(source, case, bench.cpu, str(bench.gpu.device), budget, lengths))
                 longest = max(longest, time.monotonic() - began)
                 print_table(rows[-1:])
                 if share == 1.0 and mode is Mode.EXACT and "tok/s" in rows[-1]:
                     rows[-1]["GB/s"] = round(bytes_a_token(source) * rows[-1]["tok/s"] / GB, 1)
-                if "profile" in args.parts and share == 0.5 and case.name == "ours" and not steps:
-                    steps += profile(bench, source, case, budget, lengths)
-    return steps
+                keep()
 
 
-def profile(bench: Bench, source: Source, case: Case, budget: int, lengths: Lengths) -> list[Row]:
-    """The kernels and copies of a whole decode step by their time on the device, a step's mean."""
-    if not bench.gpu.streams.real or not bench.time_for("profile of a step", SECONDS_A_CASE / 2):
+def drawn(bench: Bench, name: str) -> Source:
+    began = time.monotonic()
+    source = synthetic(MODELS[name], ACTIVE, 1, bench.gpu.device)
+    if bench.gpu.streams.real:
+        torch.cuda.empty_cache()
+    print(f"{name}: {source.nbytes / GB:.1f} GB drawn in {time.monotonic() - began:.1f} s", flush=True)
+    return source
+
+
+def profile(bench: Bench, name: str, results: Results) -> list[Row]:
+    """The kernels and copies of a whole decode step at half the budget by their time on the device, a step's mean."""
+    if not bench.gpu.streams.real or not bench.time_for("profile of a step", SECONDS_A_CASE):
         return []
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as record
 
-    try:
-        loaded = Loaded(source, case, bench.cpu, str(bench.gpu.device), budget, lengths, Mode.PREDICTED)
-        _, token = loaded.prefill()
-        _, call = loaded.stepping()
-        call(token)
-        with record(activities=[ProfilerActivity.CUDA]) as seen:
-            began = time.perf_counter()
-            for _ in range(PROFILED):
-                token = int(call(token).argmax())
-            wall = (time.perf_counter() - began) / PROFILED * 1e6
-    except (ThermoclineError, RuntimeError) as error:
-        bench.skipped.append(f"profile of a step: {error}")
-        return []
+    machine, source = machine_of(bench, results["kernels"], results.get("crossings", [])), drawn(bench, name)
+    problem = problem_of(source, machine, LENGTHS, FfnMode.PREDICTED, bench.overheads)
+    budget = whole(problem) // 2
+    case = cases(problem, budget)[0]
+    loaded = Loaded(source, case, bench.cpu, str(bench.gpu.device), budget, LENGTHS)
+    _, token = loaded.prefill()
+    _, call = loaded.stepping()
+    call(token)
+    with record(activities=[ProfilerActivity.CUDA]) as seen:
+        began = time.perf_counter()
+        for _ in range(PROFILED):
+            token = int(call(token).argmax())
+        wall = (time.perf_counter() - began) / PROFILED * 1e6
     loaded.close()
     rows: list[Row] = []
     for event in sorted(seen.key_averages(), key=lambda e: -float(e.self_device_time_total)):
@@ -310,13 +328,15 @@ def profile(bench: Bench, source: Source, case: Case, budget: int, lengths: Leng
 
 def machine_of(bench: Bench, rows: list[Row], crossings: list[Row]) -> Machine:
     """This machine as the cost model wants it, from what was measured in this run."""
-    crossing = min((row["µs a layer"] for row in crossings), default=30.0) * 1e-6
-    buffer = np.ones((1 << 22) if DRY else (1 << 30), np.uint8)
+    if DRY:
+        return catalogue.machine("t4+i5-12400")  # on which a GPU is of use
+    # The model counts both ways of a crossing, there and back.
+    crossing = min((row["µs a layer"] for row in crossings), default=30.0) * 0.5e-6
+    buffer = np.ones(1 << 30, np.uint8)
     ram = max(_native.read_bandwidth(bench.cpu.context, buffer) for _ in range(3))
-    real = bench.gpu.streams.real
-    capacity = torch.cuda.get_device_properties(bench.gpu.device).total_memory if real else 1 << 30
+    capacity = torch.cuda.get_device_properties(bench.gpu.device).total_memory
     vram = max(row["GB/s"] * GB for row in rows if row["format"] == F16.name and row["kernel"] == "matrix-vector")
-    side = 256 if DRY else 4096
+    side = 4096
     square = torch.ones((side, side), device=bench.gpu.device)
 
     def product() -> Any:
@@ -330,7 +350,7 @@ def machine_of(bench: Bench, rows: list[Row], crossings: list[Row]) -> Machine:
     cpu = Processor(
         name="cpu", capacity=1 << 37, bandwidth=ram, bandwidth_busy=ram, flops=cpu_flops(bench.cpu), launch=2e-6
     )
-    host = bench.gpu.streams.pinned((1 << (20 if DRY else 28),), torch.uint8)
+    host = bench.gpu.streams.pinned((1 << 28,), torch.uint8)
     there = torch.zeros_like(host, device=bench.gpu.device)
     link = len(host) / bench.seconds(lambda: there.copy_(host, non_blocking=True))
     return Machine(name="this machine", cpu=cpu, gpu=gpu, link=link, crossing=max(crossing, 0.0))
@@ -338,7 +358,7 @@ def machine_of(bench: Bench, rows: list[Row], crossings: list[Row]) -> Machine:
 
 def cpu_flops(cpu: CpuOps) -> float:
     """Operations/s of products over a prompt's tokens."""
-    tokens, side = (8, 64) if DRY else (256, 2048)
+    tokens, side = 256, 2048
     matrix = cpu.place(random_weight(side, side, F16))
     x, out = np.ones((tokens, side), np.float32), np.zeros((tokens, side), np.float32)
     times = []
@@ -360,61 +380,86 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def measure(bench: Bench, args: argparse.Namespace, results: dict[str, Any], keep: Callable[[], None]) -> None:
-    """Fill in `results`, part after part, whatever fails; `keep` writes them down."""
-    parts = set(args.parts)
-    copy = copy_bandwidth(bench)
-    results["copy GB/s"] = round(copy / GB, 1)
-    print(f"copies on the device: {copy / GB:.1f} GB/s")
+Work = Callable[[Bench, Results, Callable[[], None]], None]
 
-    def attempt(name: str, call: Callable[[], list[Row] | Row]) -> None:
-        try:
-            results[name] = call()
-        except (ThermoclineError, RuntimeError) as error:
-            bench.skipped.append(f"{name}: {type(error).__name__}: {str(error).splitlines()[0]}")
-            print(f"failed: {bench.skipped[-1]}", file=sys.stderr)
-            results[name] = []
-        if isinstance(results[name], list) and results[name]:
-            print_table(results[name])
-        keep()
 
-    if parts & {"kernels", "models"}:
-        attempt("kernels", lambda: kernels(bench, copy))
-    if parts & {"crossings", "models"}:
-        attempt("crossings", lambda: crossings(bench))
-    if "models" in parts and results["kernels"]:
-        machine = machine_of(bench, results["kernels"], results["crossings"])
-        if DRY:
-            machine = catalogue.machine("t4+i5-12400")  # on which a GPU is of use
-        results |= {"machine": machine, "models": [], "profile": []}
-        for name in args.models:
-            attempt(name, lambda name=name: models(bench, machine, name, args, results))  # type: ignore[misc]
-            results.pop(name)
-    if "tests" in parts:
-        attempt("tests", lambda: gpu_tests(bench))
-    if "sweep" in parts:
-        attempt("tile sizes", lambda: tile_sizes(bench))
+def jobs(args: argparse.Namespace) -> dict[str, tuple[float, Work]]:
+    """Most seconds and work of every part that is wanted, in order. Models want kernels, for their predictions."""
+    wanted, priced = set(args.parts), set(args.parts) & {"models", "profile"}
+
+    def table(name: str, call: Callable[[Bench, Results], list[Row] | Row]) -> tuple[float, Work]:
+        def work(bench: Bench, results: Results, keep: Callable[[], None]) -> None:
+            rows = results[name] = call(bench, results)
+            if isinstance(rows, list) and rows:
+                print_table(rows)
+
+        return LIMITS[name], work
+
+    def model(name: str) -> tuple[float, Work]:
+        return math.inf, lambda bench, results, keep: models(bench, name, args, results, keep)
+
+    first, *others = args.models
+    found: dict[str, tuple[float, Work]] = {}
+    if priced or "kernels" in wanted:
+        found["kernels"] = table("kernels", lambda bench, results: kernels(bench, copy_bandwidth(bench, results)))
+    if priced or "crossings" in wanted:
+        found["crossings"] = table("crossings", lambda bench, _: crossings(bench))
+    if "models" in wanted:
+        found[first] = model(first)
+    if "tests" in wanted:
+        found["tests"] = table("tests", lambda bench, _: gpu_tests(bench))
+    if "models" in wanted:
+        found |= {name: model(name) for name in others}
+    if "profile" in wanted:
+        found["profile"] = table("profile", lambda bench, results: profile(bench, first, results))
+    if "sweep" in wanted:
+        found["tile sizes"] = table("tile sizes", lambda bench, _: tile_sizes(bench))
+    return found
+
+
+def on_the_device(args: argparse.Namespace, work: Work, until: float) -> Part:
+    """The work as a part, which first gets hold of the device."""
+
+    def part(results: Results, tell: Callable[[], None]) -> None:
+        gpu = CudaOps()
+        bench = Bench(gpu, CpuOps(1 if DRY else args.threads), until, gpu.held_bytes(), results["left out"])
+        results["device"] = gpu.name
+        work(bench, results, tell)
+
+    return part
 
 
 def main() -> None:
     args = arguments()
     began = time.monotonic()
-    gpu = CudaOps()
-    bench = Bench(gpu, CpuOps(1 if DRY else args.threads), began + 60 * args.minutes, gpu.held_bytes())
-    results: dict[str, Any] = {"device": bench.gpu.name, "torch": torch.__version__, "threads": args.threads}
+    end = began + 60 * args.minutes
+    results: Results = {"torch": torch.__version__, "threads": args.threads, "left out": []}
 
     def keep() -> None:  # what is measured stays measured, whatever comes
-        results["left out"], results["seconds"] = bench.skipped, round(time.monotonic() - began, 1)
+        results["seconds"] = round(time.monotonic() - began, 1)
+        results["claims"] = claims(results)
         if not DRY:
             write_results("gpu", results)
 
-    try:
-        measure(bench, args, results, keep)
-    finally:
-        results["claims"] = claims(results)
+    wanted = jobs(args)
+    reserved = SECONDS_OF_TESTS if len(wanted) > 3 and "tests" in wanted else 0.0
+    for name, (limit, work) in wanted.items():
+        reserved = 0.0 if name == "tests" else reserved
+        seconds = min(limit, end - reserved - time.monotonic())
+        if seconds < SECONDS_TO_START:
+            results["left out"].append(f"{name}: {max(seconds, 0):.0f} s are left")
+            print(f"left out: {results['left out'][-1]}", file=sys.stderr)
+            continue
+        until = time.monotonic() + seconds - END
+        trouble = apart(name, on_the_device(args, work, until), results, seconds, keep)
+        if trouble is not None:
+            results["left out"].append(trouble)
+            print(f"failed: {trouble}", file=sys.stderr)
         keep()
-        print_table(results["claims"])
-    print(f"done in {results['seconds']} s" + (f"; left out: {'; '.join(bench.skipped)}" if bench.skipped else ""))
+    keep()
+    print_table(results["claims"])
+    skipped = results["left out"]
+    print(f"done in {results['seconds']} s" + (f"; left out: {'; '.join(skipped)}" if skipped else ""))
 
 
 if __name__ == "__main__":

@@ -49,13 +49,18 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Case:
-    """One placement of a model under a budget, and what the cost model says of it."""
+    """One placement of a model under a budget, and what the cost model says of it.
+
+    `bound` is seconds a token below which no placement comes: the least bytes that RAM is read for, at its rate.
+    """
 
     name: str
+    mode: Mode
     seats: Seats
     decode: float
     prefill: float
     sent: tuple[int, ...]
+    bound: float = 0.0
 
 
 def problem_of(source: Source, machine: Machine, lengths: Lengths, mode: FfnMode, overheads: Overheads) -> Problem:
@@ -78,23 +83,24 @@ def whole(problem: Problem) -> int:
     return sum(d.nbytes for d in problem.demands(placement) if d.tier is Tier.VRAM)
 
 
-def cases(problem: Problem, budget: int) -> list[Case]:
-    """Our plan for the budget, and as many whole layers as fit."""
+def cases(problem: Problem, budget: int, *, dense: bool = False) -> list[Case]:
+    """Our plan for the budget, and as many whole layers as fit: with our kernels, and if `dense` with all neurons."""
     problem = replace(problem, budgets={Tier.VRAM: budget})
     found = []
     try:
         plan = make_plan(problem)
         seconds, sent = plan.predicted, sent_from(problem, plan.layers)
-        found.append(Case("ours", plan, seconds.step_ms / 1e3, seconds.prefill_ms / 1e3, sent))
+        decode, prefill = seconds.step_ms / 1e3, seconds.prefill_ms / 1e3
+        found.append(Case("ours", Mode(str(problem.mode)), plan, decode, prefill, sent, least_seconds(problem)))
     except BudgetError as error:
         print(f"no plan for {budget / GB:.2f} GB: {str(error).splitlines()[0]}")
-    split = layer_split(problem, budget)
-    if split is not None:
-        found.append(split)
-    return found
+    splits = [layer_split("layer split", problem, budget)]
+    if dense:
+        splits.append(layer_split("layer split, dense", replace(problem, mode=FfnMode.DENSE), budget))
+    return found + [split for split in splits if split is not None]
 
 
-def layer_split(problem: Problem, budget: int) -> Case | None:
+def layer_split(name: str, problem: Problem, budget: int) -> Case | None:
     """The first layers in VRAM with all that is theirs, the others in RAM; None where not even one fits."""
     f, last = problem.footprint, problem.cost.clusters
     n_layer, n_ff = f.n_layer, f.n_ff
@@ -107,16 +113,37 @@ def layer_split(problem: Problem, budget: int) -> Case | None:
             seats = Seating(Tier.RAM, head, (there,) * count + (here,) * (n_layer - count))
             decode = problem.phase_seconds(placement, problem.cost.decode)
             prefill = problem.phase_seconds(placement, problem.cost.phases[1])
-            return Case("layer split", seats, decode, prefill, ())
+            return Case(name, Mode(str(problem.mode)), seats, decode, prefill, ())
     return None
+
+
+def least_seconds(problem: Problem) -> float:
+    """Seconds of a token in which RAM is read for what the budget of VRAM cannot hold, however it is filled.
+
+    The VRAM takes what is read most for its size. Nothing else of a token is counted.
+    """
+    f, cost, position = problem.footprint, problem.cost, problem.workload.position
+    rows = cost.expected_rows(cost.decode)  # (layers, clusters, 3)
+    pieces = [(float(f.head), float(f.head))]
+    for layer, record in enumerate(f.records):
+        cached = f.kv_token * position, f.kv_layer(problem.workload.context)
+        pieces.append((f.attention[layer] + cached[0], f.attention[layer] + cached[1]))
+        if problem.mode is FfnMode.PREDICTED:
+            pieces.append((f.predictor[layer], f.predictor[layer]))
+        sizes = np.diff(cost.bounds) * sum(record)
+        pieces += zip((rows[layer] @ np.asarray(record, np.float64)).tolist(), sizes.tolist(), strict=True)
+    left, missing = float(problem.room(Tier.VRAM)), 0.0
+    for read, size in sorted(pieces, key=lambda piece: -piece[0] / max(piece[1], 1)):
+        held = min(max(left, 0.0), size) / size if size else 1.0
+        left -= size
+        missing += read * (1 - held)
+    return missing / problem.machine.cpu.bandwidth
 
 
 class Loaded:
     """A case on its devices."""
 
-    def __init__(
-        self, source: Source, case: Case, cpu: CpuOps, device: str, budget: int, lengths: Lengths, mode: Mode
-    ) -> None:
+    def __init__(self, source: Source, case: Case, cpu: CpuOps, device: str, budget: int, lengths: Lengths) -> None:
         self.before = 0  # bytes of others in this process
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -125,8 +152,8 @@ class Loaded:
         self.memory = Memory({Tier.VRAM: CudaDevice(self.gpu), Tier.RAM: Host(cpu)}, {Tier.VRAM: budget})
         self.lengths = lengths
         self.transformer, _ = load_transformer(
-            source, self.memory, n_ctx=lengths.context, seats=case.seats, mode=mode,
-            predictor=source.predictor if mode is Mode.PREDICTED else None, sent_from=case.sent,
+            source, self.memory, n_ctx=lengths.context, seats=case.seats, mode=case.mode,
+            predictor=source.predictor if case.mode is Mode.PREDICTED else None, sent_from=case.sent,
         )  # fmt: skip
         homes = [layer.device.ops for layer in self.transformer.layers]
         self.cache = KVCache(self.transformer.spec, homes, lengths.context)
@@ -184,18 +211,27 @@ class Loaded:
         self.memory.close()
 
 
-def run_case(source: Source, case: Case, cpu: CpuOps, device: str, budget: int, lengths: Lengths, mode: Mode) -> Row:
-    """Load, prefill and decode one placement, beside the predictions and the ledger."""
+def run_case(source: Source, case: Case, cpu: CpuOps, device: str, budget: int, lengths: Lengths) -> Row:
+    """Load, prefill and decode one placement, beside the predictions and the ledger; or how that failed."""
+    loaded: Loaded | None = None
     try:
-        loaded = Loaded(source, case, cpu, device, budget, lengths, mode)
-    except (ThermoclineError, torch.OutOfMemoryError) as error:
-        return {"placement": case.name, "failed": str(error).splitlines()[0]}
+        loaded = Loaded(source, case, cpu, device, budget, lengths)
+        return measured(loaded, case, budget, lengths)
+    except (ThermoclineError, RuntimeError) as error:
+        return {"placement": case.name, "failed": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+    finally:
+        if loaded is not None:
+            loaded.close()
+
+
+def measured(loaded: Loaded, case: Case, budget: int, lengths: Lengths) -> Row:
     prefill, token = loaded.prefill()
     way, decode, sampler = loaded.decode(token)
     row: Row = {
         "placement": case.name,
         "tok/s": round(1 / decode, 2),
         "predicted": round(1 / case.decode, 2),
+        "bytes allow": round(1 / case.bound, 2) if case.bound else 0.0,
         "prompt tok/s": round(lengths.prompt / prefill, 1),
         "predicted prompt": round(lengths.prompt / case.prefill, 1) if case.prefill else 0.0,
         "sent from": min((t for t in case.sent if t), default=0),
@@ -209,7 +245,6 @@ def run_case(source: Source, case: Case, cpu: CpuOps, device: str, budget: int, 
             "torch peak GB": round((torch.cuda.max_memory_allocated() - loaded.before) / GB, 3),
             "held GB": round(loaded.gpu.held_bytes() / GB, 3),
         }  # fmt: skip
-    loaded.close()
     return row
 
 

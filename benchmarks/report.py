@@ -85,9 +85,9 @@ def _gpu() -> str:
 
 
 def gpu_part(result: Result) -> str:
-    """A GPU's models at every budget, ours beside a split by whole layers; from what `benchmarks.gpu` kept."""
+    """A GPU's models at every budget, ours beside splits by whole layers; of what `benchmarks.gpu` kept so far."""
     cases: dict[tuple[str, str, str], dict[str, Result]] = {}
-    for row in result["models"]:
+    for row in result.get("models", ()):
         if "tok/s" in row:
             cases.setdefault((row["model"], row["budget"], row["mode"]), {})[row["placement"]] = row
     rows = []
@@ -95,16 +95,19 @@ def gpu_part(result: Result) -> str:
         ours, split = found.get("ours"), found.get("layer split")
         if ours is None:
             continue
-        times = f"{ours['tok/s'] / split['tok/s']:.2f}" if split else "-"
+        dense = found.get("layer split, dense")
+        times, more = (f"{ours['tok/s'] / one['tok/s']:.2f}" if one else "-" for one in (split, dense))
         held = f"{ours['held GB']:.1f} of {ours['budget GB']:.1f}" if "held GB" in ours else "-"
         rates = [f"{ours['tok/s']:.1f}", f"{ours['predicted']:.1f}", f"{split['tok/s']:.1f}" if split else "-"]
-        rows.append([f"{model}, {mode}, {budget}", *rates, times, f"{ours['prompt tok/s']:.0f}", held])
+        rows.append([f"{model}, {mode}, {budget}", *rates, times, more, f"{ours['prompt tok/s']:.0f}", held])
     if not rows:
         return ""
-    heads = ("model, mode, share of VRAM", "tok/s", "predicted", "layer split", "×", "prompt tok/s", "GB held")
+    speeds = ("tok/s", "predicted", "layer split", "×", "× dense", "prompt tok/s")
+    heads = ("model, mode, share of VRAM", *speeds, "GB held")
     said = (
         f"On {result['device']}, synthetic ReGLU models in F16 whose neurons fire 12 % of the time; budgets are shares "
-        f"of what the whole model takes; copies on the device reach {result['copy GB/s']:.0f} GB/s."
+        f"of what the whole model takes; copies on the device reach {result['copy GB/s']:.0f} GB/s. A layer split has "
+        "the same kernels; a dense one computes all neurons, as other engines do."
     )
     return f"{said}\n\n{table(heads, rows)}"
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from thermocline.config import Mode
+from thermocline.hardware.machine import Tier
 from thermocline.memory.kv_cache import KVCache
 from thermocline.memory.loader import load_transformer
 from thermocline.model.network import Segment
@@ -52,7 +56,7 @@ def test_parts_are_chosen() -> None:
 
 def test_what_there_is_no_time_for_is_said() -> None:
     said = run("--minutes", "0")
-    assert "left out: dry, all budgets" in said
+    assert "left out: dry: 0 s are left" in said
     assert "ours" not in said
 
 
@@ -87,8 +91,9 @@ def test_claims_stand_beside_what_was_measured() -> None:
         "kernels": [{"kernel": "matrix-vector", "format": "F16", "of copy": 0.8}],
         "crossings": [{"crossing": "calls", "µs a layer": 40.0}, {"crossing": "memory", "µs a layer": 12.0}],
         "models": [
-            case | memory | {"placement": "ours", "tok/s": 50.0},
+            case | memory | {"placement": "ours", "tok/s": 50.0, "bytes allow": 80.0},
             case | {"placement": "layer split", "tok/s": 20.0},
+            case | {"placement": "layer split, dense", "tok/s": 10.0, "predicted": 9.0},
             case | {"placement": "ours", "mode": "exact", "budget": "100%", "tok/s": 200.0, "GB/s": 2700.0},
             case | {"placement": "ours", "budget": "25%", "failed": "vram lacks bytes"},
         ],
@@ -99,13 +104,69 @@ def test_claims_stand_beside_what_was_measured() -> None:
     assert found["7b resident, exact, of copies"] == (0.675, False)
     assert found["crossing, µs a layer"] == (12.0, True)
     assert found["sampler, µs"] == (60.0, True)
-    assert found["7b, 50% (planned 1.00): times the layer split"] == (2.5, True)
+    assert found["7b, 50%: times the layer split (planned 1.00, RAM's bytes allow 4.00)"] == (2.5, True)
+    assert found["7b, 50%: times a dense layer split (planned 5.00, RAM's bytes allow 8.00)"] == (5.0, True)
     assert found["7b, 50%: off the prediction"] == (0.111, True)
     assert found["7b, 25%: times the layer split"] == ("-", False)
     assert found["memory held beyond the budget, GB"] == (0.1, False)
     assert found["torch's peak off the ledger"] == (0.014, True)
     assert found["tests on the device"] == (True, True)
     assert not any(row["met"] for row in claims({}))
+
+
+def test_a_part_that_fails_hangs_or_dies_takes_no_other_with_it() -> None:
+    from benchmarks.gpu_apart import apart
+
+    def told(results: dict[str, Any], tell: Any) -> None:
+        results["told"] = 1
+        tell()
+        results["more"] = results["told"] + 1
+
+    def fails(results: dict[str, Any], tell: Any) -> None:
+        results["before"] = True
+        raise RuntimeError("an illegal memory access\nin many lines")
+
+    def hangs(results: dict[str, Any], tell: Any) -> None:
+        results["kept"] = True
+        tell()
+        results["lost"] = True
+        time.sleep(600)
+
+    results: dict[str, Any] = {}
+    kept: list[dict[str, Any]] = []
+
+    def keep() -> None:
+        kept.append(dict(results))
+
+    assert apart("told", told, results, 60, keep) is None
+    assert kept == [{"told": 1}, {"told": 1, "more": 2}]
+    assert apart("fails", fails, results, 60, keep) == "fails: RuntimeError: an illegal memory access"
+    assert results["before"]
+    began = time.monotonic()
+    assert apart("hangs", hangs, results, 2, keep) == "hangs: not done after 2 s"
+    assert time.monotonic() - began < 300
+    assert results["kept"]
+    assert "lost" not in results
+    assert apart("dies", lambda *_: os._exit(3), results, 60, keep) == "dies: its process ended with 3"
+
+
+def test_no_placement_reads_less_of_ram_than_the_bound() -> None:
+    from benchmarks.gpu_cases import Lengths, cases, problem_of, whole
+    from benchmarks.synthetic import Shape
+    from benchmarks.synthetic_gpu import synthetic
+    from thermocline.hardware import catalogue
+    from thermocline.placement.cost import FfnMode
+    from thermocline.placement.workload import NO_OVERHEADS
+
+    source = synthetic(Shape(128, 1024, 3, 4, 2, 320), 0.12, 1, torch.device("cpu"))
+    machine = catalogue.machine("t4+i5-12400")
+    problem = problem_of(source, machine, Lengths(64, 6, 2), FfnMode.PREDICTED, NO_OVERHEADS)
+    fixed = sum(demand.nbytes for demand in problem.fixed(Tier.VRAM))
+    for share in (0.4, 0.6, 0.8):
+        ours, split, dense = cases(problem, fixed + int(share * (whole(problem) - fixed)), dense=True)
+        assert (split.name, dense.name) == ("layer split", "layer split, dense")
+        assert dense.mode is Mode.DENSE
+        assert 0 < ours.bound < min(ours.decode, split.decode)
 
 
 def test_what_was_measured_becomes_a_table() -> None:
@@ -118,10 +179,12 @@ def test_what_was_measured_becomes_a_table() -> None:
         "models": [
             row | {"placement": "ours", "tok/s": 40.0, "held GB": 7.1, "budget GB": 7.2},
             row | {"placement": "layer split", "tok/s": 10.0},
+            row | {"placement": "layer split, dense", "tok/s": 5.0},
             row | {"placement": "ours", "budget": "10%", "failed": "vram lacks bytes"},
         ],
     }
     lines = gpu_part(kept).splitlines()
     assert lines[0].startswith("On cuda/a card")
-    assert lines[-1] == "| 7b, predicted, 50% | 40.0 | 45.0 | 10.0 | 4.00 | 900 | 7.1 of 7.2 |"
-    assert gpu_part(kept | {"models": kept["models"][2:]}) == ""
+    assert lines[-1] == "| 7b, predicted, 50% | 40.0 | 45.0 | 10.0 | 4.00 | 8.00 | 900 | 7.1 of 7.2 |"
+    assert gpu_part(kept | {"models": kept["models"][3:]}) == ""
+    assert gpu_part({"device": "cuda/a card"}) == ""

@@ -160,6 +160,10 @@ class CostModel:
         """Share of the layer's activations that its first `hot` clusters own."""
         return float(self.share[layer, hot])
 
+    def expected_rows(self, phase: Phase) -> Floats:
+        """Gate, up and down rows that one pass computes of each cluster: (n_layer, clusters, 3)."""
+        return self._tables[phase.name].rows
+
     def layer(
         self, phase: Phase, layer: int, home: Tier, predictor: Tier, hot: npt.ArrayLike, warm: npt.ArrayLike
     ) -> LayerTime:

@@ -7,6 +7,7 @@ cuStreamWaitValue32), which costs no thread of the driver. `calls`: the stream c
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any, Final, Protocol
@@ -88,6 +89,24 @@ class StreamMemory:
             raise HardwareError(f"the driver refuses stream memory operations ({code}); use --crossing calls")
 
 
+class HostDriver:
+    """The driver's own cuLaunchHostFunc.
+
+    That of cuda-bindings (12.9 to 13.4) hands a function of its own over, which takes Python's lock for the call and
+    frees its argument after it: a graph that is launched twice would read freed memory.
+    """
+
+    def __init__(self, library: str = "libcuda.so.1") -> None:
+        """Raises OSError where there is no driver."""
+        self._launch = ctypes.CDLL(library).cuLaunchHostFunc
+        self._launch.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
+        self._launch.restype = ctypes.c_int
+
+    def cuLaunchHostFunc(self, stream: int, function: int, argument: int) -> tuple[int]:  # noqa: N802
+        """As cuda-bindings would: a tuple that begins with the driver's code."""
+        return (int(self._launch(stream, function, argument)),)
+
+
 class HostCalls:
     """The stream calls native functions that set `ready` and wait for `done`; they know a deadline."""
 
@@ -137,9 +156,9 @@ def choose(
     for kind in (StreamMemory, HostCalls):
         if way in (CrossingKind.AUTO, kind.way):
             try:
-                crossing = kind(worker, driver or _driver(), lambda: streams.handle)
+                crossing = kind(worker, driver or _driver(kind.way), lambda: streams.handle)
                 probe(crossing, worker, streams)
-            except (AttributeError, HardwareError, ImportError, RuntimeError, TypeError) as error:
+            except (AttributeError, HardwareError, ImportError, OSError, RuntimeError, TypeError) as error:
                 if way is not CrossingKind.AUTO:
                     raise UsageError(f"crossing by {way} does not work here: {error}") from error
                 reasons.append(f"{kind.way}: {error}")
@@ -174,5 +193,5 @@ def _told(crossing: Crossing, reasons: list[str]) -> str | None:
     return f"crossing by {crossing.way} ({'; '.join(reasons)})" if reasons else None
 
 
-def _driver() -> Any:
-    return import_module("cuda.bindings.driver")
+def _driver(way: CrossingKind) -> Any:
+    return HostDriver() if way is CrossingKind.CALLS else import_module("cuda.bindings.driver")

@@ -1,0 +1,44 @@
+"""The calls of the driver, as cuda-bindings and ctypes make them: a driver that is none gets what is meant."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from thermocline.ops.cuda.crossing import HostDriver
+
+FAKE = Path(__file__).parent / "fake_driver"
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a libcuda that keeps what a stream is given, and does it for every launch."""
+    folder = tmp_path_factory.mktemp("driver")
+    command = ["cc", "-shared", "-fPIC", "-O1", "-o", str(folder / "libcuda.so.1"), str(FAKE / "libcuda.c"), "-ldl"]
+    subprocess.run(command, check=True, timeout=60)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("way", "kept"),
+    [
+        pytest.param("memory", 9, marks=pytest.mark.skipif(find_spec("cuda") is None, reason="needs cuda-bindings")),
+        ("calls", 6),
+    ],
+)
+def test_what_a_stream_was_given_works_in_every_launch(library: Path, way: str, kept: int) -> None:
+    command = [sys.executable, str(FAKE / "cross.py"), way]
+    environment = os.environ | {"LD_LIBRARY_PATH": str(library)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == ["20", str(kept), "True"]
+
+
+def test_without_a_driver_there_are_no_calls_of_the_host() -> None:
+    with pytest.raises(OSError, match="no driver"):
+        HostDriver("no driver.so.1")
