@@ -57,6 +57,12 @@ def test_every_variant_of_every_kernel_compiles() -> None:
     assert {row["kernel"] for row in rows} == set(KERNELS)
     assert all(row["binary"] > 0 for row in rows)
     for row in rows:
+        kinds = set(row["kinds"])
+        if row["kernel"] == "matvec_few":  # few tokens read as one does, where decoding is much work
+            assert (
+                "16" in row["loads"] or kinds == {Kind.Q6_K} or kinds <= {Kind.FLOAT, Kind.BF16, Kind.Q8_0, Kind.Q4_0}
+            )
+            assert not kinds & {Kind.Q4_K, Kind.Q5_K, Kind.Q6_K} or row["loads"].get("1", 0) <= 4 * 96, row
         if row["kernel"] in ("matvec", "matvec_three", "gate_up", "add_rows"):
             plain = set(row["kinds"]) <= {Kind.FLOAT, Kind.Q8_0, Kind.Q4_0, Kind.BF16}
             # 16 bytes at once where rows are aligned, and nothing byte by byte but a few scales of K-quants.
@@ -107,6 +113,35 @@ def test_attention_over_a_long_context(ops: CudaOps) -> None:
         ops.attention(*there, caches[1], start, 0.25, 0, out)
         np.testing.assert_allclose(out.cpu().numpy(), expected, rtol=1e-5, atol=1e-6)
     assert np.array_equal(caches[1].keys.cpu().numpy(), caches[0].keys)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 4, 64), (6, 2, 32), (4, 2, 20)])
+@pytest.mark.parametrize(("start", "window"), [(0, 0), (7, 0), (0, 5), (11, 6), (0, 40)])
+def test_prompts_read_a_half_cache_where_it_lies(
+    heads: int, kv_heads: int, dim: int, start: int, window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In TF32 torch's attention takes float16: queries, weights and sums are rounded to 11 bits, as products are."""
+    ops, tokens, context = CudaOps(), 17, 40
+    rng = np.random.default_rng(start + window)
+    caches = [KVLayer(*(np.zeros((kv_heads, context, dim), np.float16) for _ in range(2)))]
+    for array in (caches[0].keys, caches[0].values):
+        array[:, :start] = rng.standard_normal((kv_heads, start, dim))
+    caches.append(KVLayer(*(torch.from_numpy(a.copy()).to(ops.device) for a in (caches[0].keys, caches[0].values))))
+    q, k, v = (rng.standard_normal((tokens, h, dim)).astype(np.float32) for h in (heads, kv_heads, kv_heads))
+    expected = np.zeros((tokens, heads, dim), np.float32)
+    ReferenceOps().attention(q, k, v, caches[0], start, dim**-0.5, window, expected)
+    there, found = [torch.from_numpy(array).to(ops.device) for array in (q, k, v)], []
+    for most in (1 << 25, 1 << 11):  # at once, and by pieces
+        monkeypatch.setattr("thermocline.ops.cuda.attention.ATTENDED", most)
+        out = ops.array((tokens, heads, dim))
+        ops.attention(*there, caches[1], start, dim**-0.5, window, out)
+        found.append(out.cpu().numpy())
+    # A score is off by its terms' rounding, so its weight by as much of itself; values' largest element bounds the sum.
+    score = 2.0**-11 * dim**-0.5 * (np.abs(q).sum(axis=2).max() * max(np.abs(k).max(), 3.0))
+    bound = (2 * score + 4 * 2.0**-11) * np.abs(np.concatenate([v.ravel(), caches[0].values.ravel()])).max()
+    for got in found:
+        assert np.abs(got - expected).max() <= bound
+        assert np.abs(got - expected).max() > 0
 
 
 def sparse_file(tmp_path: Path, size: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Attention: one token by kernels split over the context, many tokens by matrix products in bounded memory."""
+"""Attention: one token by kernels split over the context, many tokens by torch's own, in bounded memory."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from thermocline.ops.contract import KVLayer
 from thermocline.ops.cuda.sizes import ATTENDED, part_of
@@ -70,39 +71,53 @@ def _one(
 
 
 def _many(ops: CudaOps, q: Tensor, cache: KVLayer, start: int, scale: float, window: int, out: Tensor) -> None:
-    """A batch from `start` on, in float32: some heads and tokens at a time, as many as `ATTENDED` bytes hold."""
+    """A batch from `start` on.
+
+    A cache in float16 is read where it lies, and queries are rounded to it: to 11 significant bits, which is what TF32
+    leaves of them. Without TF32, and for a cache in float32, all is float32. Products of queries and keys are kept
+    nowhere, if heads have a multiple of 8 elements; else some heads and tokens are computed at a time. What is held
+    then takes `ATTENDED` bytes at most.
+    """
     tokens, heads, dim = q.shape
     kv_heads = cache.keys.shape[0]
-    group = heads // kv_heads
-    for t0, t1 in _cuts(tokens, ATTENDED // (4 * group * (start + tokens))):
-        stop = start + t1
+    group, last = heads // kv_heads, start + tokens
+    dtype = torch.float16 if ops.tf32 and cache.keys.dtype is cache.values.dtype is torch.float16 else torch.float32
+    kept = dtype is torch.float32 or dim % 8 > 0  # then torch may hold all scores, and their exponentials
+    size = dtype.itemsize
+    for t0, t1 in _cuts(tokens, ATTENDED // (last * (1 + size + 2 * kept * group * size))):
+        stop, count = start + t1, t1 - t0
         first = max(0, start + t0 - window + 1) if window > 0 else 0
-        seen, count = stop - first, t1 - t0
-        query = torch.arange(start + t0, stop, device=q.device, dtype=torch.int32)[:, None]
-        key = torch.arange(first, stop, device=q.device, dtype=torch.int32)[None]
-        hidden = key > query
-        if window > 0:
-            hidden |= key <= query - window
-        for h0, h1 in _cuts(kv_heads, ATTENDED // (4 * seen * max(group * count, 2 * dim))):
-            some = h1 - h0
-            shape = (some, group * count, seen)
-            queries = ops.scratch.take("queries", (some, group, count, dim))
-            torch.mul(q[t0:t1, h0 * group : h1 * group].view(count, some, group, dim).permute(1, 2, 0, 3), scale,
-                      out=queries)  # fmt: skip
+        seen = stop - first
+        whole = count == seen and (window <= 0 or window >= seen)
+        mask = None if whole else _seen(start + t0, stop, first, window, q.device)
+        most = ATTENDED // (2 * seen * size * max(group * count, dim)) if kept else kv_heads
+        for h0, h1 in _cuts(kv_heads, most):
+            shape = (h1 - h0, group, count, dim)
+            queries = ops.scratch.take("queries", shape, dtype)
+            queries.copy_(q[t0:t1, h0 * group : h1 * group].view(count, h1 - h0, group, dim).permute(1, 2, 0, 3))
             keys, values = (
-                ops.scratch.take(name, (some, seen, dim)).copy_(part[h0:h1, first:stop])
+                _as(ops, name, part[h0:h1, first:stop], dtype)[:, None].expand(-1, group, -1, -1)
                 for name, part in (("keys", cache.keys), ("values", cache.values))
             )
-            scores = ops.scratch.take("scores", shape)
-            torch.bmm(queries.view(some, group * count, dim), keys.transpose(1, 2), out=scores)
-            scores.view(some, group, count, seen).masked_fill_(hidden, float("-inf"))
-            scores.sub_(scores.amax(dim=2, keepdim=True)).exp_()
-            scores.div_(scores.sum(dim=2, keepdim=True))
-            mixed = ops.scratch.take("mixed", (some, group * count, dim))
-            torch.bmm(scores, values, out=mixed)
-            out[t0:t1, h0 * group : h1 * group].view(count, some, group, dim).copy_(
-                mixed.view(some, group, count, dim).permute(2, 0, 1, 3)
-            )
+            with ops.precision():
+                mixed = scaled_dot_product_attention(
+                    queries, keys, values, attn_mask=mask, is_causal=whole, scale=scale
+                )  # fmt: skip
+            out[t0:t1, h0 * group : h1 * group].view(count, h1 - h0, group, dim).copy_(mixed.permute(2, 0, 1, 3))
+
+
+def _seen(begin: int, stop: int, first: int, window: int, device: torch.device) -> Tensor:
+    """Whether the query at a position from `begin` on sees the key at one from `first` on, both below `stop`."""
+    query = torch.arange(begin, stop, device=device, dtype=torch.int32)[:, None]
+    key = torch.arange(first, stop, device=device, dtype=torch.int32)[None]
+    mask = key <= query
+    if window > 0:
+        mask &= key > query - window
+    return mask
+
+
+def _as(ops: CudaOps, name: str, part: Tensor, dtype: torch.dtype) -> Tensor:
+    return part if part.dtype is dtype else ops.scratch.take(name, tuple(part.shape), dtype).copy_(part)
 
 
 def _cuts(total: int, most: int) -> Iterator[tuple[int, int]]:

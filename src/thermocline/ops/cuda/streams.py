@@ -28,7 +28,7 @@ class Streams:
     def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Zeroed memory of the host that the device reads and writes by itself."""
         array = torch.zeros(shape, dtype=dtype, pin_memory=self.real)
-        self.pinned_bytes += array.nbytes
+        self.pinned_bytes += 1 << max(array.nbytes - 1, 0).bit_length()  # torch pins powers of two
         return array
 
     @property
@@ -95,7 +95,9 @@ class Streams:
             RuntimeError: a call cannot be captured.
         """
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        # Where a capture fails, torch leaves its stream the current one.
+        here = torch.cuda.stream(torch.cuda.current_stream(self._device))
+        with here, torch.cuda.graph(graph, capture_error_mode="thread_local"):
             calls()
         replay: Callable[[], None] = graph.replay
         return replay

@@ -256,23 +256,32 @@ def matvec_few(
     MATRIX_KIND: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     ADD: tl.constexpr, RELU: tl.constexpr,
 ):  # fmt: skip
-    """`matvec` for TOKENS tokens (2 to 4), for all of which a row is read and decoded once."""
+    """`matvec` for TOKENS tokens (2 to 4), for all of which a row is read once."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     ok = row < rows
     LANES: tl.constexpr = 2 if TOKENS == 2 else 4
     token = tl.arange(0, LANES)
     y = tl.zeros((LANES, ROWS), tl.float32)
-    for start in range(0, columns, BLOCK):
-        col = start + tl.arange(0, BLOCK)
-        inside = col < columns
-        w = decode(
-            matrix, matrix_stride, matrix_scales, matrix_scale_stride, row[:, None], col[None],
-            ok[:, None] & inside[None], MATRIX_KIND,
-        )  # fmt: skip
+    if MATRIX_KIND >= 3 and MATRIX_KIND <= 5:
+        # What is decoded is too much to keep; rows come from the first cache again, 16 bytes at a time.
         for one in tl.static_range(TOKENS):
-            v = tl.load(x + one * columns + col, mask=inside, other=0.0)
-            dots = tl.sum(w * v[None], axis=1)
+            dots = dot_rows(
+                x + one * columns, matrix, matrix_stride, matrix_scales, matrix_scale_stride, row, ok, columns,
+                MATRIX_KIND, ROWS, BLOCK,
+            )  # fmt: skip
             y += tl.where((token == one)[:, None], dots[None], 0.0)
+    else:
+        for start in range(0, columns, BLOCK):
+            col = start + tl.arange(0, BLOCK)
+            inside = col < columns
+            w = decode(
+                matrix, matrix_stride, matrix_scales, matrix_scale_stride, row[:, None], col[None],
+                ok[:, None] & inside[None], MATRIX_KIND,
+            )  # fmt: skip
+            for one in tl.static_range(TOKENS):
+                v = tl.load(x + one * columns + col, mask=inside, other=0.0)
+                dots = tl.sum(w * v[None], axis=1)
+                y += tl.where((token == one)[:, None], dots[None], 0.0)
     if bias is not None:
         y += tl.load(bias + row, mask=ok, other=0.0)[None]
     at = out + token[:, None].to(tl.int64) * rows + row[None]
