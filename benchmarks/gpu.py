@@ -77,6 +77,7 @@ PARTS = ("kernels", "crossings", "models", "profile", "tests", "sweep")
 SECONDS_A_CASE, SECONDS_OF_TESTS = 30.0, 150.0
 LIMITS = {"kernels": 90.0, "crossings": 60.0, "profile": 60.0, "tests": SECONDS_OF_TESTS, "tile sizes": 90.0}
 """Seconds of a part; models take what is left, and the first of them what the tests leave."""
+RUNTIME_TESTS = tuple(f"runtime/test_{name}.py" for name in ("gpu", "captured", "gpu_memory"))
 SECONDS_TO_START, END = 8.0, 2.0
 """Seconds without which no part is begun, and that one has to come to its end."""
 LENGTHS = Lengths(64, 6, 2) if DRY else Lengths()
@@ -136,7 +137,7 @@ def gpu_tests(bench: Bench) -> Row:
     """The tests that need a GPU, as many as end in time."""
     if DRY or not bench.time_for("tests on the device", SECONDS_OF_TESTS / 3):
         return {}
-    folders = [f"tests/{name}" for name in ("runtime/test_gpu.py", "runtime/test_captured.py", "memory", "ops")]
+    folders = [f"tests/{name}" for name in (*RUNTIME_TESTS, "memory", "ops")]
     more = ["-n", "12"] if find_spec("xdist") else []
     more += ["--timeout", "60"] if find_spec("pytest_timeout") else []  # one that hangs is not to end the others
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "--tb=line", "-rfE", "-p", "no:cacheprovider", *more]

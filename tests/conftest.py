@@ -28,7 +28,7 @@ if "CUDA_VISIBLE_DEVICES" not in os.environ and not Path("/dev/nvidiactl").exist
     # Without a GPU its kernels run in Triton's interpreter, which must be chosen before they are defined.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-ON_DEVICE = {"test_gpu_kernels.py", "test_hybrid_gpu.py", "test_captured.py"}
+ON_DEVICE = {"test_gpu_kernels.py", "test_hybrid_gpu.py", "test_captured.py", "test_gpu_memory.py"}
 """Files that are about the GPU's kernels: with a GPU they run on it."""
 
 

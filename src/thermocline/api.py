@@ -13,7 +13,9 @@ only, such as to profile or to plan, is in `tasks`, and here under the same name
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,7 @@ from thermocline.runtime.conversion import convert_model as convert
 from thermocline.runtime.conversion import quantize_model as quantize
 from thermocline.runtime.describe import ModelInfo, PredictorInfo
 from thermocline.runtime.generation import FinishReason, Generation, Item, Stream
-from thermocline.runtime.loading import LoadedModel, load_model
+from thermocline.runtime.loading import LoadedModel, load_model, smaller_plan
 from thermocline.runtime.perplexity import Perplexity, Scored
 from thermocline.runtime.planning import Planned, PlanSettings, export_gpu_index
 from thermocline.runtime.powerinfer import (
@@ -86,9 +88,10 @@ Messages = Sequence[Mapping[str, Any]]
 class LLM:
     """A loaded model. Make one with `LLM.load`; close it, or use it in a `with` block. Not safe between threads."""
 
-    def __init__(self, model: LoadedModel, source: ModelSource) -> None:
+    def __init__(self, model: LoadedModel, source: ModelSource, settings: LoadSettings) -> None:
         self._model: LoadedModel | None = model
         self._source = source
+        self._settings = settings
         self._template: ChatTemplate | None = None
 
     @classmethod
@@ -111,7 +114,7 @@ class LLM:
         settings = settings_of(LoadSettings, settings, overrides)
         source = opened(model)
         try:
-            return cls(load_model(source, settings, progress), source)
+            return cls(load_model(source, settings, progress), source, settings)
         except BaseException:
             source.close()
             raise
@@ -262,12 +265,26 @@ class LLM:
             raise UsageError("this model is closed; load it again")
         return self._model
 
+    def _keep_budget(self) -> None:
+        """Where the first prompt made a GPU hold more than its budget, go on with a plan that is smaller by as much."""
+        smaller = smaller_plan(self._loaded, self._settings)
+        if smaller is None:
+            return
+        self._settings, why = smaller
+        self._loaded.close()
+        self._loaded.engine.end()
+        self._model = None
+        gc.collect()  # what is planned anew must find the memory free
+        loaded = load_model(self._source, self._settings)
+        self._model = replace(loaded, notices=(*loaded.notices, why))
+
     def _prompt(self, text: str) -> list[int]:
         """Tokens to continue: `text` with what the model puts before a text, and not what it puts after one."""
         tokenizer = self._loaded.tokenizer
         return [*tokenizer.prefix, *tokenizer.encode(text, add_special=False)]
 
     def _stream(self, tokens: list[int], settings: SamplingSettings, *, chat: bool = False) -> Stream:
+        self._keep_budget()
         loaded = self._loaded
         return Stream(
             loaded.engine, loaded.tokenizer, tokens, settings, reuse=chat, chat=chat, load_seconds=loaded.seconds

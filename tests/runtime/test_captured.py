@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ import torch
 from thermocline.activity.predictor import Predictor
 from thermocline.api import LLM
 from thermocline.config import CacheType, CrossingKind, Mode
-from thermocline.errors import BudgetError, HardwareError, UsageError
+from thermocline.errors import HardwareError, UsageError
 from thermocline.files.open import open_model
 from thermocline.hardware.machine import Tier
 from thermocline.memory.arena import Memory
@@ -30,9 +29,6 @@ from thermocline.ops.cuda.ops import CudaOps
 from thermocline.ops.cuda.streams import Streams
 from thermocline.ops.device import Host
 from thermocline.ops.handover import Fault
-from thermocline.placement.budget import parse_budget, size_text
-from thermocline.placement.ledger import Purpose
-from thermocline.placement.plan_file import save_plan
 from thermocline.placement.seats import LayerSeat, Seating
 from thermocline.runtime.captured import CapturedStep
 
@@ -415,99 +411,9 @@ def test_a_model_runs_with_device_cuda_as_it_does_on_the_cpu(tiny_model: Any, ag
         agree(got, wanted, 2, 96, integers=True)
 
 
-def test_a_gpu_that_holds_more_than_its_budget_gets_a_smaller_plan(
-    tiny_model: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = int(parse_budget(BUDGET).amount)
-    held = iter([whole + 4096, 0])
-    monkeypatch.setattr(CudaOps, "held_bytes", lambda ops: next(held))
-    with LLM.load(tiny_model, ctx_size=32, threads=1, device="cuda", vram_budget=BUDGET) as llm:
-        assert llm._loaded.placing.memory.ledger.budgets[VRAM] == whole - 4096
-        assert any("planned again" in notice for notice in llm.notices)
-
-
-def test_a_plan_that_was_named_is_carried_out(tiny_model: Any, tmp_path: Path) -> None:
-    said, plans = [], []
-    settings: dict[str, Any] = {"ctx_size": 32, "threads": 1, "device": "cuda"}
-    for more in ({"vram_budget": BUDGET}, {"plan": tmp_path / "plan.json"}):
-        with LLM.load(tiny_model, **settings, **more) as llm:
-            assert llm.plan is not None
-            assert {layer.home for layer in llm.plan.layers} == {VRAM}
-            assert not any("new plan" in notice for notice in llm.notices)
-            plans.append(llm.plan)
-            save_plan(llm.plan, tmp_path / "plan.json")
-            said.append(llm.generate([5, 9, 2], max_tokens=3, temperature=0.0).text)
-    assert said[0] == said[1]
-    assert plans[0] == plans[1]
-
-
-def test_a_gpu_that_always_holds_more_is_refused(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(CudaOps, "held_bytes", lambda ops: 1 << 50)
-    with pytest.raises(BudgetError, match="vram"):
-        LLM.load(tiny_model, ctx_size=32, threads=1, device="cuda", vram_budget=BUDGET)
-
-
-@interpreted
-def test_what_the_first_prompt_takes_beyond_the_budget_is_said(
-    tiny_model: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with LLM.load(tiny_model, ctx_size=32, threads=1, device="cuda", vram_budget=BUDGET) as llm:
-        whole, asked = llm._loaded.placing.memory.ledger.budgets[VRAM], []
-
-        def held(ops: CudaOps) -> int:
-            asked.append(True)
-            return whole + (3 << 20)
-
-        monkeypatch.setattr(CudaOps, "held_bytes", held)
-        for _ in range(2):
-            split = llm.generate([5, 9, 2], max_tokens=2).report.split
-            assert split is not None
-            assert split.over == 3 << 20
-            assert any(
-                f"{size_text(3 << 20)} more than its budget in the first prompt" in line for line in split.lines()
-            )
-        assert len(asked) == 1
-
-
-@pytest.mark.parametrize("mode", [Mode.EXACT, Mode.PREDICTED])
-def test_scratch_of_the_longest_prompt_is_in_the_ledger(tiny_model: Any, with_predictor: Any, mode: Mode) -> None:
-    """Prompts and their answers take no more than loading has shown."""
-    model = with_predictor(tiny_model, shares=0.05)
-    with LLM.load(model, ctx_size=64, threads=1, device="cuda", vram_budget=BUDGET, mode=mode) as llm:
-        memory = llm._loaded.placing.memory
-        scratch = memory.devices[VRAM].ops.scratch
-        before, claimed = scratch.nbytes, memory.arenas[VRAM].claimed
-        assert 0 < before <= claimed
-        pinned = memory.devices[VRAM].ops.streams.pinned_bytes
-        assert 4 * (64 + 2 * 64 + 96) < pinned <= memory.ledger.used(RAM, Purpose.STAGING)
-        for prompt in (range(5, 60), range(5, 8)):
-            llm.generate(list(prompt), max_tokens=2)
-        assert (scratch.nbytes, memory.arenas[VRAM].claimed) == (before, claimed)
-        assert memory.is_true
-
-
 def test_learned_positions_where_the_embedding_is_on_the_cpu(make_opt: Callable[[], Any]) -> None:
     rows = []
     for entry in (VRAM, RAM):
         transformer, cache = load_source(make_opt(), (32, 64), entry)
         rows.append(CapturedStep(transformer, cache).run(4, len(PROMPT))[0].copy())
     assert rows[0].tobytes() == rows[1].tobytes()
-
-
-def test_memory_that_runs_out_at_loading_is_one_error(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(CudaOps, "rms_norm", full)
-    with pytest.raises(BudgetError, match="--ubatch-size"):
-        LLM.load(tiny_model, ctx_size=32, threads=1, device="cuda", vram_budget=BUDGET)
-
-
-def test_memory_that_runs_out_ends_one_request(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    with LLM.load(tiny_model, ctx_size=32, threads=1, device="cuda", vram_budget=BUDGET) as llm:
-        with monkeypatch.context() as patch:
-            patch.setattr(CudaOps, "rms_norm", full)
-            with pytest.raises(BudgetError, match="ran out of it"):
-                llm.generate([5], max_tokens=1)
-        assert llm.generate([5], max_tokens=1).text is not None
-
-
-def full(*_: Any) -> None:
-    raise torch.OutOfMemoryError("none left")

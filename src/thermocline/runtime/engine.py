@@ -9,10 +9,11 @@ import numpy as np
 from thermocline.config import Mode
 from thermocline.errors import ContextError, UsageError
 from thermocline.hardware.machine import ReadCurve
+from thermocline.model.feed_forward import Tally
 from thermocline.placement.plan import Plan
 from thermocline.runtime.below import Below
 from thermocline.runtime.drift import Moved, Watch
-from thermocline.runtime.sequence import Logits, Sequence
+from thermocline.runtime.sequence import Logits, Sequence, Step, Tokens
 from thermocline.runtime.split import Account, SplitReport, split_report
 from thermocline.runtime.traffic import Traffic
 
@@ -157,7 +158,25 @@ class Engine:
         if ticket == self._generation:
             self._held.clear()
 
+    def end(self) -> None:
+        """Let go of the network, for good: streams that are left can tell what they did, and go no further."""
+        self._generation += 1
+        self._held.clear()
+        self._sequence = _Ended(self._sequence)
+
     def _common(self, prompt: Listing[int]) -> int:
         """Length of the prefix that prompt and cache share; at least one token is left to be computed."""
         limit = min(len(self._held), len(prompt) - 1)
         return next((i for i in range(limit) if self._held[i] != prompt[i]), limit)
+
+
+class _Ended:
+    """What is left of a sequence whose engine has ended."""
+
+    def __init__(self, sequence: Sequence) -> None:
+        self.n_ctx, self.n_vocab, self.ubatch = sequence.n_ctx, sequence.n_vocab, sequence.ubatch
+        self.tally, self.over = Tally(), sequence.over
+
+    def step(self, tokens: Tokens, start: int, *, logits: bool) -> Step:
+        """Raises UsageError."""
+        raise UsageError("the model was loaded anew since this generation was asked for; ask again")

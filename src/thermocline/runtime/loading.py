@@ -29,7 +29,7 @@ from thermocline.model.spec import ModelSpec
 from thermocline.model.workspace import workspace_bytes
 from thermocline.placement.budget import size_text
 from thermocline.placement.ledger import Purpose
-from thermocline.placement.plan import Plan
+from thermocline.placement.plan import Plan, make_plan
 from thermocline.runtime.counting import FiringCounts, require_addable
 from thermocline.runtime.drift import Watch, drift_of
 from thermocline.runtime.engine import Engine
@@ -175,8 +175,7 @@ def load_model(
         placing.close()
         del transformer, cache, caches, homes, scratch, sequence, placing, memory
         gc.collect()  # what is planned anew must find the memory free
-        smaller = replace(settings, vram_budget=f"{max(0, budget - over)}B")
-        why = f"the GPU held {size_text(over)} more than its budget of {size_text(budget)}: planned again for that less"
+        smaller, why = _smaller(settings, budget, over)
         return load_model(source, smaller, progress, make=make, tell=tell, shrunk=why)
     traffic = traffic_of(spec, weights, settings.cache_type_k, settings.cache_type_v, report.predictor_bytes, plan)
     engine = Engine(sequence, traffic, tokenizer.size, transformer.mode, plan, watch, placing.below)
@@ -196,6 +195,31 @@ def load_model(
         placing,
         source.fingerprint,
     )
+
+
+def _smaller(settings: LoadSettings, budget: int, over: int) -> tuple[LoadSettings, str]:
+    """Settings with as much less VRAM as was held beyond the budget, and what there is to say."""
+    smaller = replace(settings, vram_budget=f"{max(0, budget - over)}B")
+    return (
+        smaller,
+        f"the GPU held {size_text(over)} more than its budget of {size_text(budget)}: planned again for that less",
+    )
+
+
+def smaller_plan(loaded: LoadedModel, settings: LoadSettings) -> tuple[LoadSettings, str] | None:
+    """Settings for as much less VRAM as the first prompt took beyond the budget, and what there is to say.
+
+    None where it kept the budget, or where no smaller plan exists.
+    """
+    placing, over = loaded.placing, loaded.engine.over
+    budget = placing.memory.ledger.budgets.get(Tier.VRAM)
+    if not over or budget is None or placing.problem is None:
+        return None
+    try:
+        make_plan(replace(placing.problem, budgets={**placing.problem.budgets, Tier.VRAM: max(0, budget - over)}))
+    except BudgetError:
+        return None
+    return _smaller(settings, budget, over)
 
 
 def _watch(source: ModelSource, spec: ModelSpec, mode: Mode, settings: LoadSettings) -> Watch | None:

@@ -201,8 +201,8 @@ class SplitReport:
         lines.append(f"ms a token, predicted / measured: {shown}")
         if self.over:
             lines.append(
-                f"WARNING: the GPU held {size_text(self.over)} more than its budget in the first prompt; "
-                "lower --vram-budget by as much"
+                f"WARNING: the GPU held {size_text(self.over)} more than its budget in the first prompt; the next one "
+                "gets a plan that is smaller by as much, if there is one, or lower --vram-budget"
             )
         if abs(self.off) > LOUD:
             faster = "slower" if self.off > 0 else "faster"
