@@ -13,7 +13,7 @@ from thermocline.activity.pictures import Picture
 from thermocline.activity.profile import Existing, Profiled, Progress
 from thermocline.activity.report import write_report
 from thermocline.activity.statistics import Activity, merge_all
-from thermocline.activity.store import load_activity, save_activity
+from thermocline.activity.store import find_activity, save_activity
 from thermocline.activity.training import Step, Trained
 from thermocline.config import LoadSettings, TrainSettings, settings_of
 from thermocline.errors import UsageError, printable
@@ -194,12 +194,13 @@ def train_predictor(
 
 
 def read_activity(path: str | Path) -> Activity:
-    """Read the statistics that `profile` wrote.
+    """Read the statistics that `profile` wrote, or those inside a model that `convert` wrote.
 
     Raises:
+        UsageError: it is a model without any.
         ModelFormatError: the file holds none, or is damaged.
     """
-    return load_activity(path)
+    return find_activity(path)
 
 
 def merge_activities(paths: Sequence[str | Path], output: str | Path) -> Activity:
@@ -209,7 +210,7 @@ def merge_activities(paths: Sequence[str | Path], output: str | Path) -> Activit
         FingerprintError: they are of different models.
         UsageError: they cannot be merged for another reason, such as a run that is in two of them.
     """
-    merged = merge_all([load_activity(path) for path in paths])
+    merged = merge_all([find_activity(path) for path in paths])
     save_activity(merged, output)
     return merged
 
@@ -226,7 +227,7 @@ def order(path: str | Path, output: str | Path, *, by: By | str = By.FREQUENCY) 
         by = By(by)
     except ValueError:
         raise UsageError(f"by is {printable(str(by))}; allowed: {', '.join(By)}") from None
-    made = Order.of(load_activity(path), by)
+    made = Order.of(find_activity(path), by)
     save_order(made, output)
     return made
 

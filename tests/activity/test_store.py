@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,12 @@ import pytest
 
 from thermocline.activity.accumulator import Accumulator
 from thermocline.activity.statistics import Activity
-from thermocline.activity.store import load_activity, save_activity
-from thermocline.errors import ModelFormatError
+from thermocline.activity.store import INFO_KEY, PREFIX, activity_metadata, find_activity, load_activity, save_activity
+from thermocline.errors import ModelFormatError, UsageError
+from thermocline.files.formats import F32
+from thermocline.files.gguf import GgufFile
+from thermocline.files.gguf_writer import write_gguf
+from thermocline.files.quantize import from_float
 from thermocline.files.sidecar import SidecarKind, read_sidecar, write_sidecar
 
 MODEL = "ab" * 32
@@ -124,3 +129,63 @@ def test_a_predictor_or_a_text_is_no_activity(counted: Activity, tmp_path: Path)
         load_activity(tmp_path / "x")
     with pytest.raises(ModelFormatError, match="does not exist"):
         load_activity(tmp_path / "nowhere")
+
+
+# Inside model files
+
+
+def model_with(path: Path, metadata: dict[str, object]) -> Path:
+    write_gguf(path, {"general.name": "tiny", **metadata}, [from_float("w", np.ones((2, 32), np.float32), F32)])
+    return path
+
+
+def test_it_comes_back_from_a_model_file(counted: Activity, tmp_path: Path, same) -> None:
+    path = model_with(tmp_path / "m.gguf", activity_metadata(counted))
+    found = find_activity(path)
+    assert same(replace(found, model_fingerprint=MODEL), counted)
+    assert found.model_fingerprint == GgufFile.open(path).fingerprint
+    assert (found.model_name, found.runs, found.threshold) == ("tiny", counted.runs, 0.25)
+    save_activity(counted, tmp_path / "x")
+    assert same(find_activity(tmp_path / "x"), counted)
+    # What is added up and written back is a sidecar: a model must never be taken for one.
+    with pytest.raises(ModelFormatError):
+        load_activity(path)
+    with pytest.raises(UsageError, match="has no activity inside"):
+        find_activity(model_with(tmp_path / "bare.gguf", {}))
+
+
+INSIDE_BROKEN: dict[str, tuple[str, object]] = {
+    "no JSON": (INFO_KEY, "{"),
+    "a number": (INFO_KEY, np.uint32(5)),
+    "no layers": (INFO_KEY, '{"tokens": 12, "sequences": 1, "threshold": 0, "runs": []}'),
+    "layers of nothing": (INFO_KEY, '{"layers": 0, "tokens": 12, "sequences": 1, "threshold": 0, "runs": []}'),
+    "many layers": (INFO_KEY, '{"layers": 99999999999, "tokens": 12, "sequences": 1, "threshold": 0, "runs": []}'),
+    "other layers": (INFO_KEY, '{"layers": 4, "tokens": 12, "sequences": 1, "threshold": 0, "runs": []}'),
+    "fewer tokens": (INFO_KEY, '{"layers": 2, "tokens": 1, "sequences": 1, "threshold": 0, "runs": []}'),
+    "narrow counts": (f"{PREFIX}fired", np.zeros(20, np.int32)),
+    "no counts": (f"{PREFIX}fired", np.zeros(0, np.int64)),
+    "half a row": (f"{PREFIX}fired", np.zeros(19, np.int64)),
+    "below zero": (f"{PREFIX}fired", np.full(20, -1, np.int64)),
+    "more than all": (f"{PREFIX}fired", np.full(20, 13, np.int64)),
+    "words": (f"{PREFIX}fired", ["a", "b"]),
+    "whole": (f"{PREFIX}contribution", np.zeros(20, np.int64)),
+    "not finite": (f"{PREFIX}contribution", np.full(20, np.nan)),
+    "few sizes": (f"{PREFIX}sizes", np.zeros(2, np.int64)),
+    "long overlap": (f"{PREFIX}token_overlap", np.zeros(6, np.int64)),
+}
+
+
+@pytest.mark.parametrize("name", INSIDE_BROKEN)
+def test_what_is_inside_and_damaged_is_refused(counted: Activity, tmp_path: Path, name: str) -> None:
+    key, value = INSIDE_BROKEN[name]
+    path = model_with(tmp_path / "m.gguf", {**activity_metadata(counted), key: value})
+    with pytest.raises(ModelFormatError):
+        find_activity(path)
+
+
+@pytest.mark.parametrize("key", ["fired", "contribution", "sizes", "token_overlap", "layer_overlap"])
+def test_what_is_inside_and_incomplete_is_refused(counted: Activity, tmp_path: Path, key: str) -> None:
+    metadata = activity_metadata(counted)
+    del metadata[f"{PREFIX}{key}"]
+    with pytest.raises(ModelFormatError, match="is missing"):
+        find_activity(model_with(tmp_path / "m.gguf", metadata))

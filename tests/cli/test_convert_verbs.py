@@ -57,7 +57,7 @@ def test_convert_tells_what_it_wrote_and_what_was_lost(command, model) -> None:
     record = json.loads(command("convert", model, "--outtype", "q4_0", "-o", "out.gguf", "--force", "--json").out)
     assert record["written"] == Path("out.gguf").stat().st_size
     assert record["read"] == sum(len(t.data) for t in GgufFile.open(model).tensors.values())
-    assert (record["powerinfer"], record["activity"], record["notes"]) == (False, None, [])
+    assert (record["powerinfer"], record["activity_tokens"], record["notes"]) == (False, None, [])
     errors = {t["name"]: t for t in record["tensors"]}
     assert errors["blk.0.attn_q.weight"]["to"] == "Q4_0"
     assert 0.03 < errors["blk.0.attn_q.weight"]["relative_error"] < 0.2
@@ -83,12 +83,18 @@ def test_everything_into_one_file(command, model, activity, predictor) -> None:
     call = ("convert", model, "--activity", activity, "--predictor", predictor, "-o", "out.gguf")
     done = command(*call)
     assert (done.code, done.err) == (0, "")
-    assert "out.activity.safetensors" in done.out
-    assert (read_activity("out.activity.safetensors").order == np.arange(NEURONS)).all()
+    inside = read_activity("out.gguf")
+    assert f"inside, counted over {inside.tokens:,} tokens" in " ".join(done.out.split())
+    assert (inside.order == np.arange(NEURONS)).all()
+    assert f"{inside.tokens:,} tokens" in command("activity", "show", "out.gguf").out
+    assert command("report", "out.gguf", "-o", "page.html").code == 0
+    assert "Which neurons of tiny fire" in Path("page.html").read_text()
     said = [command("run", "-m", m, "-p", "def", "-n", 8, "--temp", 0, *CALL).out for m in (model, "out.gguf")]
     assert said[0] == said[1]
     shown = json.loads(command("show", "out.gguf", "--json").out)
     assert shown["predictor"]["ranks"] == [192, 192]
+    assert shown["activity_tokens"] == inside.tokens
+    assert f"counted over {inside.tokens:,} tokens" in command("show", "out.gguf").out
 
 
 def test_a_file_for_powerinfer_and_back(command, model, predictor, tiny_model) -> None:
@@ -282,7 +288,10 @@ def test_a_bare_pickle_is_refused(command, model) -> None:
         (["convert", "nowhere", "-o", "x"], 1, "does not exist"),
         (["convert", "m.gguf", "-o", "no/x"], 1, "No such file or directory"),
         (["convert", "m.gguf", "-o", "x", "--outtype", "q9"], 2, "outtype is q9"),
-        (["convert", "m.gguf", "-o", "x", "--activity", "m.gguf"], 1, "m.gguf"),
+        (["convert", "m.gguf", "-o", "x", "--activity", "m.gguf"], 2, "m.gguf has no activity inside"),
+        (["report", "m.gguf", "-o", "x"], 2, "m.gguf has no activity inside"),
+        (["profile", "-m", "m.gguf", "--text", ".", "-o", "m.gguf", "--merge"], 1, "m.gguf"),
+        (["run", "-m", "m.gguf", "-p", "x", "--count-activity", "m.gguf"], 1, "m.gguf"),
         (["convert", "m.gguf", "-o", "x", "--predictor-threshold", "much"], 2, "much"),
         (["quantize", "m.gguf", "x"], 2, "kind"),
         (["quantize", "m.gguf", "x", "Q4_K_M"], 2, "mixtures of types are not made"),

@@ -1,4 +1,4 @@
-"""Conversion from end to end: orders, predictors, activities beside the file; refusals, interrupts and full disks."""
+"""Conversion from end to end: orders, predictors, activities inside; refusals, interrupts and full disks."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import pytest
 
 from thermocline import LLM, convert, profile, quantize, read_activity
 from thermocline import order as make_order
+from thermocline.activity.applied import applied_order
 from thermocline.activity.inside import predictor_inside
 from thermocline.activity.predictor import save_predictor
 from thermocline.config import LoadSettings
@@ -27,6 +28,7 @@ from thermocline.files.open import open_model
 from thermocline.files.powerinfer import PowerinferPredictor
 from thermocline.files.powerinfer_folder import write_predictor_folder
 from thermocline.files.sidecar import SidecarKind
+from thermocline.model.families import family_of
 
 GREEDY = {"temperature": 0, "ignore_eos": True, "max_tokens": 16}
 TEXT = "def first(n):\n    return n + 1\n" * 20
@@ -63,17 +65,19 @@ def test_ordered_with_its_predictor_it_says_the_same(model: Path, activity: Path
     done = convert(model, out, activity=activity, predictor=predictor)
     assert done.written == out.stat().st_size
     assert done.read == sum(len(t.data) for t in GgufFile.open(model).tensors.values())
-    assert done.activity == model.with_name("out.activity.safetensors")
+    assert done.tokens == read_activity(activity).tokens
     plain = says(model)
     assert says(out) == plain
     assert says(out, mode="predicted") == plain
     assert says(out, mode="dense") == plain
 
 
-def test_the_activity_beside_it_is_for_the_new_numbers(model: Path, activity: Path, tmp_path: Path) -> None:
+def test_the_activity_inside_is_for_the_new_numbers(model: Path, activity: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.gguf"
     convert(model, out, activity=activity)
-    before, after = read_activity(activity), read_activity(companion(out, SidecarKind.ACTIVITY))
+    before, after = read_activity(activity), read_activity(out)
+    assert [p.name for p in tmp_path.glob("out*")] == ["out.gguf"]
+    assert (after.tokens, after.runs, after.sizes.tolist()) == (before.tokens, before.runs, before.sizes.tolist())
     assert after.model_fingerprint == GgufFile.open(out).fingerprint != before.model_fingerprint
     assert (np.diff(after.fired, axis=1) <= 0).all()
     assert (np.sort(after.fired) == np.sort(before.fired)).all()
@@ -92,12 +96,43 @@ def test_counts_of_the_original_still_order_a_converted_model(model: Path, activ
     convert(tmp_path / "a.gguf", tmp_path / "b.gguf", activity=activity)
     convert(model, tmp_path / "c.gguf", activity=activity, outtype="f16")
     b, c = GgufFile.open(tmp_path / "b.gguf"), GgufFile.open(tmp_path / "c.gguf")
-    fired = [read_activity(tmp_path / f"{name}.activity.safetensors").fired for name in "bc"]
+    fired = [read_activity(tmp_path / f"{name}.gguf").fired for name in "bc"]
     assert (fired[0] == fired[1]).all()
     assert set(b.weights) == set(c.weights)
     other = quantize(tmp_path / "b.gguf", tmp_path / "d.gguf", "Q8_0")
     assert not other.powerinfer
     convert(tmp_path / "d.gguf", tmp_path / "e.gguf", activity=activity)  # of the first model, by way of two others
+
+
+def test_an_activity_inside_goes_along_whatever_is_made_of_the_model(
+    model: Path, activity: Path, tmp_path: Path
+) -> None:
+    make_order(activity, tmp_path / "by", by="contribution")
+    a = tmp_path / "a.gguf"
+    convert(model, a, activity=activity)
+    quantize(a, tmp_path / "b.gguf", "F16")
+    assert (read_activity(tmp_path / "b.gguf").fired == read_activity(a).fired).all()
+    convert(model, tmp_path / "c.gguf", activity=a.with_name("by").with_name(activity.name))
+    make_order(a, tmp_path / "again", by="contribution")
+    convert(a, tmp_path / "d.gguf", order=tmp_path / "again")
+    direct = tmp_path / "e.gguf"
+    convert(model, direct, order=tmp_path / "by")
+    assert says(tmp_path / "d.gguf") == says(direct)
+    moved, counted = read_activity(tmp_path / "d.gguf"), read_activity(activity)
+    with open_model(model) as source:
+        order = applied_order(GgufFile.open(tmp_path / "d.gguf").metadata, family_of(source).spec(source))
+    assert order is not None
+    assert (moved.fired == np.take_along_axis(counted.fired, order.order.astype(int), axis=1)).all()
+    assert (moved.contribution == np.take_along_axis(counted.contribution, order.order.astype(int), axis=1)).all()
+    assert (np.diff(moved.contribution, axis=1) <= 0).all()
+
+
+def test_what_lies_beside_of_another_model_is_told(model: Path, activity: Path, tmp_path: Path) -> None:
+    beside = companion(tmp_path / "out.gguf", SidecarKind.ACTIVITY)
+    shutil.copy(activity, beside)
+    done = convert(model, tmp_path / "out.gguf", activity=activity)
+    assert any("out.activity.safetensors is of another model" in note for note in done.notes)
+    assert beside.read_bytes() == activity.read_bytes()
 
 
 def test_other_models_are_refused_by_fingerprint(
@@ -184,11 +219,6 @@ def test_files_that_are_there_are_kept_unless_forced(model: Path, activity: Path
         assert out.read_text() == "mine"
     convert(model, out, force=True)
     assert GgufFile.open(out).tensors
-    out.unlink()
-    companion(out, SidecarKind.ACTIVITY).write_text("mine")
-    with pytest.raises(UsageError, match=r"out\.activity\.safetensors is there already"):
-        convert(model, out, activity=activity)
-    assert not out.exists()
 
 
 def test_a_model_may_replace_itself(model: Path) -> None:

@@ -157,8 +157,33 @@ def test_another_models_activity_is_refused(model: Path, activity: Path, tmp_pat
     save_activity(other, tmp_path / "other.safetensors")
     with pytest.raises(FingerprintError, match="other"):
         api.plan(model, activity=tmp_path / "other.safetensors", machine=PC)
-    with pytest.raises(ModelFormatError):
+    with pytest.raises(UsageError, match="has no activity inside"):
         api.plan(model, activity=model, machine=PC)
+    with pytest.raises(ModelFormatError):
+        api.plan(model, activity=__file__, machine=PC)
+
+
+def test_what_lies_beside_and_is_of_no_use_is_told_and_what_is_inside_serves(
+    model: Path, activity: Path, tmp_path: Path
+) -> None:
+    ordered = tmp_path / "ordered.gguf"
+    api.convert(model, ordered, activity=activity)
+    inside = api.plan(ordered, **TIGHT)
+    assert inside.order is not None
+    assert (inside.order.order == np.arange(inside.order.order.shape[1])).all()
+    assert "temperatures from the activity inside the model" in inside.notices
+    foreign = Activity.from_counts("0" * 64, "other", np.ones((2, 96), np.int64), 5)
+    save_activity(foreign, tmp_path / "ordered.activity.safetensors")
+    (tmp_path / "ordered.order.safetensors").write_text("no order")
+    again = api.plan(ordered, **TIGHT)
+    assert again.plan == inside.plan
+    assert any(line.startswith("activity not used") and "belongs to the model other" in line for line in again.notices)
+    assert any(line.startswith("order not used") for line in again.notices)
+    # Counts of the model that it was made of serve too.
+    assert api.plan(ordered, activity=activity, **TIGHT).plan == inside.plan
+    assert api.plan(ordered, activity=ordered, **TIGHT).plan == inside.plan
+    with pytest.raises(FingerprintError):
+        api.plan(model, activity=ordered, machine=PC)
 
 
 def test_a_smaller_context_shrinks_the_default_workload_only(model: Path) -> None:

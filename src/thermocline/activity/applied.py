@@ -8,14 +8,17 @@ A converted model numbers its neurons anew, hottest first, and has another finge
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from thermocline.activity.statistics import Activity
+from thermocline.activity.store import find_activity
 from thermocline.errors import ModelFormatError
 from thermocline.files.metadata import Metadata
+from thermocline.files.source import ModelSource
 from thermocline.model.spec import ModelSpec
 
 ORDER_KEY: Final = "thermocline.neuron_order"
@@ -49,14 +52,8 @@ class AppliedOrder:
         if activity.model_fingerprint == fingerprint:
             return activity
         activity.require_model(self.model, name)
-        places = self.order.astype(np.intp)
-        return replace(
-            activity,
-            model_fingerprint=fingerprint,
-            model_name=name or activity.model_name,
-            fired=np.take_along_axis(activity.fired, places, axis=1),
-            contribution=np.take_along_axis(activity.contribution, places, axis=1),
-        )
+        again = activity.reordered(self.order)
+        return replace(again, model_fingerprint=fingerprint, model_name=name or activity.model_name)
 
 
 def applied_order(metadata: Metadata, spec: ModelSpec) -> AppliedOrder | None:
@@ -73,3 +70,17 @@ def applied_order(metadata: Metadata, spec: ModelSpec) -> AppliedOrder | None:
     if not (np.sort(order, axis=1) == np.arange(spec.n_ff)).all():
         raise ModelFormatError(metadata.path, ORDER_KEY, "names a neuron twice, or one that is not there")
     return AppliedOrder(metadata.text(MODEL_KEY, limit=64), order)
+
+
+def activity_for(source: ModelSource, spec: ModelSpec, path: Path | str) -> Activity:
+    """The activity in `path`, of this model or of the one that it was converted from, by this one's numbers.
+
+    Raises:
+        FingerprintError: it is another model's.
+        ModelFormatError, UnsupportedModelError, UsageError: as `find_activity`.
+    """
+    activity, applied = find_activity(path), applied_order(source.metadata, spec)
+    if applied is not None:
+        activity = applied.translated(activity, source.fingerprint, spec.name)
+    activity.require_model(source.fingerprint, spec.name)
+    return activity

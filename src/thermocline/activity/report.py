@@ -10,7 +10,7 @@ from typing import Any, Final
 from thermocline.activity.drawing import NAMESPACE, percent
 from thermocline.activity.pictures import Picture, activity_pictures, predictor_pictures
 from thermocline.activity.statistics import Activity
-from thermocline.activity.store import load_activity
+from thermocline.activity.store import find_activity
 from thermocline.errors import OutputError, printable
 from thermocline.files.atomic import atomic_write
 from thermocline.files.sidecar import Sidecar, SidecarKind, read_sidecar
@@ -75,7 +75,7 @@ def write_report(
         FingerprintError: the predictor belongs to another model.
         OutputError: something could not be written.
     """
-    activity = load_activity(path)
+    activity = find_activity(path)
     sidecar = None if predictor is None else read_sidecar(predictor, SidecarKind.PREDICTOR, verify=False)
     if sidecar is not None:
         sidecar.require_model(activity.model_fingerprint, activity.model_name)

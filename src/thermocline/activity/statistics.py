@@ -166,6 +166,15 @@ class Activity:
             mine, other = self.model_name or self.model_fingerprint[:12], name or fingerprint[:12]
             raise FingerprintError("activity", mine, other, "profile this model with `thermocline profile`")
 
+    def reordered(self, order: npt.NDArray[np.integer[Any]]) -> Activity:
+        """The same where each layer's neurons are numbered anew: `order` (n_layer, n_ff) gives their numbers here."""
+        places = order.astype(np.intp)
+        return replace(
+            self,
+            fired=np.take_along_axis(self.fired, places, axis=1),
+            contribution=np.take_along_axis(self.contribution, places, axis=1),
+        )
+
     def with_run(self, run: Mapping[str, Any]) -> Activity:
         """The same, with a record of what was read."""
         return replace(self, runs=(*self.runs, run))

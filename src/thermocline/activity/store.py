@@ -1,7 +1,13 @@
-"""Activities on disk: sidecars named X.activity.safetensors."""
+"""Activities on disk: sidecars named X.activity.safetensors, and inside model files.
+
+A model file has one in its metadata, for the numbers that its neurons have there, so that both appear at once:
+`thermocline.activity.info` (JSON: layers, tokens, sequences, threshold, runs) and the sidecar's arrays but the order,
+each flat: `thermocline.activity.fired` and so on.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -10,12 +16,19 @@ import numpy as np
 import numpy.typing as npt
 
 from thermocline.activity.statistics import SIZE_BINS, Activity, Overlap
-from thermocline.errors import ModelFormatError
+from thermocline.errors import ModelFormatError, UsageError, printable
+from thermocline.files.gguf import GgufFile
+from thermocline.files.gguf_types import MAGICS
 from thermocline.files.sidecar import Sidecar, SidecarKind, read_sidecar, write_sidecar
+from thermocline.files.strict_json import parse_object
 from thermocline.files.weight import Weight
 
 MAX_TOKENS: Final = 1 << 48
 MAX_RUNS: Final = 1 << 16
+MAX_INFO: Final = 1 << 26
+"""Characters of a model file's info on its activity."""
+PREFIX: Final = "thermocline.activity."
+INFO_KEY: Final = f"{PREFIX}info"
 
 
 def save_activity(
@@ -30,26 +43,87 @@ def save_activity(
     Raises:
         OutputError: it could not be written; the old file, if any, is untouched.
     """
-    info = {
+    info = {**_info(activity), **(more or {})}
+    tensors: dict[str, npt.NDArray[Any] | Weight] = {**_arrays(activity), "order": activity.order}
+    return write_sidecar(path, kind, activity.model_fingerprint, info, tensors, model_name=activity.model_name)
+
+
+def _info(activity: Activity) -> dict[str, Any]:
+    return {
         "tokens": activity.tokens,
         "sequences": activity.sequences,
         "threshold": activity.threshold,
         "runs": [dict(run) for run in activity.runs],
-        **(more or {}),
     }
-    tensors: dict[str, npt.NDArray[Any] | Weight] = {
+
+
+def _arrays(activity: Activity) -> dict[str, npt.NDArray[Any]]:
+    return {
         "fired": activity.fired,
         "contribution": activity.contribution,
-        "order": activity.order,
         "sizes": activity.sizes,
         "token_overlap": np.stack([activity.token_overlap.shared, activity.token_overlap.total]),
         "layer_overlap": np.stack([activity.layer_overlap.shared, activity.layer_overlap.total]),
     }
-    return write_sidecar(path, kind, activity.model_fingerprint, info, tensors, model_name=activity.model_name)
+
+
+def activity_metadata(activity: Activity) -> dict[str, object]:
+    """Keys of the model file that this activity is of."""
+    arrays = {f"{PREFIX}{name}": array.reshape(-1) for name, array in _arrays(activity).items()}
+    return {INFO_KEY: json.dumps({"layers": activity.n_layer, **_info(activity)}), **arrays}
+
+
+def activity_inside(file: GgufFile) -> Activity | None:
+    """The activity in a model file; None if it has none.
+
+    Raises:
+        ModelFormatError: it is damaged, or contradicts itself.
+    """
+    text = file.metadata.text(INFO_KEY, None, limit=MAX_INFO)
+    if text is None:
+        return None
+    info = dict(parse_object(text.encode(), file.path, INFO_KEY))
+    layers = info.get("layers")
+    arrays: dict[str, npt.NDArray[Any]] = {}
+    for name, kind in (("fired", "integer"), ("contribution", "float"), ("sizes", "integer"),
+                       ("token_overlap", "integer"), ("layer_overlap", "integer")):  # fmt: skip
+        flat = file.metadata.array(f"{PREFIX}{name}", kind)  # type: ignore[call-overload]
+        rows = 2 if name.endswith("overlap") else layers
+        if type(rows) is not int or rows < 1 or len(flat) % rows:
+            raise ModelFormatError(file.path, f"{PREFIX}{name}", f"are {len(flat)} numbers, which {rows} rows are not")
+        arrays[name] = flat.reshape(rows, -1)
+    arrays["order"] = np.argsort(-arrays["fired"], axis=1, kind="stable").astype(np.int32)
+    name = file.metadata.text("general.name", "")
+    return activity_of(Sidecar(file.path, SidecarKind.ACTIVITY, file.fingerprint, name, info, arrays, {}, ""))
+
+
+def find_activity(path: Path | str) -> Activity:
+    """The activity in a sidecar, or inside a model file.
+
+    Raises:
+        UsageError: it is a model without one.
+        ModelFormatError, UnsupportedModelError: as `load_activity`.
+    """
+    path = Path(path)
+    if not _is_gguf(path):
+        return load_activity(path)
+    with GgufFile.open(path) as file:
+        found = activity_inside(file)
+    if found is None:
+        raise UsageError(f"{printable(str(path))} has no activity inside; make one with `thermocline profile`")
+    return found
+
+
+def _is_gguf(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return path.is_file() and file.read(4) in MAGICS
+    except (OSError, ValueError):
+        return False
 
 
 def load_activity(path: Path | str) -> Activity:
-    """Read what `save_activity` wrote.
+    """Read the sidecar that `save_activity` wrote.
 
     Raises:
         ModelFormatError: it is no activity, or damaged, or contradicts itself.

@@ -38,7 +38,7 @@ def show(file: str, /, *, as_json: JsonFlag = False) -> int:
     """Print a table of each layer's activity.
 
     Args:
-        file: what `thermocline profile` wrote.
+        file: what `thermocline profile` wrote, or a model that has it inside.
         as_json: print one JSON object instead.
 
     For example:

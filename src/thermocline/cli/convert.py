@@ -57,7 +57,7 @@ def convert(
 
     A model whose activation gives zeros is written as neuron records, which load as they lie. One tensor is in memory
     at a time, and the file appears whole or not at all; an interrupted run goes on where it was when its command is
-    repeated. With --activity the counts go beside the file, for the new numbers.
+    repeated. With --activity the counts go inside too, for the new numbers.
 
     For example:
 
@@ -112,8 +112,8 @@ def show(done: Converted, *, as_json: bool, verbose: bool, most: int | None = No
         ("from", size_of(done.read)),
         ("took", f"{done.seconds:.1f} s, {rate:.2f} GB/s read and written"),
     ]
-    if done.activity is not None:
-        rows.append(("activity", str(done.activity)))
+    if done.tokens is not None:
+        rows.append(("activity", f"inside, counted over {done.tokens:,} tokens"))
     tables = [facts(rows)]
     if done.rounded:
         tables.append(_errors(done, most))
@@ -139,7 +139,7 @@ def _record(done: Converted) -> dict[str, Any]:
         "read": done.read,
         "written": done.written,
         "seconds": done.seconds,
-        "activity": None if done.activity is None else str(done.activity),
+        "activity_tokens": done.tokens,
         "notes": list(done.notes),
         "tensors": [
             {

@@ -32,7 +32,7 @@ For example:
 plan = App(name="plan", help=HELP, help_format="plaintext", result_action="return_value")
 
 BUDGET = "of VRAM that may be used: 8GiB, 80%, auto (what is free), or a bare number of GiB."
-ACTIVITY = "What `profile` or `order` wrote; without, what lies beside the model."
+ACTIVITY = "What `profile` or `order` wrote; without, what lies beside the model or is inside it."
 MACHINE = "auto (this one), or parts of the catalogue joined by +, such as rtx-4090+i9-13900k+ddr5-6000+32gib."
 DEVICE = "emulated: plan with a second device that uses half of the threads and part of the RAM as VRAM."
 RATIO = "Prompt to output, such as 4:1, of the tokens that --prompt-tokens and --output-tokens make together."

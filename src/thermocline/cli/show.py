@@ -51,6 +51,8 @@ def _summary(info: ModelInfo) -> Table:
     rows.append(("chat template", _template(info.chat_template)))
     if info.predictor is not None:
         rows.append(("predictor", _predictor(info.predictor)))
+    if info.activity_tokens is not None:
+        rows.append(("activity", f"inside, counted over {info.activity_tokens:,} tokens"))
     rows.append(("fingerprint", info.fingerprint[:16]))
     rows += [("warning", warning) for warning in info.warnings]
     rows += [("cannot be run", problem) for problem in info.problems]

@@ -31,7 +31,7 @@ from thermocline.files.gguf_types import (
     ValueType,
     padded,
 )
-from thermocline.files.resumable import Resume, resumable_write
+from thermocline.files.resumable import Resume, resumable_write, was_put_in_place
 from thermocline.files.strings import StringArray
 from thermocline.files.weight import Bytes, Weight
 
@@ -101,6 +101,8 @@ def write_gguf(
                 _write_padded(file, _produced(tensor), alignment)
         return size
     resume = replace(resume, identity={**resume.identity, "header": hashlib.sha256(header).hexdigest()})
+    if was_put_in_place(path, header, size, resume):
+        return size
     with resumable_write(path, size, resume) as parts:
         if not parts.parts:
             _write_padded(parts, header, alignment)

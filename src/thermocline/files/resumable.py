@@ -1,7 +1,8 @@
 """Large files that are made part by part, whole or not at all; a second start goes on with what a killed one made.
 
 Until it is whole, such a file lies in the folder FILE.work (see `workplace`). What counts of it is noted there from
-time to time, after the parts so far are safe on the disk; what a killed run wrote beyond is made anew.
+time to time, after the parts so far are safe on the disk; what a killed run wrote beyond is made anew. That it is whole
+is noted before it gets its name, so that of a run killed after that a second start knows that all was done.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from thermocline.errors import ModelFormatError, OutputError, ThermoclineError, printable
+from thermocline.errors import ModelFormatError, OutputError, ThermoclineError, UsageError, printable
 from thermocline.files.atomic import AtomicFile, existing_mode, explained, put_in_place, require_space, sync_folder
 from thermocline.files.workplace import Workplace
 
@@ -28,13 +29,14 @@ class Resume:
     """What a run must have in common with one that it goes on with (JSON), and what is told of the parts.
 
     `told` gives what is to be kept with the parts made so far (JSON), `recall` takes it back; `restart` forgets an
-    unfinished run.
+    unfinished run, and without `replace` a file that is there is kept.
     """
 
     identity: Mapping[str, Any]
     told: Callable[[], Any]
     recall: Callable[[Any], None]
     restart: bool = False
+    replace: bool = True
 
 
 class ResumableFile(AtomicFile):
@@ -63,8 +65,8 @@ class ResumableFile(AtomicFile):
         if time.monotonic() - self._saved >= SAVE_SECONDS:
             self.save()
 
-    def save(self) -> None:
-        """Make the complete parts safe, cut off what is beyond, and note how many they are.
+    def save(self, *, whole: bool = False) -> None:
+        """Make the complete parts safe, cut off what is beyond, and note how many they are, and if they are all.
 
         Raises:
             OutputError: the disk refuses.
@@ -72,7 +74,8 @@ class ResumableFile(AtomicFile):
         with explained(self._path):
             os.ftruncate(self._descriptor, self._whole)
             os.fsync(self._descriptor)
-        self._place.write_state(STATE, {"parts": self.parts, "bytes": self._whole, "told": self._resume.told()})
+        state = {"parts": self.parts, "bytes": self._whole, "told": self._resume.told(), "whole": whole}
+        self._place.write_state(STATE, state)
         self._saved, self.kept = time.monotonic(), True
 
 
@@ -81,19 +84,23 @@ def resumable_write(path: Path, size: int, resume: Resume) -> Iterator[Resumable
     """Write a new file `path` of `size` bytes, which appears when the block ends without an exception.
 
     Raises:
-        UsageError: another run writes this file, or the unfinished one is not the same.
+        UsageError: another run writes this file, the unfinished one is not the same, or it is there and to be kept.
         OutputError: as `atomic_write`; what was made is kept, if it took some time.
     """
+    require_new(path, replace=resume.replace)
     mode, place = existing_mode(path), Workplace(path, resume.identity)
     temporary = place.folder / "file"
     with explained(path):
         require_space(path, size - (temporary.stat().st_size if temporary.is_file() else 0))
-    with place.occupied(restart=resume.restart):
+    with place.occupied(restart=resume.restart, over=lambda: not temporary.exists()):
+        if not temporary.exists():
+            place.forget_state(STATE)
         descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             file = ResumableFile(path, descriptor, place, resume)
             with _kept(file, place):
                 yield file
+                file.save(whole=True)
                 with explained(path):
                     put_in_place(temporary, descriptor, path, mode)
         finally:
@@ -101,6 +108,48 @@ def resumable_write(path: Path, size: int, resume: Resume) -> Iterator[Resumable
         place.remove()
     with explained(path, "is written, but may not survive a power failure"):
         sync_folder(path.parent)
+
+
+def was_put_in_place(path: Path, head: bytes, size: int, resume: Resume) -> bool:
+    """Whether this very run was killed after it had given its file, which begins with `head`, its name: all is done.
+
+    Raises:
+        UsageError: another run is at work on it.
+        OutputError: as `resumable_write`.
+    """
+    place = Workplace(path, resume.identity)
+    if resume.restart or not place.folder.is_dir() or (place.folder / "file").exists():
+        return False
+    with place.occupied(over=lambda: True):
+        state = place.read_state(STATE)
+        done = bool(state.get("whole")) and _is(path, head, size)
+        if done:
+            resume.recall(state.get("told", []))
+        place.remove()
+    return done
+
+
+def _is(path: Path, head: bytes, size: int) -> bool:
+    try:
+        with path.open("rb") as file:
+            return os.fstat(file.fileno()).st_size == size and file.read(len(head)) == head
+    except OSError:
+        return False
+
+
+def require_new(path: Path, *, replace: bool) -> None:
+    """Refuse to touch a file that is there, unless it is to be replaced.
+
+    Raises:
+        UsageError: it is there.
+    """
+    if path.exists() and not replace:
+        raise UsageError(f"{printable(str(path))} is there already; --force replaces it")
+
+
+def may_be_ours(path: Path) -> bool:
+    """Whether `path` may have been made by a run that was killed at its end; `was_put_in_place` knows."""
+    return Workplace(path, {}).folder.is_dir()
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,10 @@ class Workplace:
         self._identity = json.loads(json.dumps(identity))
 
     @contextmanager
-    def occupied(self, *, restart: bool = False) -> Iterator[None]:
+    def occupied(self, *, restart: bool = False, over: Callable[[], bool] = lambda: False) -> Iterator[None]:
         """Make the folder, or go on in the one that is there; `restart` empties it first.
+
+        `over` tells whether the run that is kept there has nothing left to go on with, so that another may begin.
 
         Raises:
             UsageError: another run is at work in it, or it is of a run with other inputs or settings.
@@ -42,6 +44,9 @@ class Workplace:
             if restart:
                 self._empty()
             found = self.read_state("run")
+            if found and found != self._identity and over():
+                self._empty()
+                found = {}
             if found and found != self._identity:
                 raise UsageError(
                     f"an unfinished run with other inputs or settings is kept in "
@@ -76,6 +81,11 @@ class Workplace:
         content = json.dumps(state).encode()
         with atomic_write(self.folder / f"{name}.json", size=len(content)) as file:
             file.write(content)
+
+    def forget_state(self, name: str) -> None:
+        """Remove what was written down under `name`, if anything was."""
+        with self.explained():
+            (self.folder / f"{name}.json").unlink(missing_ok=True)
 
     def remove(self) -> None:
         """Remove the folder with all that is in it."""

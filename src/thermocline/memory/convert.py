@@ -16,6 +16,8 @@ from thermocline.activity.applied import AppliedOrder, applied_order
 from thermocline.activity.inside import predictor_inside, predictor_metadata, without_predictor
 from thermocline.activity.order import Order
 from thermocline.activity.predictor import Predictor
+from thermocline.activity.statistics import Activity
+from thermocline.activity.store import activity_inside, activity_metadata
 from thermocline.errors import UsageError, printable
 from thermocline.files.formats import BF16, F16, F32, Q4_0, Q4_K, Q5_K, Q6_K, Q8_0, BlockFormat
 from thermocline.files.gguf import GgufFile
@@ -64,20 +66,24 @@ def convert(
     *,
     records: bool = False,
     order: Order | None = None,
+    activity: Activity | None = None,
     predictor: Predictor | None = None,
     threads: int = 1,
     restart: bool = False,
+    replace: bool = True,
     progress: Progress | None = None,
 ) -> WriteReport:
     """Write `source` as a GGUF file, one tensor in memory at a time; `outtype` None keeps each tensor's format.
 
-    A second call goes on where one that was killed stopped, unless `restart`.
+    A second call goes on where one that was killed stopped, unless `restart`. Without `replace` a file that is there
+    is kept.
 
-    With an `order`, each layer's neurons are stored in it (records only), and the file tells so. A `predictor` goes
-    inside, in place of one that is there. One inside stays, its neurons in the same order as the network's.
+    With an `order`, each layer's neurons are stored in it (records only), and the file tells so. An `activity` of the
+    source and a `predictor` go inside, in place of those that are there. What is inside stays, its neurons in the same
+    order as the network's.
 
     Raises:
-        UsageError: the outtype is unknown, or the order is for records and these are none.
+        UsageError: the outtype is unknown, the order is for records and these are none, or the file is there.
         ModelFormatError, UnsupportedModelError: the source cannot be read, or GGUF cannot say what it is.
         NumericalError: a number is NaN or infinite, or does not fit the format.
         OutputError: the file could not be written; an old one is untouched.
@@ -92,7 +98,7 @@ def convert(
     metadata, notes = source_metadata(source, layout.spec)
     metadata["general.file_type"] = np.uint32(_file_type(layout.tensors))
     metadata["general.quantization_version"] = np.uint32(2)
-    metadata |= order_metadata(source, layout.spec, order)
+    metadata |= order_metadata(source, layout.spec, order) | counts_metadata(source, order, activity)
     tensors: tuple[NewTensor, ...] = layout.tensors
     if predictor is None and isinstance(source, GgufFile) and (fmt is not None or order is not None):
         predictor = predictor_inside(source)
@@ -102,12 +108,14 @@ def convert(
         tensors = (*tensors, *predictor_tensors(predictor, fmt, order))
     else:
         tensors = (*tensors, *_carried(source))
-    resume = resume_of(source, predictor, layout, restart=restart)
+    resume = resume_of(source, predictor, layout, restart=restart, replace=replace)
     size = write_gguf(path, metadata, announced(tensors, progress), resume=resume)
     return WriteReport(path, size, tuple(layout.reblocked), (*notes, *_widened(layout, fmt)))
 
 
-def resume_of(source: NetworkSource, predictor: Predictor | None, layout: Layout, *, restart: bool) -> Resume:
+def resume_of(
+    source: NetworkSource, predictor: Predictor | None, layout: Layout, *, restart: bool, replace: bool
+) -> Resume:
     """What tells a run that writes these tensors from any other, beside the file's header. Their errors are kept."""
     digest = hashlib.sha256()
     for layer in () if predictor is None else predictor.layers:
@@ -118,6 +126,7 @@ def resume_of(source: NetworkSource, predictor: Predictor | None, layout: Layout
         lambda: [asdict(one) for one in layout.reblocked],
         lambda told: layout.reblocked.extend(Reblocked(**one) for one in told),
         restart,
+        replace,
     )
 
 
@@ -147,6 +156,15 @@ def order_metadata(source: NetworkSource, spec: ModelSpec, order: Order | None) 
         return {} if before is None else before.metadata
     after = AppliedOrder(order.model_fingerprint, order.order) if before is None else before.then(order.order)
     return after.metadata
+
+
+def counts_metadata(source: NetworkSource, order: Order | None, activity: Activity | None) -> dict[str, object]:
+    """Keys with the counts of `activity`, or of what is inside the source, for the numbers that `order` gives."""
+    if activity is None and isinstance(source, GgufFile):
+        activity = activity_inside(source)
+    if activity is None:
+        return {}
+    return activity_metadata(activity if order is None else activity.reordered(order.order))
 
 
 def predictor_tensors(predictor: Predictor, fmt: BlockFormat | None, order: Order | None) -> list[NewTensor]:

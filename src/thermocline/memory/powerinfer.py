@@ -15,6 +15,7 @@ import numpy as np
 
 from thermocline.activity.order import Order
 from thermocline.activity.predictor import Predictor
+from thermocline.activity.statistics import Activity
 from thermocline.errors import UnsupportedModelError, UsageError, printable
 from thermocline.files.formats import F16, Q4_0, BlockFormat
 from thermocline.files.gguf_writer import NewTensor, write_gguf
@@ -24,6 +25,7 @@ from thermocline.memory.convert import (
     Progress,
     WriteReport,
     announced,
+    counts_metadata,
     order_metadata,
     predictor_tensors,
     resume_of,
@@ -53,17 +55,21 @@ def write_powerinfer(
     outtype: str = "f16",
     *,
     order: Order | None = None,
+    activity: Activity | None = None,
     threads: int = 1,
     restart: bool = False,
+    replace: bool = True,
     progress: Progress | None = None,
 ) -> WriteReport:
     """Write `source` with `predictor` as a sparse model of PowerInfer, one tensor in memory at a time.
 
     Down projections become neuron records, in `order` if there is one; tied embeddings are stored twice, as the loader
-    wants them. A second call goes on where one that was killed stopped, unless `restart`.
+    wants them. An `activity` of the source goes inside, or the one that it has. A second
+    call goes on where one that was killed stopped, unless `restart`. Without
+    `replace` a file that is there is kept.
 
     Raises:
-        UsageError: the outtype is none that PowerInfer's sparse kernels compute with.
+        UsageError: the outtype is none that PowerInfer's sparse kernels compute with, or the file is there.
         UnsupportedModelError: PowerInfer cannot run the network; the message says what it lacks.
         ModelFormatError: the source contradicts itself, or the predictor is of another model.
         NumericalError: a weight does not fit the format.
@@ -80,10 +86,10 @@ def write_powerinfer(
     metadata["general.file_type"] = np.uint32(FILE_TYPES[fmt.name])
     metadata["general.quantization_version"] = np.uint32(2)
     metadata[THRESHOLD_KEY] = np.float32(predictor.threshold)
-    metadata |= order_metadata(source, spec, order)
+    metadata |= order_metadata(source, spec, order) | counts_metadata(source, order, activity)
     inside = Predictor.of_powerinfer(predictor)
     tensors = announced([*_tensors(layout), *predictor_tensors(inside, fmt, order)], progress)
-    resume = resume_of(source, inside, layout, restart=restart)
+    resume = resume_of(source, inside, layout, restart=restart, replace=replace)
     size = write_gguf(path, metadata, tensors, powerinfer=True, resume=resume)
     return WriteReport(path, size, tuple(layout.reblocked), (*notes, *_notes(spec)))
 

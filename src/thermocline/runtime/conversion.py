@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
+from dataclasses import replace as with_fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
-from thermocline.activity.applied import AppliedOrder, applied_order
+from thermocline.activity.applied import activity_for
 from thermocline.activity.inside import for_powerinfer, predictor_inside
 from thermocline.activity.order import Order, load_order
 from thermocline.activity.predictor import Predictor, load_predictor
 from thermocline.activity.statistics import Activity
-from thermocline.activity.store import load_activity, save_activity
-from thermocline.errors import UsageError, printable
+from thermocline.activity.store import activity_inside
+from thermocline.errors import ThermoclineError, UsageError, printable
 from thermocline.files.companion import companion
 from thermocline.files.gguf import GgufFile
 from thermocline.files.open import open_model
 from thermocline.files.powerinfer_folder import read_predictor_folder
-from thermocline.files.sidecar import SidecarKind
+from thermocline.files.resumable import may_be_ours, require_new
+from thermocline.files.sidecar import SidecarKind, read_sidecar
 from thermocline.files.source import ModelSource
 from thermocline.hardware.cores import find_cores
 from thermocline.memory.convert import OUTTYPES, TYPES, Progress, WriteReport, convert
@@ -38,7 +40,7 @@ class Converted:
     """What was written, and how.
 
     `powerinfer` says whether it is a file for PowerInfer, `read` and `written` are bytes, `rounded` what storing
-    tensors anew did to them, `activity` the file beside the model with its activity, if there is one.
+    tensors anew did to them, `tokens` how many the activity inside was counted over (None: there is none).
     """
 
     path: Path
@@ -48,7 +50,7 @@ class Converted:
     seconds: float
     rounded: tuple[Reblocked, ...]
     notes: tuple[str, ...]
-    activity: Path | None = None
+    tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +59,7 @@ class Wanted:
 
     `outtype` is one of f32, f16, bf16, q8_0, q4_0, or auto, which keeps each tensor's format (for PowerInfer: f16).
     `predictor` is a sidecar or one of PowerInfer's folders; `threshold` is used in all layers instead of its own.
-    `activity` is a sidecar of this model, or of the one that it was converted from, and gives the neurons' order;
+    `activity` is of this model, or of the one that it was converted from; it gives the neurons' order and goes inside.
     `order` is a sidecar with nothing but that. `standard` writes the down projection as other engines read it,
     `powerinfer` a file for PowerInfer. `force` replaces files that are there, `restart` forgets an unfinished run
     instead of going on with it.
@@ -74,6 +76,13 @@ class Wanted:
     restart: bool = False
 
 
+class _How(TypedDict):
+    threads: int
+    restart: bool
+    replace: bool
+    progress: Progress | None
+
+
 def convert_model(
     model: str | Path,
     output: str | Path,
@@ -86,8 +95,8 @@ def convert_model(
 
     `overrides` are single fields of `Wanted`: `convert_model("m", "m.gguf", outtype="q8_0")`. Models whose activation
     gives zeros are written as neuron records, unless `standard`. With an activity or an order, neurons are stored
-    hottest first; a predictor goes inside, with its neurons in the same order. A second call goes on where one that was
-    killed stopped.
+    hottest first; the activity goes inside, by the new numbers, and so does a predictor. A second call goes on where
+    one that was killed stopped.
 
     Raises:
         UsageError: what is wanted does not go together, or `output` is there and not to be replaced.
@@ -101,14 +110,14 @@ def convert_model(
         if name not in known:
             raise UsageError(f"{printable(name)} is no setting; known are {', '.join(known)}")
     with open_model(model) as source:
-        return _convert(source, Path(output), replace(wanted or Wanted(), **overrides), progress)
+        return _convert(source, Path(output), with_fields(wanted or Wanted(), **overrides), progress)
 
 
 def _convert(source: ModelSource, path: Path, wanted: Wanted, progress: Progress | None) -> Converted:
     began = time.perf_counter()
     spec = family_of(source).spec(source)
     _check(path, spec, wanted)
-    activity = None if wanted.activity is None else _activity(source, spec, wanted.activity)
+    activity = None if wanted.activity is None else activity_for(source, spec, wanted.activity)
     order = Order.of(activity) if activity is not None else None
     if wanted.order is not None:
         order = load_order(wanted.order)
@@ -117,14 +126,8 @@ def _convert(source: ModelSource, path: Path, wanted: Wanted, progress: Progress
         shape = " x ".join(map(str, order.order.shape))
         raise UsageError(f"the order is of {shape} neurons, the model has {spec.n_layer} x {spec.n_ff}")
     predictor = _predictor(source, spec, wanted)
-    report = _write(source, path, spec, wanted, predictor, order, progress)
-    beside = None
-    if activity is not None and order is not None:
-        beside = companion(path, SidecarKind.ACTIVITY)
-        with open_model(path) as written:
-            applied = AppliedOrder(source.fingerprint, order.order)
-            save_activity(applied.translated(activity, written.fingerprint, spec.name), beside)
-    return _converted(source, report, wanted.powerinfer, began, beside)
+    report = _write(source, path, spec, wanted, predictor, order, activity, progress)
+    return _converted(source, report, wanted.powerinfer, began)
 
 
 def quantize_model(
@@ -152,10 +155,12 @@ def quantize_model(
         raise UsageError(f"type is {printable(kind.upper(), 40)}; allowed: {known}{hint}")
     _require_new(Path(output), force=force)
     with open_model(model) as source:
-        return _quantize(source, Path(output), kind, restart, progress)
+        return _quantize(source, Path(output), kind, progress, restart=restart, replace=force)
 
 
-def _quantize(source: ModelSource, path: Path, kind: str, restart: bool, progress: Progress | None) -> Converted:
+def _quantize(
+    source: ModelSource, path: Path, kind: str, progress: Progress | None, *, restart: bool, replace: bool
+) -> Converted:
     began = time.perf_counter()
     family = family_of(source)
     spec = family.spec(source)
@@ -166,16 +171,18 @@ def _quantize(source: ModelSource, path: Path, kind: str, restart: bool, progres
         known = ", ".join(name.upper() for name in POWERINFER_TYPES)
         notes = (f"PowerInfer computes with {known} only: the file is for Thermocline",)
     predictor = predictor_inside(source) if powerinfer and isinstance(source, GgufFile) else None
-    threads = find_cores().threads
+    how: _How = {
+        "threads": find_cores().threads,
+        "restart": restart,
+        "replace": replace,
+        "progress": progress,
+    }
     if predictor is not None:
-        report = write_powerinfer(
-            source, for_powerinfer(predictor), path, kind, threads=threads, restart=restart, progress=progress
-        )
+        report = write_powerinfer(source, for_powerinfer(predictor), path, kind, **how)
     else:
-        records = has_records(family.weights(source, spec))
         powerinfer = False
-        report = convert(source, path, kind, records=records, threads=threads, restart=restart, progress=progress)
-    return _converted(source, replace(report, notes=(*notes, *report.notes)), powerinfer, began)
+        report = convert(source, path, kind, records=has_records(family.weights(source, spec)), **how)
+    return _converted(source, with_fields(report, notes=(*notes, *report.notes)), powerinfer, began)
 
 
 def _check(path: Path, spec: ModelSpec, wanted: Wanted) -> None:
@@ -192,22 +199,11 @@ def _check(path: Path, spec: ModelSpec, wanted: Wanted) -> None:
     if (wanted.predictor is not None or wanted.powerinfer) and not spec.ffn.sparse:
         raise UsageError(f"no neuron can be predicted to be zero: {spec.ffn.activation} gives no zeros")
     _require_new(path, force=wanted.force)
-    if wanted.activity is not None:
-        _require_new(companion(path, SidecarKind.ACTIVITY), force=wanted.force)
 
 
 def _require_new(path: Path, *, force: bool) -> None:
-    if path.exists() and not force:
-        raise UsageError(f"{printable(str(path))} is there already; --force replaces it")
-
-
-def _activity(source: ModelSource, spec: ModelSpec, path: str | Path) -> Activity:
-    """The activity of this model, or of the one that it was converted from."""
-    activity, applied = load_activity(path), applied_order(source.metadata, spec)
-    if applied is not None:
-        activity = applied.translated(activity, source.fingerprint, spec.name)
-    activity.require_model(source.fingerprint, spec.name)
-    return activity
+    """Refuse before any work; whether the file is this run's own, its writer finds out."""
+    require_new(path, replace=force or may_be_ours(path))
 
 
 def _predictor(source: ModelSource, spec: ModelSpec, wanted: Wanted) -> Predictor | None:
@@ -237,38 +233,30 @@ def _write(
     wanted: Wanted,
     predictor: Predictor | None,
     order: Order | None,
+    activity: Activity | None,
     progress: Progress | None,
 ) -> WriteReport:
-    outtype, threads = None if wanted.outtype == AUTO else wanted.outtype, find_cores().threads
+    outtype = None if wanted.outtype == AUTO else wanted.outtype
+    how: _How = {
+        "threads": find_cores().threads,
+        "restart": wanted.restart,
+        "replace": wanted.force,
+        "progress": progress,
+    }
     if wanted.powerinfer and predictor is not None:
         scores = for_powerinfer(predictor)
-        return write_powerinfer(
-            source,
-            scores,
-            path,
-            outtype or "f16",
-            order=order,
-            threads=threads,
-            restart=wanted.restart,
-            progress=progress,
-        )
+        return write_powerinfer(source, scores, path, outtype or "f16", order=order, activity=activity, **how)
     records = not wanted.standard and (spec.ffn.sparse or order is not None)
-    return convert(
-        source,
-        path,
-        outtype,
-        records=records,
-        order=order,
-        predictor=predictor,
-        threads=threads,
-        restart=wanted.restart,
-        progress=progress,
-    )
+    return convert(source, path, outtype, records=records, order=order, activity=activity, predictor=predictor, **how)
 
 
-def _converted(
-    source: ModelSource, report: WriteReport, powerinfer: bool, began: float, activity: Path | None = None
-) -> Converted:
+def _converted(source: ModelSource, report: WriteReport, powerinfer: bool, began: float) -> Converted:
+    with open_model(report.path) as written:
+        inside = activity_inside(written) if isinstance(written, GgufFile) else None
+        beside = companion(report.path, SidecarKind.ACTIVITY)
+        notes = report.notes
+        if beside.is_file() and not _is_of(beside, written.fingerprint):
+            notes = (*notes, f"{printable(str(beside))} is of another model: it will not be used with this one")
     return Converted(
         path=report.path,
         powerinfer=powerinfer,
@@ -276,6 +264,13 @@ def _converted(
         written=report.nbytes,
         seconds=time.perf_counter() - began,
         rounded=report.reblocked,
-        notes=report.notes,
-        activity=activity,
+        notes=notes,
+        tokens=None if inside is None else inside.tokens,
     )
+
+
+def _is_of(sidecar: Path, fingerprint: str) -> bool:
+    try:
+        return read_sidecar(sidecar, verify=False).model_fingerprint == fingerprint
+    except ThermoclineError:
+        return False

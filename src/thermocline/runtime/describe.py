@@ -6,7 +6,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
+from thermocline.activity.statistics import Activity
+from thermocline.activity.store import activity_inside
 from thermocline.errors import ThermoclineError
+from thermocline.files.gguf import GgufFile
 from thermocline.files.source import ModelSource
 from thermocline.model.families import family_of
 from thermocline.model.spec import ModelSpec
@@ -45,7 +48,8 @@ class PredictorInfo:
 class ModelInfo:
     """A model file in words and numbers.
 
-    `spec` and `tokenizer` are None where `problems` say why the model cannot be run.
+    `spec` and `tokenizer` are None where `problems` say why the model cannot be run. `activity_tokens` is over how many
+    tokens the activity inside was counted (None: there is none).
     """
 
     path: str
@@ -59,6 +63,7 @@ class ModelInfo:
     chat_template: str | None
     fingerprint: str
     predictor: PredictorInfo | None
+    activity_tokens: int | None
     warnings: tuple[str, ...]
     problems: tuple[str, ...]
 
@@ -85,6 +90,9 @@ def describe(source: ModelSource) -> ModelInfo:
     spec: ModelSpec | None = _attempt(lambda: family_of(source).spec(source), problems)
     tokenizer: Tokenizer | None = _attempt(lambda: load_tokenizer(source), problems)
     predictor = None if spec is None else _attempt(lambda: _predictor(source, spec), doubts)
+    activity: Activity | None = None
+    if isinstance(source, GgufFile):
+        activity = _attempt(lambda: activity_inside(source), doubts)
     return ModelInfo(
         path=str(source.path),
         kind=source.kind,
@@ -97,6 +105,7 @@ def describe(source: ModelSource) -> ModelInfo:
         chat_template=tokenizer.chat_template if tokenizer else None,
         fingerprint=source.fingerprint,
         predictor=predictor,
+        activity_tokens=None if activity is None else activity.tokens,
         warnings=source.warnings + (tokenizer.warnings if tokenizer else ()) + tuple(doubts),
         problems=tuple(problems),
     )

@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 
+from thermocline.activity.applied import activity_for
 from thermocline.activity.order import Order, load_order
 from thermocline.activity.predictor import Predictor
-from thermocline.activity.store import load_activity
+from thermocline.activity.store import activity_inside
 from thermocline.config import LoadSettings
-from thermocline.errors import FingerprintError, ModelFormatError, UsageError, printable
+from thermocline.errors import FingerprintError, ModelFormatError, ThermoclineError, UsageError, printable
 from thermocline.files.companion import companion
+from thermocline.files.gguf import GgufFile
 from thermocline.files.gpuidx import read_gpu_index, write_gpu_index
 from thermocline.files.sidecar import SidecarKind
 from thermocline.files.source import ModelSource
@@ -113,7 +115,7 @@ def plan_model(
 ) -> Planned:
     """Find the fastest placement that fits.
 
-    `activity` is what `profile` wrote, or an order made from it; without, the one beside the model is used.
+    `activity` is what `profile` wrote, or an order made from it; without, what is beside or inside the model is used.
 
     Raises:
         BudgetError: nothing fits.
@@ -225,19 +227,27 @@ def _scratch(problem: Problem) -> int:
 
 
 def find_order(source: ModelSource, path: str | Path | None) -> tuple[Order | None, tuple[str, ...]]:
-    """The order in `path`, an order or an activity; without, of what lies beside the model; None if nothing does.
+    """The order in `path`, an order or an activity; without, of what lies beside the model, else of the activity
+    inside it; None if there is nothing. What nobody asked for and is of no use is told of.
 
     Raises:
-        FingerprintError: it is another model's.
+        FingerprintError: what `path` names is another model's.
         ModelFormatError: it is neither.
     """
     if path is not None:
         return _read_order(Path(path), source), ()
+    doubts: tuple[str, ...] = ()
     for kind in (SidecarKind.ORDER, SidecarKind.ACTIVITY):
         beside = companion(source.path, kind)
         if beside.is_file():
-            return _read_order(beside, source), (f"temperatures from {printable(beside.name, 80)}",)
-    return None, ()
+            try:
+                return _read_order(beside, source), (*doubts, f"temperatures from {printable(beside.name, 80)}")
+            except ThermoclineError as error:
+                doubts = (*doubts, f"{kind} not used: {error}")
+    inside = activity_inside(source) if isinstance(source, GgufFile) else None
+    if inside is None:
+        return None, doubts
+    return Order.of(inside), (*doubts, "temperatures from the activity inside the model")
 
 
 def machine_and_budgets(
@@ -368,7 +378,7 @@ def _read_order(path: Path, source: ModelSource) -> Order:
     try:
         order = load_order(path)
     except ModelFormatError:
-        order = Order.of(load_activity(path))
+        order = Order.of(activity_for(source, family_of(source).spec(source), path))
     if order.model_fingerprint != source.fingerprint:
         raise FingerprintError(
             path,

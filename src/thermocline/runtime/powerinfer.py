@@ -10,7 +10,7 @@ import numpy as np
 from thermocline.activity.inside import for_powerinfer, predictor_inside
 from thermocline.activity.predictor import Predictor, predictor_of, save_predictor
 from thermocline.activity.statistics import Activity
-from thermocline.activity.store import load_activity, save_activity
+from thermocline.activity.store import find_activity, save_activity
 from thermocline.errors import ModelFormatError, UsageError, printable
 from thermocline.files.gguf import GgufFile
 from thermocline.files.open import open_model
@@ -75,7 +75,7 @@ def export_activity(activity_file: str | Path, folder: str | Path) -> Exchanged:
         ModelFormatError: the file holds no activity.
         OutputError: the folder is there and not empty, or cannot be written.
     """
-    activity, folder = load_activity(activity_file), Path(folder)
+    activity, folder = find_activity(activity_file), Path(folder)
     write_activation_folder(folder, list(activity.fired))
     notes = []
     if activity.n_ff % SOLVED:

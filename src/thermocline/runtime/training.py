@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from thermocline.activity.accumulator import down_norms
-from thermocline.activity.store import load_activity
+from thermocline.activity.applied import activity_for
 from thermocline.activity.texts import find_texts
 from thermocline.activity.training import Learner, MakeFitter, Step, Trained, train
 from thermocline.config import LoadSettings, Mode, TrainSettings
@@ -55,9 +55,7 @@ def train_predictor(
     if load.mode not in (Mode.AUTO, Mode.EXACT, Mode.DENSE):
         raise UsageError(f"mode {load.mode} does not compute every neuron that fires; train with exact or dense")
     make_fitter = _fitter(settings)
-    counted = None if activity is None else load_activity(activity)
-    if counted is not None:
-        counted.require_model(source.fingerprint, spec.name)
+    counted = None if activity is None else activity_for(source, spec, activity)
     window = load.ctx_size or min(spec.n_ctx_train, WINDOW)
     mode = Mode.EXACT if load.mode is Mode.AUTO else load.mode
     load.require_unwatched("train-predictor")
