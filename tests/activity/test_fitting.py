@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 
 from thermocline.activity.capture import LayerData, pack_levels
-from thermocline.config import TrainSettings
+from thermocline.config import TrainDevice, TrainSettings
+from thermocline.errors import HardwareError
 
 pytest.importorskip("torch")
-from thermocline.activity.fitting import Fitter
+import torch
+
+from thermocline.activity import fitting
+from thermocline.activity.fitting import Fitter, fitters
+from thermocline.activity.training_device import TrainingDevice
 
 N_EMBD, N_FF, ROWS, TOKENS = 1024, 96, 64, 4096
 
@@ -25,3 +33,109 @@ def test_a_text_that_repeats_itself() -> None:
     fitter = Fitter(data, first, N_FF, TrainSettings(train_on="cpu", epochs=1))
     told = fitter.scores(fitter.fit(96), rows) > 0
     assert ((energy > 0) == told).mean() > 0.85
+
+
+# Devices. "cpu:0" is the CPU by a name of its own: here it stands for a GPU.
+
+SMALL = TrainSettings(epochs=1, batch=64)
+
+
+def some_data() -> tuple[LayerData, np.ndarray]:
+    random = np.random.default_rng(3)
+    x = random.standard_normal((256, 64)).astype(np.float16)
+    first = random.standard_normal((N_FF, 64)).astype(np.float32)
+    energy = np.maximum(x.astype(np.float32) @ first.T, 0)
+    return LayerData(x, pack_levels(energy), x[:32], energy[:32].astype(np.float16)), first
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("thermocline.activity.training_device.GPU", "cpu:0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Stand-in 1")
+
+
+def refusing(monkeypatch: pytest.MonkeyPatch, name: str, after: int) -> None:
+    """From call number `after` on, `Fitter.name` finds the stand-in's memory full."""
+    real: Callable[..., Any] = getattr(Fitter, name)
+    calls: list[int] = []
+
+    def call(self: Fitter, *given: Any, **more: Any) -> Any:
+        calls.append(1)
+        if self._device.name == "cpu:0" and len(calls) > after:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore about it")
+        return real(self, *given, **more)
+
+    monkeypatch.setattr(Fitter, name, call)
+
+
+@pytest.mark.parametrize(("name", "after"), [("_directions", 0), ("_initial", 0), ("_batch", 2), ("_scores", 0)])
+def test_where_a_gpu_has_not_the_memory_the_cpu_goes_on(
+    gpu: None, monkeypatch: pytest.MonkeyPatch, name: str, after: int
+) -> None:
+    data, first = some_data()
+    alone = Fitter(data, first, N_FF, TrainSettings(epochs=1, batch=64, train_on="cpu"))
+    wanted = alone.fit(32)
+    told: list[str] = []
+    refusing(monkeypatch, name, after)
+    make = fitters(SMALL, told.append)
+    fitter = make(data, first, N_FF, SMALL)
+    found = fitter.fit(32)
+    assert (fitter.scores(found, data.check) == alone.scores(wanted, data.check)).all()
+    assert (found.fc1 == wanted.fc1).all()
+    assert told[0] == "predictors are trained on Stand-in 1; --train-on cpu takes the CPU"
+    lacks = "CUDA out of memory. Tried to allocate 2.00 GiB."
+    assert told[1:] == [f"the GPU has not the memory to train this model's predictors ({lacks}): the CPU goes on"]
+    make(data, first, N_FF, SMALL).fit(32)
+    assert len(told) == 2  # the next layer is not tried on the GPU again
+
+
+def test_who_insists_on_a_gpu_is_told_what_it_lacks(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    refusing(monkeypatch, "_batch", 0)
+    settings = TrainSettings(epochs=1, batch=64, train_on="cuda")
+    data, first = some_data()
+    fitter = fitters(settings, None)(data, first, N_FF, settings)
+    with pytest.raises(HardwareError, match=r"Tried to allocate 2\.00 GiB.*use --train-on cpu, or a smaller --batch"):
+        fitter.fit(32)
+
+
+def test_a_gpu_that_runs_no_kernel_is_none(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*given: Any, **more: Any) -> None:
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device")
+
+    monkeypatch.setattr(torch, "ones", none)
+    assert TrainingDevice(TrainDevice.AUTO).name == "cpu"
+    with pytest.raises(HardwareError, match=r"no kernel image .*use --train-on cpu"):
+        TrainingDevice(TrainDevice.CUDA)
+
+
+def test_without_a_gpu_the_cpu_trains_and_asking_for_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert TrainingDevice(TrainDevice.AUTO).name == "cpu"
+    with pytest.raises(HardwareError, match="torch finds no GPU that it can use; use --train-on cpu"):
+        TrainingDevice(TrainDevice.CUDA)
+
+
+def test_ram_that_does_not_do_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:114] DefaultCPUAllocator: can't allocate memory")
+
+    data, first = some_data()
+    fitter = Fitter(data, first, N_FF, TrainSettings(train_on="cpu"))
+    monkeypatch.setattr(Fitter, "_batch", full)
+    with pytest.raises(HardwareError, match=r"RAM has not the memory .*use a smaller --batch or --rank"):
+        fitter.fit(32)
+
+
+def test_a_step_stays_on_its_device() -> None:
+    """Torch refuses to mix devices, of which meta is one: whatever a step makes must be where its inputs are."""
+    device = TrainingDevice(TrainDevice.CPU)
+    data, first = some_data()
+    fitter = Fitter(data, first, N_FF, SMALL, device)
+    device.name = "meta"
+    random = np.random.default_rng(1)
+    fc1, fc2 = (matrix.requires_grad_() for matrix in fitter._initial(96, random))
+    optimizer = torch.optim.AdamW([fc1, fc2])
+    loss = fitter._step(fc1, fc2, optimizer, *fitter._batch(random, 64))
+    assert {loss.device.type, fc1.device.type, fc2.device.type, fc1.grad.device.type} == {"meta"}
+    assert fitting._moments(torch.ones(8, 4, device="meta")).device.type == "meta"

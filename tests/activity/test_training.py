@@ -233,13 +233,55 @@ def test_layers_that_do_not_fit_the_disk_at_once_are_read_for_in_turn(
     assert any(line.startswith("reading") for line in read[first[-1] :])
 
 
-def test_a_disk_without_room_is_told_before_anything_is_read(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_without_room_is_told_before_anything_is_read(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Usage:
         free = 1000
 
     monkeypatch.setattr("thermocline.activity.capture.shutil.disk_usage", lambda folder: Usage)
-    with pytest.raises(OutputError, match=r"one layer takes \d+ bytes and 1000 are free .*--tokens"):
+    with pytest.raises(OutputError, match=r"one layer takes [\d,]+ bytes and 1,000 are free .*--tokens"):
         run()
+    assert not (tmp_path / "x.work").exists()  # nothing was done, so that the next command may be another
+
+
+def test_what_would_fail_alike_is_not_kept(run: Run, tmp_path: Path, texts: Path) -> None:
+    """The remedy is another text, or another setting: an unfinished run would be in its way."""
+    (tmp_path / "short.txt").write_text("x")
+    with pytest.raises(UsageError, match="the text is too short"):
+        run(paths=[tmp_path / "short.txt"])
+    assert not (tmp_path / "x.work").exists()
+    run()
+
+
+def test_what_a_full_disk_left_is_told(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*given: Any, **more: Any) -> None:
+        raise OutputError("x: the disk is full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "save_predictor", full)
+        with pytest.raises(OutputError, match=r"is full; what was done is kept in .*x\.work: the same command goes on"):
+            run()
+    read: list[str] = []
+    assert run(progress=lambda step: read.append(step.doing)).resumed
+    assert not read  # all layers were there
+
+
+def test_no_more_is_gathered_than_was_reckoned_with(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few long sequences: of two, the second is kept for measuring, and those rows are the larger ones."""
+    wrote: list[int] = []
+    real = Capture.data
+
+    def data(self: Capture, layer: int) -> Any:
+        found = real(self, layer)
+        wrote.append(sum(array.nbytes for array in (found.x, found.level, found.check, found.energy)))
+        most = Capture.bytes_per_layer(self.n_embd, self.n_ff, self.tokens, LOAD.ctx_size)
+        assert wrote[-1] <= most <= 3 * wrote[-1]
+        return found
+
+    monkeypatch.setattr(Capture, "data", data)
+    run(tokens=2 * LOAD.ctx_size)
+    assert wrote
 
 
 @pytest.mark.parametrize("after", [0, 5, 60])

@@ -188,3 +188,10 @@ def test_leavings_of_folders_and_files_of_the_same_name_go(tmp_path: Path) -> No
     with atomic_folder(tmp_path / "out"):
         pass
     assert names(tmp_path) == [".other.0123456789ab.partial", "out"]
+
+
+def test_an_error_in_a_folder_names_the_folder_that_was_asked_for(tmp_path: Path) -> None:
+    with pytest.raises(OutputError) as told, atomic_folder(tmp_path / "out") as folder:
+        atomic_write(folder / "a", size=1 << 60).__enter__()
+    assert str(told.value).startswith(f"{tmp_path}/out/a: needs 1,152,921,504,606,846,976 bytes, ")
+    assert names(tmp_path) == []

@@ -243,7 +243,7 @@ def test_too_little_space_is_said_before_anything_is_made(
     fields = list(real)
     fields[4] = 0  # f_bavail
     monkeypatch.setattr(os, "statvfs", lambda _: os.statvfs_result(fields))
-    with pytest.raises(OutputError, match=r"needs \d+ bytes, 0 are free on its disk: free \d+ more"):
+    with pytest.raises(OutputError, match=r"needs [\d,]+ bytes, 0 are free on its disk: free [\d,]+ more"):
         write_gguf(target[0], {}, [NewTensor("a", F32, (2, 32), lambda: pytest.fail("was made"))])
     check_untouched(*target)
 

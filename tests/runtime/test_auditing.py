@@ -21,7 +21,7 @@ from thermocline.activity.likelihood import log_probabilities
 from thermocline.activity.predictor import Predictor, save_predictor
 from thermocline.api import shipped_model
 from thermocline.config import DeviceKind, LoadSettings, OpsKind
-from thermocline.errors import UsageError
+from thermocline.errors import OutputError, UsageError
 from thermocline.files.companion import companion
 from thermocline.files.formats import F32
 from thermocline.files.open import open_model
@@ -346,3 +346,15 @@ def test_mode_auto_predicts_by_an_audited_predictor_inside(shipped: Path, source
         with LLM.load(path, threads=1) as llm:
             assert llm.mode == mode
             assert f"its audit {'passed' if passed else 'failed'}" in "".join(llm.notices)
+
+
+def test_an_audit_that_cannot_be_noted_is_told_all_the_same(
+    model: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*given: Any) -> None:
+        raise OutputError("m.predictor.safetensors: needs 5 bytes, 0 are free on its disk: free 5 more")
+
+    monkeypatch.setattr("thermocline.runtime.auditing.keep_audit", full)
+    found = audit(model, [text], SETTINGS, tokens=100)
+    assert (found.tokens, found.stored) == (100, False)
+    assert found.problem.endswith("free 5 more")

@@ -124,6 +124,7 @@ class AuditResult:
     `exact`, `oracle` and `predicted` are distances from dense; the oracle computes exactly the neurons that fire, so
     that it is as far as the mask alone leads, without any error of the predictor. `layers` tell of each layer's
     predictor, `generated` of free texts of exact and predicted. `share` is the predictor's of the model's numbers.
+    `stored` says whether it was noted, and `problem` what was in the way of that.
     """
 
     tokens: int
@@ -134,6 +135,7 @@ class AuditResult:
     generated: tuple[Generated, Generated]
     share: float
     stored: bool = False
+    problem: str = ""
     seconds: float = 0.0
 
     @property

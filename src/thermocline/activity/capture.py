@@ -90,9 +90,9 @@ class Capture:
         return self.tokens - self.checked
 
     @staticmethod
-    def bytes_per_layer(n_embd: int, n_ff: int, tokens: int) -> int:
-        """Bytes on disk of one layer's data of `tokens` tokens."""
-        checked = min(-(-tokens // CHECK_EVERY), MOST_CHECKED)
+    def bytes_per_layer(n_embd: int, n_ff: int, tokens: int, window: int) -> int:
+        """Bytes on disk of one layer's data of `tokens` tokens in sequences of up to `window`, at most."""
+        checked = min(-(-tokens // CHECK_EVERY) + window, MOST_CHECKED + window, tokens)
         return (tokens - checked) * (2 * n_embd + -(-n_ff // 2)) + checked * (2 * n_embd + 2 * n_ff)
 
     @contextmanager
@@ -213,7 +213,7 @@ def layers_at_once(folder: Path, wanted: Sequence[int], bytes_per_layer: int) ->
     room = int(0.9 * free) // max(bytes_per_layer, 1)
     if wanted and not room:
         raise OutputError(
-            f"{printable(str(folder))}: the training data of one layer takes {bytes_per_layer} bytes and {free} are "
-            "free on its disk: free some, read fewer tokens (--tokens), or write to another disk (-o)"
+            f"{printable(str(folder))}: the training data of one layer takes {bytes_per_layer:,} bytes and {free:,} "
+            "are free on its disk: free some, read fewer tokens (--tokens), or write to another disk (-o)"
         )
     return min(len(wanted), room)

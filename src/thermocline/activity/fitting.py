@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
@@ -22,8 +23,9 @@ import numpy.typing as npt
 import torch
 
 from thermocline.activity.capture import LayerData
-from thermocline.config import TrainDevice, TrainSettings
-from thermocline.errors import HardwareError, NumericalError
+from thermocline.activity.training_device import TrainingDevice
+from thermocline.config import TrainSettings
+from thermocline.errors import NumericalError
 
 Floats = npt.NDArray[np.float32]
 
@@ -56,16 +58,30 @@ class Fitter:
         data: the layer's tokens.
         first: (n_ff, n_embd), rows of the first matrix times the norm's weights; None starts at random.
         n_ff: neurons.
+        device: where torch computes; without, what the settings ask for.
+
+    Raises:
+        HardwareError: a GPU was asked for and there is none, or a memory does not do.
     """
 
-    def __init__(self, data: LayerData, first: Floats | None, n_ff: int, settings: TrainSettings) -> None:
+    def __init__(
+        self,
+        data: LayerData,
+        first: Floats | None,
+        n_ff: int,
+        settings: TrainSettings,
+        device: TrainingDevice | None = None,
+    ) -> None:
         self._data, self._n_ff, self._settings = data, n_ff, settings
-        self._device = device_of(settings.train_on)
-        sample = self._tensor(_spread(data.x, MOMENT_TOKENS))
-        self._scale = float(sample.square().mean().sqrt()) or 1.0
-        sample /= self._scale
-        self._mean = sample.mean(0)
-        self._start = None if first is None else self._directions(self._tensor(first), sample)
+        self._device = device or TrainingDevice(settings.train_on)
+        self._scale, self._mean, self._start = self._device.run(lambda: self._looked_at(first))
+
+    def _looked_at(self, first: Floats | None) -> tuple[float, torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
+        """What a fit begins with, from the tokens: their scale, and in it their mean and directions."""
+        sample = self._tensor(_spread(self._data.x, MOMENT_TOKENS))
+        scale = float(sample.square().mean().sqrt()) or 1.0
+        sample /= scale
+        return scale, sample.mean(0), None if first is None else self._directions(self._tensor(first), sample)
 
     def fit(self, rank: int, share: float = 1.0, tick: Callable[[int], None] | None = None) -> Fitted:
         """A predictor of `rank`, after `share` of all steps; `tick` is called with the tokens of each step.
@@ -74,7 +90,11 @@ class Fitter:
 
         Raises:
             NumericalError: the loss is not finite.
+            HardwareError: a memory does not do.
         """
+        return self._device.run(lambda: self._fit(rank, share, tick))
+
+    def _fit(self, rank: int, share: float, tick: Callable[[int], None] | None) -> Fitted:
         random = np.random.default_rng([self._settings.seed, rank])
         fc1, fc2 = (matrix.requires_grad_() for matrix in self._initial(rank, random))
         groups = [{"params": [matrix], "scale": min(FAN_IN / matrix.shape[1], 1.0)} for matrix in (fc1, fc2)]
@@ -85,19 +105,32 @@ class Fitter:
             rate = min((step + 1) / max(WARM_UP * steps, 1), 1.0) * (1 - step / steps)
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["scale"] * self._settings.learning_rate
-            x, level = self._batch(random, batch)
-            loss = _loss(torch.relu(x @ fc1.T) @ fc2.T, level)
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
+            loss = self._step(fc1, fc2, optimizer, *self._batch(random, batch))
             if tick is not None:
                 tick(batch)
         if not bool(torch.isfinite(loss)):
             raise NumericalError("training diverged: the loss is not finite; use a smaller --learning-rate")
         return Fitted((fc1.detach() / self._scale).cpu().numpy(), fc2.detach().cpu().numpy())
 
+    @staticmethod
+    def _step(
+        fc1: torch.Tensor, fc2: torch.Tensor, optimizer: torch.optim.Optimizer, x: torch.Tensor, level: torch.Tensor
+    ) -> torch.Tensor:
+        loss = _loss(torch.relu(x @ fc1.T) @ fc2.T, level)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        return loss
+
     def scores(self, fitted: Fitted, x: npt.NDArray[np.float16]) -> Floats:
-        """Scores (T, n_ff) of residual streams."""
+        """Scores (T, n_ff) of residual streams.
+
+        Raises:
+            HardwareError: a memory does not do.
+        """
+        return self._device.run(lambda: self._scores(fitted, x))
+
+    def _scores(self, fitted: Fitted, x: npt.NDArray[np.float16]) -> Floats:
         with torch.no_grad():
             hidden = torch.relu(self._tensor(x) @ self._tensor(fitted.fc1).T)
             scores: Floats = (hidden @ self._tensor(fitted.fc2).T).cpu().numpy()
@@ -107,21 +140,21 @@ class Fitter:
         length = min(RUN, count)
         starts = random.integers(0, len(self._data.x) - length + 1, -(-count // length))
         rows = (starts[:, None] + np.arange(length)).reshape(-1)[:count]
-        packed = torch.from_numpy(np.ascontiguousarray(self._data.level[rows])).to(self._device)
+        packed = torch.from_numpy(np.ascontiguousarray(self._data.level[rows])).to(self._device.name)
         level = torch.stack([packed & 15, packed >> 4], dim=2).flatten(1)[:, : self._n_ff]
         return self._tensor(self._data.x[rows]) / self._scale, level
 
     def _initial(self, rank: int, random: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         n_embd = self._data.x.shape[1]
         noise = random.standard_normal((rank, n_embd), np.float32) / np.float32(np.sqrt(n_embd))
-        fc1, fc2 = self._tensor(noise), torch.zeros(self._n_ff, rank, device=self._device)
+        fc1, fc2 = self._tensor(noise), torch.zeros(self._n_ff, rank, device=self._device.name)
         energy = float(self._mean.square().sum())
         if energy > 0:
-            fc1[-1] = self._mean / energy
+            fc1[-1] = (self._mean / energy).to(self._device.name)
         if self._start is None:
             fc2.copy_(self._tensor(random.standard_normal((self._n_ff, rank), np.float32)) / np.sqrt(rank))
             return fc1, fc2
-        a, b = self._start
+        a, b = (half.to(self._device.name) for half in self._start)  # which may have been another's
         k = min(rank - 1, len(b))
         more = min(rank - 1 - k, len(b))
         fc1[:k], fc1[k : k + more] = b[:k], -b[:more]
@@ -142,7 +175,7 @@ class Fitter:
         return (a * side * (SPREAD / spread)).float(), (b * side[:, None]).float()
 
     def _tensor(self, values: npt.NDArray[Any]) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values, np.float32)).to(self._device)
+        return torch.from_numpy(np.ascontiguousarray(values, np.float32)).to(self._device.name)
 
 
 def _moments(sample: torch.Tensor) -> torch.Tensor:
@@ -165,18 +198,15 @@ def _loss(scores: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
     return (positive + negative) / 2
 
 
-def device_of(device: TrainDevice) -> str:
-    """The device that trains.
+def _spread(x: npt.NDArray[np.float16], most: int) -> npt.NDArray[np.float16]:
+    """At most `most` rows, evenly spread."""
+    return x[:: max(1, -(-len(x) // most))]
+
+
+def fitters(settings: TrainSettings, tell: Callable[[str], None] | None) -> Callable[..., Fitter]:
+    """What makes the fitters of a run's layers, all on one device.
 
     Raises:
         HardwareError: a GPU was asked for and there is none that torch can use.
     """
-    found = torch.cuda.is_available()
-    if device is TrainDevice.CUDA and not found:
-        raise HardwareError("torch finds no GPU that it can use; use --train-on cpu")
-    return "cuda" if found and device is not TrainDevice.CPU else "cpu"
-
-
-def _spread(x: npt.NDArray[np.float16], most: int) -> npt.NDArray[np.float16]:
-    """At most `most` rows, evenly spread."""
-    return x[:: max(1, -(-len(x) // most))]
+    return partial(Fitter, device=TrainingDevice(settings.train_on, tell))

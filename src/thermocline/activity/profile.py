@@ -9,6 +9,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -165,7 +166,12 @@ def profile(
     files = reading.files
     fresh = accumulator.result((run.record(files=files, bytes=reading.nbytes),))
     activity = fresh if old is None else old.merge(fresh)
-    save_activity(activity, output)
+    try:
+        save_activity(activity, output)
+    except OutputError as error:
+        with suppress(OutputError):
+            _save(accumulator, journal, run)
+        raise OutputError(f"{error}; {_goes_on(journal)}") from error
     journal.unlink(missing_ok=True)
     return Profiled(activity, run.tokens, resumed, files, tuple(reading.skipped), time.perf_counter() - began)
 
@@ -229,4 +235,9 @@ def _save(accumulator: Accumulator, journal: Path, run: _Run) -> None:
     try:
         save_activity(accumulator.result(), journal, kind=SidecarKind.JOURNAL, more={"run": state})
     except OutputError as error:
-        raise OutputError(f"the journal of this run: {error}") from error
+        more = f"; {_goes_on(journal)}" if journal.exists() else ""
+        raise OutputError(f"the journal of this run: {error}{more}") from error
+
+
+def _goes_on(journal: Path) -> str:
+    return f"what was counted is kept in {printable(str(journal))}: the same command goes on with it"

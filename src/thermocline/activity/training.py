@@ -141,8 +141,9 @@ def train(
         )
     with place.occupied(restart=restart):
         run = _Run(learner, corpus, settings, make_fitter, place, activity, progress)
-        predictor = run.go(identity)
-        save_predictor(predictor, output, learner.fingerprint, model_name=learner.name)
+        with place.kept(run.begun):
+            predictor = run.go(identity)
+            save_predictor(predictor, output, learner.fingerprint, model_name=learner.name)
         place.remove()
     told = _told(predictor, learner, settings, resumed=run.resumed)
     return replace(told, tokens=run.tokens, skipped=tuple(run.skipped), seconds=time.perf_counter() - run.began)
@@ -190,6 +191,11 @@ class _Run:
         info = {"layers": told, "training": {**identity, "read": self.tokens}}
         return Predictor(tuple(layers), tuple(thresholds), shares, info)
 
+    def begun(self) -> bool:
+        """Whether there is anything that a second start need not do."""
+        fitted = any(self._checkpoint(layer).exists() for layer in range(self._n_layer))
+        return fitted or bool(self._place.read_state("capture"))
+
     def _checkpoint(self, layer: int) -> Path:
         return self._place.folder / f"{layer}.layer.safetensors"
 
@@ -199,7 +205,7 @@ class _Run:
         begun = self._place.read_state("capture").get("layers", [])
         if not set(begun) & set(missing):
             tokens = min(self._settings.tokens or self._corpus.nbytes, self._corpus.nbytes)
-            need = Capture.bytes_per_layer(learner.n_embd, self._n_ff, tokens)
+            need = Capture.bytes_per_layer(learner.n_embd, self._n_ff, tokens, runner.window)
             begun = list(missing[: layers_at_once(self._place.folder, missing, need)])
         threshold = 0.0 if self._activity is None else self._activity.threshold
         capture = Capture(self._place, begun, learner.n_embd, learner.down_norms, threshold, runner.to_host)

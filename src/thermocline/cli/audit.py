@@ -12,6 +12,7 @@ from thermocline.cli.flags import JsonFlag, ModelFlag, TextFlag, VerboseFlag, co
 from thermocline.cli.output import status, write_json
 from thermocline.cli.tables import facts, print_tables
 from thermocline.config import LoadSettings
+from thermocline.errors import OutputError
 
 if TYPE_CHECKING:
     from thermocline.api import AuditResult
@@ -38,7 +39,7 @@ def audit(
     what is between it and predicted is the predictor's error. Use text that the predictor was not trained on.
 
     The result is noted in the predictor's file (M.audit.safetensors where it is inside M.gguf), and mode auto goes by
-    it. The exit code is 1 where a gate fails.
+    it. The exit code is 1 where a gate fails or the note cannot be written.
 
     For example:
 
@@ -58,9 +59,12 @@ def audit(
             ),
         )
     if as_json:
-        write_json({**found.as_dict(), "stored": found.stored, "seconds": found.seconds})
+        noted = {"stored": found.stored, "problem": found.problem or None}
+        write_json({**found.as_dict(), **noted, "seconds": found.seconds})
     else:
         print_tables(_distances(found), _layers(found), _gates(found), facts(_summary(found)))
+    if found.problem:
+        raise OutputError(f"the result was not noted: {found.problem}")
     return 0 if found.passed else FAILED
 
 
@@ -93,7 +97,8 @@ def _summary(found: AuditResult) -> list[tuple[str, str]]:
     exact, predicted = found.generated
     free = f"repeated {predicted.repeated:.1%} (exact {exact.repeated:.1%}), invalid {predicted.invalid:.1%}"
     selected = sum(layer.selected for layer in found.layers) / len(found.layers)
-    noted = "noted: mode auto goes by it" if found.stored else "not noted: it is not the predictor's own threshold"
+    why = "it could not be written" if found.problem else "it is not the predictor's own threshold"
+    noted = "noted: mode auto goes by it" if found.stored else f"not noted: {why}"
     return [
         ("verdict", f"{'passed' if found.passed else 'FAILED'}: {found.summary}"),
         ("predictor", f"{found.share:.2%} of the model's numbers, selects {selected:.1%} of the neurons"),

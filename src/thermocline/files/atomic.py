@@ -106,8 +106,11 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
         with explained(path):
             sync_folder(temporary)
             temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OutputError):  # which may name a file in the temporary folder
+            told = str(error).replace(printable(str(temporary)), printable(str(path)))
+            raise OutputError(told) from error
         raise
     finally:
         os.close(descriptor)
@@ -148,7 +151,7 @@ def require_space(path: Path, size: int) -> None:
     free = disk.f_bavail * disk.f_frsize
     if size > free:
         raise OutputError(
-            f"{printable(str(path))}: needs {size} bytes, {free} are free on its disk: free {size - free} more"
+            f"{printable(str(path))}: needs {size:,} bytes, {free:,} are free on its disk: free {size - free:,} more"
         )
 
 

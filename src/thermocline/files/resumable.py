@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from thermocline.errors import ModelFormatError, OutputError, ThermoclineError, UsageError, printable
+from thermocline.errors import ModelFormatError, OutputError, UsageError, printable
 from thermocline.files.atomic import AtomicFile, existing_mode, explained, put_in_place, require_space, sync_folder
 from thermocline.files.workplace import Workplace
 
@@ -98,7 +98,7 @@ def resumable_write(path: Path, size: int, resume: Resume) -> Iterator[Resumable
         descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             file = ResumableFile(path, descriptor, place, resume)
-            with _kept(file, place):
+            with place.kept(lambda: file.kept), _saved(file):
                 yield file
                 file.save(whole=True)
                 with explained(path):
@@ -153,18 +153,12 @@ def may_be_ours(path: Path) -> bool:
 
 
 @contextmanager
-def _kept(file: ResumableFile, place: Workplace) -> Iterator[None]:
-    """Where the block fails, keep what a second start can go on with; remove all if it would fail alike."""
+def _saved(file: ResumableFile) -> Iterator[None]:
+    """Where the block fails and some of the file was noted already, note all that is complete."""
     try:
         yield
-    except BaseException as error:
-        alike = isinstance(error, ThermoclineError) and not isinstance(error, OutputError)
-        if alike or not file.kept:
-            place.remove()
-            raise
-        with suppress(OutputError):
-            file.save()
-        if isinstance(error, OutputError):
-            where = printable(str(place.folder))
-            raise OutputError(f"{error}; what was done is kept in {where}: the same command goes on with it") from error
+    except BaseException:
+        if file.kept:
+            with suppress(OutputError):
+                file.save()
         raise

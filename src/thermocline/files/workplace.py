@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from thermocline.errors import ModelFormatError, OutputError, UsageError, printable
+from thermocline.errors import HardwareError, ModelFormatError, OutputError, ThermoclineError, UsageError, printable
 from thermocline.files.atomic import atomic_write
 from thermocline.files.strict_json import parse_object
 
@@ -87,6 +87,33 @@ class Workplace:
         with self.explained():
             (self.folder / f"{name}.json").unlink(missing_ok=True)
 
+    @contextmanager
+    def kept(self, begun: Callable[[], bool]) -> Iterator[None]:
+        """Where the block fails, keep what a second start can go on with, and say so.
+
+        Everything is removed where nothing was `begun`, or where the same command would fail alike: what it was given
+        is wrong, so that the next one will be another.
+
+        Raises:
+            OutputError: the block did; the message tells what is kept.
+        """
+        try:
+            yield
+        except BaseException as error:
+            if self._fails_alike(error) or not begun():
+                self.remove()
+                raise
+            if isinstance(error, OutputError):
+                where = printable(str(self.folder))
+                told = f"{error}; what was done is kept in {where}: the same command goes on with it"
+                raise OutputError(told) from error
+            raise
+
+    def _fails_alike(self, error: BaseException) -> bool:
+        if isinstance(error, ModelFormatError):
+            return Path(error.path).parent != self.folder
+        return isinstance(error, ThermoclineError) and not isinstance(error, OutputError | HardwareError)
+
     def remove(self) -> None:
         """Remove the folder with all that is in it."""
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -101,9 +128,8 @@ class Workplace:
         try:
             yield
         except OSError as error:
-            raise OutputError(
-                f"{printable(str(self.folder))}: cannot be written: {error.strerror or error}; what was done is kept"
-            ) from error
+            where = printable(str(self.folder))
+            raise OutputError(f"{where}: cannot be written: {error.strerror or error}") from error
 
     def _empty(self) -> None:
         for entry in self.folder.iterdir():

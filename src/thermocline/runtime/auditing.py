@@ -23,7 +23,7 @@ from thermocline.activity.calibration import Counts, Quality
 from thermocline.activity.likelihood import log_probabilities
 from thermocline.activity.texts import Corpus, Reading, Window, find_texts
 from thermocline.config import LoadSettings, Mode, SamplingSettings
-from thermocline.errors import UsageError
+from thermocline.errors import OutputError, UsageError
 from thermocline.files.source import ModelSource
 from thermocline.hardware.machine import Tier
 from thermocline.memory.kv_cache import KVCache
@@ -76,7 +76,7 @@ def audit_predictor(
     """Load `source` with its predictor, hold it to exact computing over `tokens` tokens, and note the result.
 
     The note is kept in the predictor's file, or beside a model that has it inside, and mode auto goes by it. A
-    predictor with another threshold than its own gets none.
+    predictor with another threshold than its own gets none. Where it cannot be written, the result says why.
 
     Raises:
         UsageError: the model has no predictor, or the texts have less than `tokens` tokens.
@@ -132,7 +132,10 @@ def _audit(
     )
     if result.stored:
         note = {**result.as_dict(), "texts": corpus.digest, "ops": loaded.transformer.ops.name, "window": window}
-        keep_audit(source, found, note, [layer.selected for layer in result.layers])
+        try:
+            keep_audit(source, found, note, [layer.selected for layer in result.layers])
+        except OutputError as error:  # what took an hour is told all the same
+            return replace(result, stored=False, problem=str(error))
     return result
 
 

@@ -54,7 +54,7 @@ def train_predictor(
         raise UsageError(f"{spec.ffn.activation} gives no zeros, so that there is nothing to predict")
     if load.mode not in (Mode.AUTO, Mode.EXACT, Mode.DENSE):
         raise UsageError(f"mode {load.mode} does not compute every neuron that fires; train with exact or dense")
-    make_fitter = _fitter(settings)
+    make_fitter = _fitter(settings, notice)
     counted = None if activity is None else activity_for(source, spec, activity)
     window = load.ctx_size or min(spec.n_ctx_train, WINDOW)
     mode = Mode.EXACT if load.mode is Mode.AUTO else load.mode
@@ -101,7 +101,7 @@ def _learner(source: ModelSource, loaded: LoadedModel, runner: ObservedRunner) -
     )
 
 
-def _fitter(settings: TrainSettings) -> MakeFitter:
+def _fitter(settings: TrainSettings, notice: Callable[[str], None] | None) -> MakeFitter:
     """What fits, if torch is there.
 
     Raises:
@@ -109,8 +109,7 @@ def _fitter(settings: TrainSettings) -> MakeFitter:
         HardwareError: a GPU was asked for and there is none.
     """
     try:
-        from thermocline.activity.fitting import Fitter, device_of  # torch takes seconds and may be missing
+        from thermocline.activity.fitting import fitters  # torch takes seconds and may be missing
     except (ImportError, OSError) as error:
         raise MissingPackageError("training a predictor", "torch", "train") from error
-    device_of(settings.train_on)
-    return Fitter
+    return fitters(settings, notice)
