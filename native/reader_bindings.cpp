@@ -9,6 +9,7 @@
 #include <system_error>
 
 #include "arrays.h"
+#include "mapping.h"
 #include "reader.h"
 
 namespace nb = nanobind;
@@ -106,6 +107,10 @@ void bind_reader(nb::module_& m) {
       .def(
           "wait", [](Reader& self, int64_t ticket) { guarded([&] { self.wait(ticket); }); },
           nb::arg("ticket"));
+  m.def("watch_mapping", &watch_mapping, nb::arg("address"), nb::arg("nbytes"), nb::arg("words"));
+  m.def("forget_mapping", &forget_mapping, nb::arg("number"));
+  m.def("shelter_mapping", &shelter_mapping, nb::arg("number"), nb::arg("by"));
+  m.def("lost_mapping", &lost_mapping, nb::arg("number"));
 }
 
 }  // namespace thermocline

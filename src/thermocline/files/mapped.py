@@ -12,6 +12,7 @@ import numpy as np
 
 from thermocline.errors import ModelFormatError
 from thermocline.files.weight import Bytes
+from thermocline.hardware.mapping import Mapping
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -24,7 +25,7 @@ class MappedFile:
 
     path: Path
     size: int
-    buffer: mmap.mmap
+    buffer: Mapping
 
     def view(self, start: int, stop: int) -> Bytes:
         """Bytes `start` to `stop` as uint8, without a copy; the caller has checked them against `size`."""
@@ -42,7 +43,9 @@ def map_file(path: Path, *, minimum: int = 1) -> MappedFile:
         size = os.fstat(descriptor).st_size
         if size < minimum:
             raise ModelFormatError(path, "size", f"{size} bytes; at least {minimum} needed: incomplete download?")
-        return MappedFile(path, size, mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ))
+        buffer = Mapping(descriptor, 0, access=mmap.ACCESS_READ)
+        buffer.watch(path)
+        return MappedFile(path, len(buffer), buffer)
     except (OSError, ValueError) as error:
         raise ModelFormatError(path, "file", f"cannot be mapped: {error}") from error
     finally:

@@ -114,7 +114,7 @@ class Reader:
             self._reader.wait(ticket)
         except OSError as error:
             raise HardwareError(
-                f"{printable(str(self.path))}: cannot be read {error.strerror}; the file has changed or its disk fails"
+                f"{printable(str(self.path))}: cannot be read: {error.strerror}; the file has changed or its disk fails"
             ) from error
         finally:
             self._open.pop(ticket, None)

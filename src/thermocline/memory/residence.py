@@ -14,6 +14,7 @@ import numpy as np
 
 from thermocline.errors import HardwareError, ModelFormatError
 from thermocline.files.weight import Bytes, Weight
+from thermocline.hardware.mapping import Mapping
 from thermocline.hardware.memory import find_memory
 
 Reading = Callable[[int, int], None]
@@ -99,16 +100,21 @@ def lock(arrays: Iterable[Bytes]) -> None:
             )
 
 
-def _mappings(weights: Iterable[Weight]) -> list[tuple[mmap.mmap, list[Bytes]]]:
+def mappings_of(weights: Iterable[Weight]) -> tuple[Mapping, ...]:
+    """The mappings that the weights are views on."""
+    return tuple(mapping for mapping, _ in _mappings(weights))
+
+
+def _mappings(weights: Iterable[Weight]) -> list[tuple[Mapping, list[Bytes]]]:
     """The mappings that the weights are views on, in their order; weights made in memory have none."""
-    found: dict[int, tuple[mmap.mmap, list[Bytes]]] = {}
+    found: dict[int, tuple[Mapping, list[Bytes]]] = {}
     for weight in weights:
         base: object = weight.data
         while isinstance(base, np.ndarray):
             base = base.base
         if isinstance(base, memoryview):
             base = base.obj
-        if isinstance(base, mmap.mmap) and weight.data.nbytes:
+        if isinstance(base, Mapping) and weight.data.nbytes:
             found.setdefault(id(base), (base, []))[1].append(weight.data)
     return list(found.values())
 

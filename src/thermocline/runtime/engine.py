@@ -9,6 +9,7 @@ import numpy as np
 from thermocline.config import Mode
 from thermocline.errors import ContextError, UsageError
 from thermocline.hardware.machine import ReadCurve
+from thermocline.hardware.mapping import Mapping, sheltered
 from thermocline.model.feed_forward import Tally
 from thermocline.placement.plan import Plan
 from thermocline.runtime.below import Below
@@ -31,6 +32,7 @@ class Engine:
         plan: what places it on several devices; None for one.
         watch: what counts what fires, and moves neurons between two generations; None where nobody does.
         below: what is read from disk.
+        files: what the network is mapped from. A step that misses a part of one fails, and so do all after it.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class Engine:
         plan: Plan | None = None,
         watch: Watch | None = None,
         below: Below | None = None,
+        files: Listing[Mapping] = (),
     ) -> None:
         self.plan = plan
         self._below = below if below is not None and below.reads else None
@@ -55,6 +58,7 @@ class Engine:
         self.bytes_read = 0.0
         self.fired = self.selected = 0
         self._sequence = sequence
+        self._files = tuple(files)
         self._held: list[int] = []
         self._token = np.zeros(1, np.int32)
         self._generation = 0
@@ -113,13 +117,17 @@ class Engine:
         With `reuse`, the tokens that the cache holds from before are not computed again. Their values may
         differ in the last bits from those of a batch that is cut otherwise; without it, the same prompt
         always gives the same bits.
+
+        Raises:
+            HardwareError: a part of the model's files is gone, or cannot be read.
         """
         start = self._common(prompt) if reuse else 0
         del self._held[start:]
         tokens, cached = np.asarray(prompt, np.int32), start
         while True:
             stop = min(start + self._sequence.ubatch, len(tokens))
-            step = self._sequence.step(tokens[start:stop], start, logits=stop == len(tokens))
+            with sheltered(self._files):
+                step = self._sequence.step(tokens[start:stop], start, logits=stop == len(tokens))
             self._held.extend(prompt[start:stop])
             if self.watch is not None:
                 self.watch.counts.end_step(stop - start)
@@ -132,6 +140,7 @@ class Engine:
 
         Raises:
             UsageError: another generation began since the one with this ticket.
+            HardwareError: a part of the model's files is gone, or cannot be read.
         """
         if ticket != self._generation:
             raise UsageError("another generation was started on this model; finish one before starting the next")
@@ -139,7 +148,8 @@ class Engine:
         self._token[0] = token
         if self._below is not None:
             self.account.disk.begin(self._below.stats, self._below.uses)
-        step = self._sequence.step(self._token, position, logits=True)
+        with sheltered(self._files):
+            step = self._sequence.step(self._token, position, logits=True)
         self._held.append(token)
         if self.watch is not None:
             self.watch.counts.end_step(1)

@@ -22,7 +22,7 @@ from thermocline.memory.checks import first_bytes
 from thermocline.memory.kv_cache import KVCache, kv_bytes
 from thermocline.memory.loader import LoadReport, load_transformer
 from thermocline.memory.movable import Movable
-from thermocline.memory.residence import Reading
+from thermocline.memory.residence import Reading, mappings_of
 from thermocline.model.families import family_of
 from thermocline.model.network import Transformer
 from thermocline.model.spec import ModelSpec
@@ -178,7 +178,8 @@ def load_model(
         smaller, why = _smaller(settings, budget, over)
         return load_model(source, smaller, progress, make=make, tell=tell, shrunk=why)
     traffic = traffic_of(spec, weights, settings.cache_type_k, settings.cache_type_v, report.predictor_bytes, plan)
-    engine = Engine(sequence, traffic, tokenizer.size, transformer.mode, plan, watch, placing.below)
+    files = mappings_of([*weights.values(), *prediction.weights])
+    engine = Engine(sequence, traffic, tokenizer.size, transformer.mode, plan, watch, placing.below, files)
     said = [*source.warnings, *tokenizer.warnings, *prediction.notices, *placing.notices, *notices]
     # What a plan's making has to say of the predictor was said before.
     notices = list(dict.fromkeys([*said, *_load_notices(report)]))

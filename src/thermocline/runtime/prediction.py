@@ -19,6 +19,7 @@ from thermocline.files.companion import companion
 from thermocline.files.gguf import GgufFile
 from thermocline.files.sidecar import SidecarKind, read_sidecar, update_info, write_sidecar
 from thermocline.files.source import ModelSource
+from thermocline.files.weight import Weight
 from thermocline.model.spec import ModelSpec
 
 INSIDE: Final = "the predictor inside the model"
@@ -49,6 +50,12 @@ class Prediction:
     def predictor(self) -> Predictor | None:
         """The predictor to compute with."""
         return self.found.predictor if self.found is not None else None
+
+    @property
+    def weights(self) -> tuple[Weight, ...]:
+        """The predictor's matrices."""
+        layers = () if self.predictor is None else self.predictor.layers
+        return tuple(weight for layer in layers for weight in (layer.fc1, layer.fc2))
 
 
 def choose_prediction(
