@@ -2,6 +2,14 @@
 
 #include <stdexcept>
 
+#ifdef THERMOCLINE_X86
+#include <cpuid.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
+
 namespace thermocline {
 namespace {
 
@@ -23,6 +31,38 @@ Kernels with_bf16() {
   kernels.round_tokens = kAvx512Bf16Kernels.round_tokens;
   return kernels;
 }
+
+Kernels with_amx() {
+  Kernels kernels = with_bf16();
+  kernels.name = "amx";
+  for (int f = 0; f < kFormats; ++f) {
+    if (kAmxKernels.panel[f].dot) kernels.panel[f] = kAmxKernels.panel[f];
+    kernels.pack_across[f] = kAmxKernels.pack_across[f];
+  }
+  kernels.pair_tokens = kAmxKernels.pair_tokens;
+  return kernels;
+}
+
+struct AmxFeatures {
+  bool tile, bf16, int8;
+};
+
+AmxFeatures amx_features() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return {};
+  return {(d >> 24 & 1) != 0, (d >> 22 & 1) != 0, (d >> 25 & 1) != 0};
+}
+
+// Whether the system lets this process use tiles, for which it must be asked once.
+bool may_use_tiles() {
+#ifdef __linux__
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  static const bool allowed = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return allowed;
+#else
+  return false;
+#endif
+}
 #endif
 
 std::vector<Level> levels() {
@@ -37,10 +77,14 @@ std::vector<Level> levels() {
   static const Kernels with_avx2 = whole(kAvx2Kernels, kAvx2Attend);
   static const Kernels with_avx512 = whole(kAvx512Kernels, kAvx512Attend);
   static const Kernels bf16 = with_bf16();
+  static const Kernels amx = with_amx();
+  const bool has_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  const AmxFeatures tiles = amx_features();
   return {{&baseline, true},
           {&with_avx2, avx2},
           {&with_avx512, avx512},
-          {&bf16, avx512 && __builtin_cpu_supports("avx512bf16")}};
+          {&bf16, has_bf16},
+          {&amx, has_bf16 && tiles.tile && tiles.bf16 && may_use_tiles()}};
 #else
   return {{&baseline, true}};
 #endif
@@ -86,6 +130,10 @@ std::vector<std::pair<std::string, bool>> cpu_features() {
   FEATURE("avx512vnni");
   FEATURE("avx512bf16");
 #undef FEATURE
+  const AmxFeatures tiles = amx_features();
+  features.emplace_back("amx_tile", tiles.tile);
+  features.emplace_back("amx_bf16", tiles.bf16);
+  features.emplace_back("amx_int8", tiles.int8);
 #endif
   return features;
 }

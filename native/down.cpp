@@ -37,6 +37,10 @@ int64_t parts_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
 DownRecords::DownRecords(Context& context, Pool& team, const Matrix& down, int64_t tokens, int64_t most)
     : context_(context), team_(team), down_(down), tokens_(tokens) {
+  if (DownPanels::pays(context.kernels, down.format, tokens)) {
+    panels_.emplace(context, team, down, tokens);
+    return;
+  }
   ids_ = context.arena.take<int32_t>(most);
   positions_ = context.arena.take<int32_t>(most);
   const int64_t wanted_items = 4 * static_cast<int64_t>(team.size());
@@ -62,6 +66,7 @@ DownRecords::DownRecords(Context& context, Pool& team, const Matrix& down, int64
 
 void DownRecords::list(const int32_t* ids, const int32_t* rows, const uint8_t* wanted, int64_t count,
                        const float* h, int64_t h_stride) {
+  if (panels_) return panels_->list(ids, rows, wanted, count, h, h_stride);
   h_ = h;
   h_stride_ = h_stride;
   std::fill(start_, start_ + kGroups + 1, 0);
@@ -86,6 +91,7 @@ void DownRecords::list(const int32_t* ids, const int32_t* rows, const uint8_t* w
 }
 
 void DownRecords::add(int worker, float* out) {
+  if (panels_) return panels_->add(worker, out);
   if (tokens_ == 1) return add_one(out);
   token_items_.drain([&](int64_t t, int64_t) { find_fired(t); });
   team_.barrier();

@@ -2,8 +2,10 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 
 #include "context.h"
+#include "down_panels.h"
 #include "matrix.h"
 
 namespace thermocline {
@@ -46,6 +48,7 @@ class DownRecords {
   int64_t most_ = 0;
   int64_t scratch_size_ = 0;
   Items items_, reduce_, token_items_;
+  std::optional<DownPanels> panels_;  // does it all, where it is faster
 };
 
 }  // namespace thermocline

@@ -30,18 +30,33 @@ struct Tokens {
   const int16_t* sums;
   int64_t q_stride;
   // For panels only, each where a panel asks for it: q + 128 and, for each block, d times the sum of q; tiles
-  // of kTileTokens tokens column by column; numbers rounded to BF16, with an even number of columns.
+  // of kTileTokens tokens column by column; numbers rounded to BF16, with an even number of columns; the same
+  // in groups of kPairTokens tokens, of which 32 columns lie together, pair by pair, the last padded with
+  // zeros.
   const uint8_t* offset;
   const float* lifts;
   const float* tiles;
   const uint16_t* rounded;
+  const uint16_t* pairs;
 };
 
 // The form of tokens that a kernel reads.
-enum TokenForm : unsigned { kPlain = 0, kBytes = 1, kOffsetBytes = 2, kTiled = 4, kRounded = 8 };
+enum TokenForm : unsigned {
+  kPlain = 0,
+  kBytes = 1,
+  kOffsetBytes = 2,
+  kTiled = 4,
+  kRounded = 8,
+  kPaired = 16
+};
 
 constexpr int64_t kPanelRows = 32;
 constexpr int kTileTokens = 12;
+constexpr int kPairTokens = 16;
+constexpr int64_t kPairColumns = 32;
+constexpr int64_t kAcrossColumns = 256;
+// Rows whose panels are made before tokens meet them, where tokens take longer to read than weights.
+constexpr int64_t kManyPanelRows = 256;
 
 // out[t * out_stride + r] = row(r) . token(t) (+ bias[r]) (+ the old value if `add`)
 struct DotJob {
@@ -57,10 +72,13 @@ struct DotJob {
 // Products of a batch of tokens with weights that are unpacked first, kPanelRows rows at a time.
 struct PanelKernels {
   TokenForm form;
-  int64_t (*bytes)(int64_t columns);
+  // Rows that are unpacked at once at most: a panel for each kPanelRows, one after another.
+  int64_t rows;
+  int64_t scratch;                    // bytes that dot uses behind the panels
+  int64_t (*bytes)(int64_t columns);  // of a panel
   void (*pack)(const Rows& rows, int64_t r0, int64_t r1, int64_t columns, uint8_t* panel);
-  // Rows r0 .. r1 of the job, which are those of the panel, with all tokens.
-  void (*dot)(const DotJob& job, const uint8_t* panel, int64_t r0, int64_t r1, int64_t tokens);
+  // Rows r0 .. r1 of the job, which are those of the panels, with all tokens.
+  void (*dot)(const DotJob& job, uint8_t* panel, int64_t r0, int64_t r1, int64_t tokens);
 };
 
 // acc[t * acc_stride + c - c0] += sum over k of h[t * h_stride + (positions ? positions[k] : k)] * row(k)[c],
@@ -130,6 +148,13 @@ struct Kernels {
   PanelKernels panel[kFormats];
   void (*tile_tokens)(const float* x, int64_t x_stride, int64_t count, int64_t columns, float* out);
   void (*round_tokens)(const float* x, int64_t n, uint16_t* out);
+  // Up to kPairTokens tokens as Tokens::pairs has them.
+  void (*pair_tokens)(const float* x, int64_t x_stride, int64_t count, int64_t columns, uint16_t* out);
+  // Panels of columns c0 .. c1 (at most kAcrossColumns, c0 a multiple of them) of a matrix whose rows are
+  // summed over: what they meet are tokens with a number for each place of rows.ids, 32 a step, zeros where
+  // that is negative. One panel after another, of kPanelRows columns each. Null where the level has none.
+  void (*pack_across[kFormats])(const Rows& rows, int64_t steps, int64_t c0, int64_t c1, int64_t columns,
+                                uint8_t* panels);
   // c0 and c1 are multiples of the block.
   void (*axpy[kFormats])(const AxpyJob& job, int64_t k0, int64_t k1, int64_t t0, int64_t t1, int64_t c0,
                          int64_t c1);
@@ -182,6 +207,13 @@ struct Bf16Kernels {
   void (*round_tokens)(const float* x, int64_t n, uint16_t* out);
 };
 extern const Bf16Kernels kAvx512Bf16Kernels;
+// What a CPU with AMX does otherwise than that, where a format has a panel here.
+struct AmxKernels {
+  PanelKernels panel[kFormats];
+  decltype(Kernels::pair_tokens) pair_tokens;
+  decltype(Kernels::pack_across) pack_across;
+};
+extern const AmxKernels kAmxKernels;
 #endif
 
 }  // namespace thermocline

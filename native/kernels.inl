@@ -37,10 +37,11 @@ namespace thermocline::THERMOCLINE_ISA {
 
 #ifdef THERMOCLINE_PANELS
 template <Format F>
-constexpr PanelKernels panel = {kTiled, float_panel_bytes, pack_floats<F>, float_panel_dot};
-#define THERMOCLINE_INT_PANEL(F) \
-  template <>                    \
-  constexpr PanelKernels panel<F> = {kOffsetBytes, int_panel_bytes<F>, pack_ints<F>, int_panel_dot<F>};
+constexpr PanelKernels panel = {kTiled, kPanelRows, 0, float_panel_bytes, pack_floats<F>, float_panel_dot};
+#define THERMOCLINE_INT_PANEL(F)                                          \
+  template <>                                                             \
+  constexpr PanelKernels panel<F> = {kOffsetBytes,       kPanelRows,   0, \
+                                     int_panel_bytes<F>, pack_ints<F>, int_panel_dot<F>};
 THERMOCLINE_INT_PANEL(kQ8_0)
 THERMOCLINE_INT_PANEL(kQ4_0)
 THERMOCLINE_INT_PANEL(kQ4_K)
@@ -62,6 +63,8 @@ static constexpr Kernels make_kernels(const char* name) {
        panel<kQ6_K>},
       tile_tokens,
       nullptr,
+      nullptr,
+      {},
       THERMOCLINE_FORMATS(axpy),
       THERMOCLINE_FORMATS(add_scaled),
       THERMOCLINE_FORMATS(unpack),

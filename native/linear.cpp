@@ -16,6 +16,8 @@ constexpr int64_t kWidenRows = 32;
 // Blocks of tokens that fit the second cache (1 MB on common cores) beside the rows, at 4096 columns.
 constexpr int64_t kFloatBlock = 24;
 constexpr int64_t kIntBlock = 64;
+// Bytes of panels that are multiplied in one go: half of the second cache of CPUs with AMX.
+constexpr int64_t kPanelsBytes = 1 << 20;
 
 int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
@@ -23,8 +25,10 @@ bool widens(Format format, int64_t tokens) {
   return tokens >= kWidenTokens && (format == kF16 || format == kBF16);
 }
 
-bool has_panel(const Kernels& kernels, Format format, int64_t tokens) {
-  return tokens >= kPanelTokens && kernels.panel[format].dot;
+// Rows whose panels are made in one go.
+int64_t panel_rows(const PanelKernels& panel, int64_t columns) {
+  const int64_t fit = kPanelsBytes / std::max<int64_t>(panel.bytes(columns), 1) * kPanelRows;
+  return std::clamp(fit, kPanelRows, panel.rows);
 }
 
 void dot_blocks(const Kernels& kernels, Format format, const DotJob& job, int64_t r0, int64_t r1,
@@ -36,6 +40,10 @@ void dot_blocks(const Kernels& kernels, Format format, const DotJob& job, int64_
 }
 
 }  // namespace
+
+bool has_panel(const Kernels& kernels, Format format, int64_t tokens) {
+  return tokens >= kPanelTokens && kernels.panel[format].dot;
+}
 
 Batch::Batch(Context& context, const float* x, int64_t count, int64_t columns, unsigned forms)
     : count_(count), columns_(columns) {
@@ -63,10 +71,15 @@ Batch::Batch(Context& context, const float* x, int64_t count, int64_t columns, u
     tokens_.rounded = rounded_ = arena.take<uint16_t>(count * round_up(columns, 2));
     round_items_.reset(count, 1);
   }
+  if (forms & kPaired) {
+    const int64_t groups = (count + kPairTokens - 1) / kPairTokens;
+    tokens_.pairs = pairs_ = arena.take<uint16_t>(groups * kPairTokens * round_up(columns, kPairColumns));
+    pair_items_.reset(groups, 1);
+  }
 }
 
 void Batch::prepare(Context& context, Pool& team) {
-  if (!q_ && !tiles_ && !rounded_) return;
+  if (!q_ && !tiles_ && !rounded_ && !pairs_) return;
   const Kernels& kernels = context.kernels;
   byte_items_.drain([&](int64_t item, int64_t) { quantise_piece(kernels, item); });
   tile_items_.drain([&](int64_t item, int64_t) {
@@ -76,6 +89,11 @@ void Batch::prepare(Context& context, Pool& team) {
   });
   round_items_.drain([&](int64_t t, int64_t) {
     kernels.round_tokens(tokens_.x + t * columns_, columns_, rounded_ + t * round_up(columns_, 2));
+  });
+  pair_items_.drain([&](int64_t group, int64_t) {
+    const int64_t t = group * kPairTokens;
+    kernels.pair_tokens(tokens_.x + t * columns_, columns_, std::min<int64_t>(count_ - t, kPairTokens),
+                        columns_, pairs_ + t * round_up(columns_, kPairColumns));
   });
   team.barrier();
 }
@@ -103,7 +121,7 @@ void Batch::quantise_piece(const Kernels& kernels, int64_t piece) {
 }
 
 int64_t row_grain(int64_t rows, int64_t row_bytes, int64_t tokens, int workers) {
-  constexpr int64_t kBytes = 16 * 1024, kBatchRows = 64;
+  constexpr int64_t kBytes = 16 * 1024, kBatchRows = 256;
   const int64_t wanted =
       tokens > 1 ? kBatchRows : std::clamp<int64_t>(kBytes / std::max<int64_t>(row_bytes, 1), 4, 64);
   const int64_t fair = rows / (4 * static_cast<int64_t>(workers)) + 1;
@@ -116,18 +134,25 @@ unsigned form_of(const Kernels& kernels, Format format, int64_t tokens) {
 }
 
 int64_t dot_scratch(const Kernels& kernels, Format format, int64_t columns, int64_t tokens) {
-  if (has_panel(kernels, format, tokens)) return round_up(kernels.panel[format].bytes(columns), 64) / 4;
+  if (has_panel(kernels, format, tokens)) {
+    const PanelKernels& panel = kernels.panel[format];
+    return round_up(panel_rows(panel, columns) / kPanelRows * panel.bytes(columns) + panel.scratch, 64) / 4;
+  }
   return widens(format, tokens) ? kWidenRows * columns : 0;
 }
 
 void dot_chunk(const Kernels& kernels, Format format, const DotJob& job, int64_t r0, int64_t r1,
                int64_t tokens, float* scratch) {
   if (has_panel(kernels, format, tokens)) {
-    auto* panel = reinterpret_cast<uint8_t*>(scratch);
-    for (int64_t r = r0; r < r1; r += kPanelRows) {
-      const int64_t end = std::min(r + kPanelRows, r1);
-      kernels.panel[format].pack(job.rows, r, end, job.columns, panel);
-      kernels.panel[format].dot(job, panel, r, end, tokens);
+    const PanelKernels& panel = kernels.panel[format];
+    auto* panels = reinterpret_cast<uint8_t*>(scratch);
+    const int64_t rows = panel_rows(panel, job.columns), size = panel.bytes(job.columns);
+    for (int64_t r = r0; r < r1; r += rows) {
+      const int64_t end = std::min(r + rows, r1);
+      for (int64_t p = r; p < end; p += kPanelRows)
+        panel.pack(job.rows, p, std::min(p + kPanelRows, end), job.columns,
+                   panels + (p - r) / kPanelRows * size);
+      panel.dot(job, panels, r, end, tokens);
     }
     return;
   }

@@ -8,6 +8,9 @@
 
 namespace thermocline {
 
+// Whether a matrix of this format meets so many tokens by panels.
+bool has_panel(const Kernels& kernels, Format format, int64_t tokens);
+
 // The TokenForm in which a matrix of this format meets so many tokens.
 unsigned form_of(const Kernels& kernels, Format format, int64_t tokens);
 
@@ -34,9 +37,9 @@ class Batch {
   int16_t* sums_ = nullptr;
   uint8_t* offset_ = nullptr;
   float *lifts_ = nullptr, *tiles_ = nullptr;
-  uint16_t* rounded_ = nullptr;
+  uint16_t *rounded_ = nullptr, *pairs_ = nullptr;
   int64_t pieces_ = 0;  // of a token
-  Items byte_items_, tile_items_, round_items_;
+  Items byte_items_, tile_items_, round_items_, pair_items_;
 };
 
 // Rows that one worker takes at a time: enough bytes to stream, few enough that the workers end together.

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from thermocline import _native
-from thermocline.files.formats import BF16, BlockFormat
+from thermocline.files.formats import BF16, F32, BlockFormat
 from thermocline.files.quantize import quantize
 from thermocline.files.weight import Weight
 from thermocline.ops.contract import ActiveSet, KVLayer, NeuronBlock
@@ -175,11 +175,12 @@ EPS = 2.0**-24
 
 
 BATCH = 8
-"""From so many tokens on, a level with BF16 arithmetic rounds tokens to BF16 before they meet BF16 weights."""
+"""From so many tokens on, a level with BF16 arithmetic rounds tokens to BF16 before they meet some weights."""
 
 
 def _rounds_tokens(ops: CpuOps, fmt: BlockFormat) -> bool:
-    return ops.name == "cpu/avx512bf16" and fmt is BF16
+    """AMX also rounds weights in block formats."""
+    return (ops.name in ("cpu/avx512bf16", "cpu/amx") and fmt is BF16) or (ops.name == "cpu/amx" and fmt.block > 1)
 
 
 def _summed_magnitudes(w: Any, fmt: BlockFormat) -> Any:
@@ -192,20 +193,20 @@ def _summed_magnitudes(w: Any, fmt: BlockFormat) -> Any:
     return w + 2 * np.repeat(parts.max(axis=2), 32, axis=1)
 
 
-def _linear_bound(x: Any, w: Any, fmt: BlockFormat, *, rounded: bool) -> Any:
+def _linear_bound(x: Any, w: Any, fmt: BlockFormat, *, rounded: int) -> Any:
     """How far a product may be off (T, rows), beside an exact one.
 
     n products and sums in float32 are off by at most (n + 3) eps times the sum of their magnitudes. Integer formats
     round x to steps of a 127th of its block's largest magnitude: half a step an element at most. What underflows is
     below the smallest normal float an element, and blocks below 1e-35 are taken as zero.
-    `rounded`: x is rounded to the 8 significant bits of BF16, off by at most 2^-8 of an element, and what is below
-    the smallest normal number counts as zero on both sides.
+    `rounded`: how many of x and w are rounded to the 8 significant bits of BF16, off by at most 2^-8 of an element;
+    then what is below the smallest normal number counts as zero on both sides.
     """
     x, w, summed = np.abs(x.astype(np.float64)), np.abs(w.astype(np.float64)), _summed_magnitudes(w, fmt)
     bound = (x.shape[1] + 3) * EPS * (x @ summed.T) + x.shape[1] * 2.0**-126
     if rounded:
-        bound += 1.01 * 2.0**-8 * (x @ w.T) + x.shape[1] * 2.0**-126 * (x.max(initial=0) + w.max(initial=0))
-    if fmt.block > 1:
+        bound += 1.01 * rounded * 2.0**-8 * (x @ w.T) + x.shape[1] * 2.0**-126 * (x.max(initial=0) + w.max(initial=0))
+    if fmt.block > 1 and not rounded:
         blocks = x.reshape(x.shape[0], x.shape[1] // 32, 32)
         step = (blocks.max(axis=2) / 127)[:, :, None] * np.ones(32)
         bound += (0.501 * step.reshape(x.shape) + 1e-35) @ w.T
@@ -220,7 +221,16 @@ class LinearBound:
         self.summed = _summed_magnitudes
 
     def __call__(self, x: Any, w: Any, fmt: BlockFormat) -> Any:
-        return _linear_bound(x, w, fmt, rounded=_rounds_tokens(self._ops, fmt) and len(x) >= BATCH)
+        return _linear_bound(x, w, fmt, rounded=self._rounded(x, fmt))
+
+    def of_records(self, h: Any, w: Any, fmt: BlockFormat) -> Any:
+        """Of a down projection over records: float32 whatever their format, but for AMX."""
+        return _linear_bound(h, w, F32, rounded=self._rounded(h, fmt) if self._ops.name == "cpu/amx" else 0)
+
+    def _rounded(self, x: Any, fmt: BlockFormat) -> int:
+        if len(x) < BATCH or not _rounds_tokens(self._ops, fmt):
+            return 0
+        return 2 if fmt.block > 1 else 1
 
 
 @pytest.fixture

@@ -95,13 +95,13 @@ def check(ops, reference, fence, linear_bound, x, block, active, *, skip):
     assert (np.abs(h - expected_hidden) <= off + EPS * np.abs(expected_hidden)).all()
     stored = to_float(block.down).astype(np.float64)
     rows = stored.T if block.records else stored
-    # Records are summed in float32 whatever their format; a standard matrix rounds h like any other input.
-    fmt, summed = block.down.format, rows
+    # A standard matrix rounds h like any other input.
+    fmt, summed, bound = block.down.format, rows, linear_bound
     if block.records:
-        fmt, summed = F32, linear_bound.summed(stored, fmt).T
+        summed, bound = linear_bound.summed(stored, fmt).T, linear_bound.of_records
     own = 0.25 + h @ rows.T
-    assert (np.abs(out.check() - own) <= linear_bound(h, summed, fmt) + 2 * EPS * (np.abs(own) + 0.25)).all()
-    reach = linear_bound(np.abs(h) + off, rows, fmt) + 2 * EPS * (np.abs(expected) + 0.25)
+    assert (np.abs(out.check() - own) <= bound(h, summed, fmt) + 2 * EPS * (np.abs(own) + 0.25)).all()
+    reach = bound(np.abs(h) + off, rows, fmt) + 2 * EPS * (np.abs(expected) + 0.25)
     assert (np.abs(out.array - expected) <= off @ np.abs(rows).T + reach).all()
     return work, hidden.array
 

@@ -1,0 +1,239 @@
+// Panels for AMX: weights of any format as BF16, in tiles of kRowsOfTile rows by kPairColumns numbers, for
+// tokens rounded to BF16. A tile of weights meets one of tokens in a single instruction, which adds 16 x 16
+// products of 32 columns to sums that stay in tiles; an element adds its columns in ascending order. Numbers
+// below the smallest normal one count as zero.
+
+constexpr int64_t kRowsOfTile = 16;
+constexpr int64_t kTileBytes = 1024;
+constexpr int64_t kTileStride = 64;
+static_assert(kPanelRows == 2 * kRowsOfTile && kPairTokens == kRowsOfTile);
+
+static inline int64_t tile_steps(int64_t columns) { return (columns + kPairColumns - 1) / kPairColumns; }
+
+static int64_t amx_panel_bytes(int64_t columns) { return tile_steps(columns) * 2 * kTileBytes; }
+
+static inline __mmask32 mask_of(int64_t left) { return left >= kPairColumns ? 0xFFFFFFFF : (1u << left) - 1; }
+
+static inline __m512i round_pairs(Vec low, Vec high) {
+  const __m512bh rounded = _mm512_cvtne2ps_pbh(high, low);
+  __m512i bits;
+  memcpy(&bits, &rounded, sizeof bits);
+  return bits;
+}
+
+// The 32 numbers of step s of a row; zeros past the last.
+template <Format F>
+[[gnu::always_inline]] static inline __m512i load_pairs(const uint8_t* row, int64_t s, int64_t columns) {
+  if constexpr (F == kBF16) {
+    return _mm512_maskz_loadu_epi16(mask_of(columns - s * kPairColumns), row + s * kTileStride);
+  } else {
+    Vec w[2];
+    load_block<F>(part_at<F>(row, s), w);
+    return round_pairs(w[0], w[1]);
+  }
+}
+
+template <Format F>
+static void pack_tiles(const Rows& rows, int64_t r0, int64_t r1, int64_t columns, uint8_t* panel) {
+  const int64_t steps = tile_steps(columns);
+  for (int64_t i = 0; i < kPanelRows; ++i) {
+    // The last row again in place of those past the end, whose sums are not stored.
+    const uint8_t* row = row_at(rows, r0 + i < r1 ? r0 + i : r1 - 1);
+    uint8_t* to = panel + i * kTileStride;
+    for (int64_t s = 0; s < steps; ++s, to += 2 * kTileBytes)
+      _mm512_storeu_si512(to, load_pairs<F>(row, s, columns));
+  }
+}
+
+// 32 numbers of each of 32 rows: column c of them becomes row c of a panel's step.
+static inline void turn_step(const __m512i (&rows)[32], uint8_t* to) {
+  __m512i low[16], high[16];  // columns 0 to 3, 8 to 11 and so on, and those between
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) {
+    low[i] = _mm512_unpacklo_epi16(rows[2 * i], rows[2 * i + 1]);
+    high[i] = _mm512_unpackhi_epi16(rows[2 * i], rows[2 * i + 1]);
+  }
+  transpose(low);
+  transpose(high);
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) {
+    const int column = i / 4 * 8 + i % 4;
+    _mm512_storeu_si512(to + column * kTileStride, low[i]);
+    _mm512_storeu_si512(to + (column + 4) * kTileStride, high[i]);
+  }
+}
+
+template <Format F>
+static void pack_across(const Rows& rows, int64_t steps, int64_t c0, int64_t c1, int64_t columns,
+                        uint8_t* panels) {
+  const int64_t parts = (c1 - c0 + kPairColumns - 1) / kPairColumns;
+  __m512i numbers[kAcrossColumns / kPairColumns][32];
+  for (int64_t s = 0; s < steps; ++s) {
+    for (int i = 0; i < 32; ++i) {
+      const int32_t id = rows.ids[s * 32 + i];
+      const uint8_t* row = rows.base + id * rows.row_bytes;
+      for (int64_t p = 0; p < parts; ++p)
+        numbers[p][i] = id < 0 ? _mm512_setzero_si512() : load_pairs<F>(row, c0 / kPairColumns + p, columns);
+    }
+    for (int64_t p = 0; p < parts; ++p) turn_step(numbers[p], panels + (p * steps + s) * 2 * kTileBytes);
+  }
+}
+
+// Up to kPairTokens tokens to tiles, a pair of columns of all tokens after the other; zeros for what is not
+// there.
+static void pair_tokens(const float* x, int64_t x_stride, int64_t count, int64_t columns, uint16_t* out) {
+  for (int64_t s = 0; s < tile_steps(columns); ++s, out += kTileBytes / 2) {
+    const __mmask32 mask = mask_of(columns - s * kPairColumns);
+    const auto low = static_cast<__mmask16>(mask), high = static_cast<__mmask16>(mask >> 16);
+    __m512i v[16];
+    for (int t = 0; t < 16; ++t) {
+      const float* from = x + t * x_stride + s * kPairColumns;
+      v[t] = t < count ? round_pairs(_mm512_maskz_loadu_ps(low, from), _mm512_maskz_loadu_ps(high, from + 16))
+                       : _mm512_setzero_si512();
+    }
+    transpose(v);
+    for (int p = 0; p < 16; ++p) _mm512_storeu_si512(out + p * 32, v[p]);
+  }
+}
+
+struct alignas(64) TileShapes {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {};
+  uint8_t rows[16] = {};
+};
+
+static constexpr TileShapes full_tiles() {
+  TileShapes shapes;
+  for (int i = 0; i < 8; ++i) {
+    shapes.row_bytes[i] = kTileStride;
+    shapes.rows[i] = kRowsOfTile;
+  }
+  return shapes;
+}
+
+// Columns of which rows and tokens stay in the second cache while they meet, and tokens of which the sums
+// wait there in the meantime.
+constexpr int64_t kChunkSteps = 32;
+constexpr int64_t kBlockTokens = 128;
+constexpr int64_t kPairsOfBlock = kBlockTokens / (2 * kPairTokens);
+
+// Sums of 32 rows and two groups of tokens, tile by tile: of half v of the rows and group g.
+struct alignas(64) TileSums {
+  float at[2][2][kRowsOfTile][kPairTokens];
+};
+
+static constexpr int64_t kAmxScratch = kManyPanelRows / kPanelRows * kPairsOfBlock * sizeof(TileSums);
+
+// Adds a panel times the tokens of two groups. Tiles 0 to 3 are the sums, 4 and 5 rows, 6 and 7 tokens.
+static inline void multiply_two(const uint8_t* w, const uint16_t* x0, const uint16_t* x1, int64_t steps,
+                                bool first, TileSums& sums) {
+  if (first) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  } else {
+    _tile_loadd(0, sums.at[0][0], kTileStride);
+    _tile_loadd(1, sums.at[0][1], kTileStride);
+    _tile_loadd(2, sums.at[1][0], kTileStride);
+    _tile_loadd(3, sums.at[1][1], kTileStride);
+  }
+  for (int64_t s = 0; s < steps; ++s, w += 2 * kTileBytes, x0 += kTileBytes / 2, x1 += kTileBytes / 2) {
+    _tile_loadd(4, w, kTileStride);
+    _tile_loadd(6, x0, kTileStride);
+    _tile_loadd(7, x1, kTileStride);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_loadd(5, w + kTileBytes, kTileStride);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_stored(0, sums.at[0][0], kTileStride);
+  _tile_stored(1, sums.at[0][1], kTileStride);
+  _tile_stored(2, sums.at[1][0], kTileStride);
+  _tile_stored(3, sums.at[1][1], kTileStride);
+}
+
+// The same for one group.
+static inline void multiply_one(const uint8_t* w, const uint16_t* x, int64_t steps, bool first,
+                                TileSums& sums) {
+  if (first) {
+    _tile_zero(0);
+    _tile_zero(2);
+  } else {
+    _tile_loadd(0, sums.at[0][0], kTileStride);
+    _tile_loadd(2, sums.at[1][0], kTileStride);
+  }
+  for (int64_t s = 0; s < steps; ++s, w += 2 * kTileBytes, x += kTileBytes / 2) {
+    _tile_loadd(6, x, kTileStride);
+    _tile_loadd(4, w, kTileStride);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(5, w + kTileBytes, kTileStride);
+    _tile_dpbf16ps(2, 5, 6);
+  }
+  _tile_stored(0, sums.at[0][0], kTileStride);
+  _tile_stored(2, sums.at[1][0], kTileStride);
+}
+
+// The sums of group g, of `count` tokens from t on, to their places.
+static inline void store_group(const DotJob& job, const TileSums& sums, int g, int64_t r0, int64_t r1,
+                               int64_t t, int64_t count) {
+  Vec turned[kPairTokens][kPanelVecs];
+  for (int v = 0; v < kPanelVecs; ++v) {
+    __m512i row[16];
+    for (int i = 0; i < 16; ++i) row[i] = _mm512_load_si512(sums.at[v][g][i]);
+    transpose(row);
+    for (int i = 0; i < 16; ++i) turned[i][v] = _mm512_castsi512_ps(row[i]);
+  }
+  store_sums(job, turned[0], r0, r1, t, count);
+}
+
+// What one step of the loops below has to do: steps s0 .. s1 for the tokens t .. t1, at most two groups.
+struct TileWork {
+  const DotJob& job;
+  const uint8_t* panel;
+  int64_t r0, r1, steps, s0, s1, t, t1;
+  TileSums* sums;
+};
+
+static inline void multiply_panels(const TileWork& work) {
+  const int64_t group = work.steps * kTileBytes / 2, second = work.t1 - work.t - kPairTokens;
+  const uint16_t* x = work.job.tokens.pairs + work.t / kPairTokens * group + work.s0 * kTileBytes / 2;
+  const uint8_t* w = work.panel + work.s0 * 2 * kTileBytes;
+  const bool first = work.s0 == 0, last = work.s1 == work.steps;
+  TileSums* sums = work.sums;
+  for (int64_t r = work.r0; r < work.r1; r += kPanelRows, w += work.steps * 2 * kTileBytes) {
+    if (second > 0) {
+      multiply_two(w, x, x + group, work.s1 - work.s0, first, *sums);
+    } else {
+      multiply_one(w, x, work.s1 - work.s0, first, *sums);
+    }
+    if (last) {
+      store_group(work.job, *sums, 0, r, work.r1, work.t, second > 0 ? kPairTokens : work.t1 - work.t);
+      if (second > 0) store_group(work.job, *sums, 1, r, work.r1, work.t + kPairTokens, second);
+    }
+    if (!first || !last) ++sums;
+  }
+}
+
+// Behind the panels lies the scratch memory of sums.
+static void amx_panel_dot(const DotJob& job, uint8_t* panel, int64_t r0, int64_t r1, int64_t tokens) {
+  static constexpr TileShapes kShapes = full_tiles();
+  _tile_loadconfig(&kShapes);
+  const int64_t steps = tile_steps(job.columns), panels = (r1 - r0 + kPanelRows - 1) / kPanelRows;
+  auto* sums = reinterpret_cast<TileSums*>(panel + panels * amx_panel_bytes(job.columns));
+  for (int64_t t0 = 0; t0 < tokens; t0 += kBlockTokens) {
+    const int64_t t1 = tokens - t0 < kBlockTokens ? tokens : t0 + kBlockTokens;
+    int64_t s0 = 0;
+    do {
+      const int64_t s1 = steps - s0 < 2 * kChunkSteps ? steps : s0 + kChunkSteps;
+      for (int64_t t = t0; t < t1; t += 2 * kPairTokens) {
+        const int64_t end = t1 - t < 2 * kPairTokens ? t1 : t + 2 * kPairTokens;
+        multiply_panels(
+            {job, panel, r0, r1, steps, s0, s1, t, end, sums + (t - t0) / (2 * kPairTokens) * panels});
+      }
+      s0 = s1;
+    } while (s0 < steps);
+  }
+  _tile_release();
+}
