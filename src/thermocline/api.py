@@ -88,10 +88,9 @@ Messages = Sequence[Mapping[str, Any]]
 class LLM:
     """A loaded model. Make one with `LLM.load`; close it, or use it in a `with` block. Not safe between threads."""
 
-    def __init__(self, model: LoadedModel, source: ModelSource, settings: LoadSettings) -> None:
+    def __init__(self, model: LoadedModel, source: ModelSource) -> None:
         self._model: LoadedModel | None = model
         self._source = source
-        self._settings = settings
         self._template: ChatTemplate | None = None
 
     @classmethod
@@ -114,7 +113,7 @@ class LLM:
         settings = settings_of(LoadSettings, settings, overrides)
         source = opened(model)
         try:
-            return cls(load_model(source, settings, progress), source, settings)
+            return cls(load_model(source, settings, progress), source)
         except BaseException:
             source.close()
             raise
@@ -267,15 +266,15 @@ class LLM:
 
     def _keep_budget(self) -> None:
         """Where the first prompt made a GPU hold more than its budget, go on with a plan that is smaller by as much."""
-        smaller = smaller_plan(self._loaded, self._settings)
+        smaller = smaller_plan(self._loaded)
         if smaller is None:
             return
-        self._settings, why = smaller
+        settings, why = smaller
         self._loaded.close()
         self._loaded.engine.end()
         self._model = None
         gc.collect()  # what is planned anew must find the memory free
-        loaded = load_model(self._source, self._settings)
+        loaded = load_model(self._source, settings)
         self._model = replace(loaded, notices=(*loaded.notices, why))
 
     def _prompt(self, text: str) -> list[int]:

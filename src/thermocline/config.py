@@ -100,6 +100,8 @@ class LoadSettings:
     """Keep the weights in memory: the system may neither swap them out nor drop them."""
     device: DeviceKind = DeviceKind.AUTO
     """What computes beside the CPU: auto, cpu (nothing), emulated or cuda."""
+    gpu: str | None = None
+    """Which GPU, where there are several: its number, its UUID or a part of its name; without, the first."""
     crossing: CrossingKind = CrossingKind.AUTO
     """How a CUDA device and the CPU meet: auto, memory, calls or plain."""
     vram_budget: str | None = None
@@ -123,6 +125,9 @@ class LoadSettings:
 
     def __post_init__(self) -> None:
         _check_numbers(self, LoadSettings, UsageError)
+        if isinstance(self.device, str) and self.device.startswith("cuda:") and self.gpu is None:
+            object.__setattr__(self, "gpu", self.device.removeprefix("cuda:"))
+            object.__setattr__(self, "device", DeviceKind.CUDA)
         members = {"cache_type_k": CacheType, "cache_type_v": CacheType, "mode": Mode, "ops": OpsKind}
         for name, kind in (members | {"device": DeviceKind, "crossing": CrossingKind}).items():
             value = getattr(self, name)
@@ -147,6 +152,10 @@ class LoadSettings:
                 object.__setattr__(self, name, str(budget))
         if self.device is DeviceKind.CPU and self.vram_budget is not None:
             raise UsageError("--device cpu has no VRAM: leave --vram-budget out, or use --device emulated")
+        if self.gpu is not None:
+            _check(isinstance(self.gpu, str) and self.gpu.strip() != "", "gpu", printable(repr(self.gpu)), "a GPU")
+            if self.device is not DeviceKind.CUDA:
+                raise UsageError("--gpu chooses one of several: leave it out, or use --device cuda")
         if self.crossing is not CrossingKind.AUTO and self.device is not DeviceKind.CUDA:
             raise UsageError("--crossing is of a GPU's step: leave it out, or use --device cuda")
         if self.ops is OpsKind.REFERENCE and self.device is DeviceKind.CUDA:

@@ -9,7 +9,11 @@ from typing import Any
 
 import pytest
 
+import thermocline
+from thermocline.config import DeviceKind, LoadSettings
+from thermocline.errors import HardwareError, UsageError
 from thermocline.hardware.gpu import find_gpus, own_bytes
+from thermocline.hardware.gpu_choice import choose_gpu
 
 
 class Library(SimpleNamespace):
@@ -40,6 +44,12 @@ class Library(SimpleNamespace):
 
     def nvmlDeviceGetName(self, handle: int) -> bytes:  # noqa: N802
         return b"card %d" % handle
+
+    def nvmlDeviceGetUUID(self, handle: int) -> str:  # noqa: N802
+        return f"GPU-{handle}abc"
+
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> int:  # noqa: N802
+        return int(uuid[4])
 
     def nvmlSystemGetDriverVersion(self) -> str:  # noqa: N802
         return "580.1"
@@ -72,6 +82,41 @@ def test_gpus_are_told_in_torchs_order(library: Library, monkeypatch: pytest.Mon
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     assert [g.name for g in find_gpus()] == ["card 1"]
     assert library.opened == 0
+
+
+@pytest.mark.parametrize("wanted", ["1", "GPU-1abc", "card 1", "CARD 1"])
+def test_a_gpu_is_chosen_by_number_uuid_or_name(library: Library, monkeypatch: pytest.MonkeyPatch, wanted: str) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    assert choose_gpu(wanted) == "GPU-1abc"
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-1abc"
+    assert [(g.index, g.name) for g in find_gpus()] == [(0, "card 1")]
+    assert own_bytes(0) == 700 << 20
+    assert choose_gpu("GPU-1abc") == "GPU-1abc"  # once more
+
+
+@pytest.mark.parametrize(("wanted", "words"), [("2", "no GPU"), ("card", "more than one"), ("GPU-", "no GPU")])
+def test_a_gpu_that_is_not_there_is_refused_with_what_is(library: Library, wanted: str, words: str) -> None:
+    with pytest.raises(HardwareError, match=rf"{words}.*0: card 0 \(GPU-0abc\); 1: card 1"):
+        choose_gpu(wanted)
+    assert "CUDA_VISIBLE_DEVICES" not in os.environ
+
+
+def test_a_process_that_uses_a_gpu_chooses_no_other(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = SimpleNamespace(cuda=SimpleNamespace(is_initialized=lambda: True))
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    with pytest.raises(UsageError, match="CUDA_VISIBLE_DEVICES=GPU-1abc before the start"):
+        choose_gpu("1")
+
+
+def test_a_model_is_loaded_for_the_gpu_of_its_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert LoadSettings(device="cuda:1") == LoadSettings(device=DeviceKind.CUDA, gpu="1")  # type: ignore[arg-type]
+    for device, gpu in (("cpu", "1"), ("cuda", " ")):
+        with pytest.raises(UsageError, match="gpu"):
+            LoadSettings(device=device, gpu=gpu)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    monkeypatch.setattr("thermocline.hardware.gpu.shutil.which", lambda _: None)
+    with pytest.raises(HardwareError, match="no GPU is called 1; there are none"):
+        thermocline.LLM.load(device="cuda:1")
 
 
 def test_what_this_process_holds(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:

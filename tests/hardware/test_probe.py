@@ -166,11 +166,13 @@ def test_disks_are_found_by_their_mounts(tmp_path: Path) -> None:
 
 def test_gpus_are_read_from_the_drivers_tool(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "_from_library", lambda: None)
-    text = "0, NVIDIA GeForce RTX 4090, 24564, 24000, 4, 16, 550.54\n1, Odd, [N/A], [N/A], [N/A], [N/A], x\nbroken\n"
+    text = "0, NVIDIA GeForce RTX 4090, 24564, 24000, 4, 16, 550.54, GPU-1\n"
+    text += "1, Odd, [N/A], [N/A], [N/A], [N/A], x, GPU-2\nbroken\n"
     first, second = find_gpus(lambda _: text)
     assert first == Gpu(
-        index=0, name="NVIDIA GeForce RTX 4090", total=24564 << 20, free=24000 << 20, pcie=4, lanes=16, driver="550.54"
-    )
+        index=0, name="NVIDIA GeForce RTX 4090", total=24564 << 20, free=24000 << 20, pcie=4, lanes=16, driver="550.54",
+        uuid="GPU-1",
+    )  # fmt: skip
     assert second.total == second.pcie == 0
 
     def failing(_: list[str]) -> str:

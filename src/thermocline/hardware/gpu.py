@@ -13,7 +13,8 @@ from importlib import import_module
 from itertools import takewhile
 from typing import Any
 
-FIELDS = ("index", "name", "memory.total", "memory.free", "pcie.link.gen.max", "pcie.link.width.max", "driver_version")
+FIELDS = ("index", "name", "memory.total", "memory.free", "pcie.link.gen.max", "pcie.link.width.max", "driver_version",
+          "uuid")  # fmt: skip
 MIB = 1 << 20
 BUFFER = 1 << 28
 
@@ -29,6 +30,7 @@ class Gpu:
     pcie: int
     lanes: int
     driver: str
+    uuid: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,8 +52,10 @@ class GpuSpeed:
 def find_gpus(run: Callable[[list[str]], str] | None = None) -> tuple[Gpu, ...]:
     """The GPUs that the driver tells of: through nvidia-ml-py, else through nvidia-smi; none where neither is.
 
-    Those that `CUDA_VISIBLE_DEVICES` leaves, in its order: the order in which torch numbers them.
+    Those that `CUDA_VISIBLE_DEVICES` leaves, in its order: the order in which torch numbers them. Where it leaves all,
+    the driver's tools go by the bus, and torch is told to do so too, which would put the fastest first.
     """
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     if run is None:
         found = _from_library()
         if found is not None:
@@ -195,6 +199,7 @@ def _from_handle(nvml: Any, index: int, handle: Any) -> Gpu:
         pcie=link("nvmlDeviceGetMaxPcieLinkGeneration"),
         lanes=link("nvmlDeviceGetMaxPcieLinkWidth"),
         driver=text(nvml.nvmlSystemGetDriverVersion()),
+        uuid=text(nvml.nvmlDeviceGetUUID(handle)),
     )
 
 
@@ -206,7 +211,7 @@ def _parsed(line: str) -> Gpu | None:
     words = [word.strip() for word in line.split(",")]
     if len(words) != len(FIELDS):
         return None
-    index, name, total, free, pcie, lanes, driver = words
+    index, name, total, free, pcie, lanes, driver, uuid = words
 
     def number(word: str) -> int:
         return int(word) if word.isdecimal() else 0
@@ -219,4 +224,5 @@ def _parsed(line: str) -> Gpu | None:
         pcie=number(pcie),
         lanes=number(lanes),
         driver=driver,
+        uuid=uuid,
     )

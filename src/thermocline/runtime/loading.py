@@ -15,6 +15,7 @@ from thermocline.config import CacheType, DeviceKind, LoadSettings, Mode
 from thermocline.errors import BudgetError, OutputError, UsageError
 from thermocline.files.source import ModelSource
 from thermocline.hardware.cores import find_cores
+from thermocline.hardware.gpu_choice import choose_gpu
 from thermocline.hardware.machine import Tier
 from thermocline.hardware.memory import find_memory
 from thermocline.memory.arena import Make, make_array
@@ -50,7 +51,7 @@ GIB = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model ready to run. `notices` say what was odd or was decided, one line each."""
+    """A model ready to run. `notices` say what was odd or was decided, one line each; `settings` are those it has."""
 
     engine: Engine
     tokenizer: Tokenizer
@@ -62,6 +63,7 @@ class LoadedModel:
     prediction: Prediction
     placing: Placing
     fingerprint: str
+    settings: LoadSettings
 
     def close(self) -> None:
         """Give the memory back and let go of the devices. What the last generation measured is kept for --replan, and
@@ -107,6 +109,8 @@ def load_model(
     After any of them nothing stays allocated.
     """
     began = time.perf_counter()
+    if settings.gpu is not None:
+        settings = replace(settings, gpu=choose_gpu(settings.gpu))
     tokenizer = load_tokenizer(source)
     family = family_of(source)
     spec = family.spec(source)
@@ -195,6 +199,7 @@ def load_model(
         prediction,
         placing,
         source.fingerprint,
+        settings,
     )
 
 
@@ -207,7 +212,7 @@ def _smaller(settings: LoadSettings, budget: int, over: int) -> tuple[LoadSettin
     )
 
 
-def smaller_plan(loaded: LoadedModel, settings: LoadSettings) -> tuple[LoadSettings, str] | None:
+def smaller_plan(loaded: LoadedModel) -> tuple[LoadSettings, str] | None:
     """Settings for as much less VRAM as the first prompt took beyond the budget, and what there is to say.
 
     None where it kept the budget, or where no smaller plan exists.
@@ -220,7 +225,7 @@ def smaller_plan(loaded: LoadedModel, settings: LoadSettings) -> tuple[LoadSetti
         make_plan(replace(placing.problem, budgets={**placing.problem.budgets, Tier.VRAM: max(0, budget - over)}))
     except BudgetError:
         return None
-    return _smaller(settings, budget, over)
+    return _smaller(loaded.settings, budget, over)
 
 
 def _watch(source: ModelSource, spec: ModelSpec, mode: Mode, settings: LoadSettings) -> Watch | None:
