@@ -7,6 +7,10 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <thread>
 #include <vector>
 
 using namespace thermocline;
@@ -97,53 +101,84 @@ void many(int64_t crossings) {
   }
 }
 
-void faults() {
+// Each with the neurons of a layer (1) and with a tape (2).
+void faults(uint32_t layer) {
   World world;
+  Tape tape;
+  world.write(tape);
   HandOver hand(world.context, world.box, 0.3);
   world.fill(hand, 1);
+  hand.add_tape(tape);
   for (const Fault fault : {Fault::kDie, Fault::kFail, Fault::kStall}) {
-    hand.inject(fault, 5, 0.6);
+    // Layers and tapes take turns, from layer 1 on.
+    hand.inject(fault, layer == 1 ? 4 : 5, 0.6);
     expect(hand.begin(), "a step begins before a fault");
-    simulate(hand, world.box, 1, 20, nullptr);
+    simulate(hand, world.box, 2, 20, nullptr);
     expect(hand.end().has_value(), "a fault is told");
     bool back = false;
     for (int i = 0; i < 100 && !back; ++i) {
       if (!hand.begin()) continue;
-      back = simulate(hand, world.box, 1, 20, nullptr).crossings == 20;
+      back = simulate(hand, world.box, 2, 20, nullptr).crossings == 20;
       hand.end();
     }
     expect(back, "the worker is back after a fault");
   }
 }
 
-void watched() {
+void watched(uint32_t layer) {
   World world;
+  Tape tape;
+  world.write(tape);
   HandOver hand(world.context, world.box, 5.0);
   world.fill(hand, 1);
+  hand.add_tape(tape);
   hand.inject(Fault::kStall, 0, 0.2);
   expect(hand.begin(), "a watched step begins");
-  hand.post(1);
+  hand.post(layer);
   std::thread watcher([&] {
     while (!hand.release("given up")) std::this_thread::yield();
   });
   watcher.join();
   expect(hand.end().has_value(), "a release is told");
   expect(hand.begin(), "a step begins after a release");
-  expect(simulate(hand, world.box, 1, 20, nullptr).crossings == 20, "and is answered");
+  expect(simulate(hand, world.box, 2, 20, nullptr).crossings == 20, "and is answered");
   hand.end();
 }
 
 void cancelled() {
   World world;
+  Tape tape;
+  world.write(tape);
   HandOver hand(world.context, world.box, 5.0);
   world.fill(hand, 1);
+  hand.add_tape(tape);
   std::atomic<bool> cancel{false};
   expect(hand.begin(), "a step begins before it is cancelled");
-  std::thread device([&] { simulate(hand, world.box, 1, int64_t{1} << 40, &cancel); });
+  std::thread device([&] { simulate(hand, world.box, 2, int64_t{1} << 40, &cancel); });
   std::this_thread::sleep_for(std::chrono::milliseconds(50));
   cancel.store(true);
   device.join();
   expect(!hand.end(), "a cancelled step has not failed");
+  expect(hand.begin() && simulate(hand, world.box, 2, 20, nullptr).crossings == 20,
+         "and the next is answered");
+  expect(!hand.end(), "without a failure");
+}
+
+// A tape that throws ends its step with what it says; the device is answered all the same.
+void throwing() {
+  World world;
+  Tape good, bad;
+  world.write(good);
+  bad.add([](Context&, FfnWork&) { throw std::runtime_error("an id is beyond the table"); });
+  HandOver hand(world.context, world.box, 5.0);
+  hand.add_tape(good);
+  hand.add_tape(bad);
+  for (int i = 0; i < 50; ++i) {
+    expect(hand.begin(), "a step begins before a tape that throws");
+    expect(simulate(hand, world.box, 2, 4, nullptr).crossings == 4, "what throws is answered");
+    const std::optional<std::string> failure = hand.end();
+    expect(failure && *failure == "an id is beyond the table", "what a tape throws is told");
+  }
 }
 
 }  // namespace
@@ -151,9 +186,12 @@ void cancelled() {
 int main(int count, char** arguments) {
   const int64_t crossings = count > 1 ? std::atoll(arguments[1]) : 1000000;
   many(crossings);
-  faults();
-  watched();
+  for (const uint32_t layer : {1u, 2u}) {
+    faults(layer);
+    watched(layer);
+  }
   cancelled();
+  throwing();
   std::printf("%lld crossings, %d wrong\n", static_cast<long long>(crossings), failures);
   return failures == 0 ? 0 : 1;
 }

@@ -165,12 +165,15 @@ def test_what_a_captured_step_has_no_way_for_is_refused(tiny_model: Any, oracle:
 
 
 @pytest.mark.parametrize("fault", [Fault.DIE, Fault.FAIL, Fault.STALL])
-def test_a_fault_of_the_cpu_ends_one_request(tiny_model: Any, fault: Fault) -> None:
-    transformer, cache = load(tiny_model, (32, 32))
+@pytest.mark.parametrize("taped", [False, True], ids=["neurons", "tape"])
+def test_a_fault_of_the_cpu_ends_one_request(tiny_model: Any, fault: Fault, taped: bool) -> None:
+    """At the second crossing, which hands over the cold neurons of a layer, or a whole layer that is on a tape."""
+    second = HERE if taped else LayerSeat(VRAM, 32, 96)
+    transformer, cache = load_seats(open_model(tiny_model), Seating(RAM, VRAM, (LayerSeat(VRAM, 32, 96), second)))
     step = CapturedStep(transformer, cache, patience=0.5)
     first = step.run(4, len(PROMPT))[0].copy()
     assert step._worker is not None
-    step._worker.inject(fault, 1, 1.0)
+    step._worker.inject(fault, 1, 3.0)
     with pytest.raises(HardwareError):
         step.run(4, len(PROMPT))
     for _ in range(200):
@@ -180,6 +183,25 @@ def test_a_fault_of_the_cpu_ends_one_request(tiny_model: Any, fault: Fault) -> N
         except HardwareError:
             continue
     assert again.tobytes() == first.tobytes()
+
+
+def test_a_step_that_was_given_up_on_spoils_no_other(tiny_model: Any) -> None:
+    """Its tape is played late, and writes into the cache: other steps begin when it is done."""
+    seats = Seating(RAM, VRAM, (LayerSeat(VRAM, 32, 96), HERE))
+    transformer, cache = load_seats(open_model(tiny_model), seats)
+    expected = [row.tobytes() for row in plainly(transformer, cache)]
+    step = CapturedStep(transformer, cache, patience=0.5)
+    assert step._worker is not None
+    step._worker.inject(Fault.STALL, 1, 3.0)
+    with pytest.raises(HardwareError):
+        step.run(7, len(PROMPT))
+    for _ in range(200):
+        try:
+            step.rest()
+            break
+        except HardwareError as error:
+            assert "still computing" in str(error)  # noqa: PT017
+    assert [row.tobytes() for row in plainly(transformer, cache)] == expected
 
 
 def test_what_cannot_be_captured_is_refused(tiny_model: Any) -> None:

@@ -100,13 +100,14 @@ class CapturedStep:
         Raises:
             HardwareError: the CPU's side failed, died or was too slow. The next step may succeed.
         """
-        self._position[0][0] = position
-        self._token[0][0] = token
-        if self._embeds_here:
-            here = np.array([token], np.int32), np.array([position], np.int32)
-            self._transformer.embed(*here, self._residual.numpy(), self._spare)
-        began = time.perf_counter()
         with self._worker.step() if self._worker is not None else nullcontext():
+            # Not before: a worker that an earlier step gave up on may still use what is overwritten here.
+            self._position[0][0] = position
+            self._token[0][0] = token
+            if self._embeds_here:
+                here = np.array([token], np.int32), np.array([position], np.int32)
+                self._transformer.embed(*here, self._residual.numpy(), self._spare)
+            began = time.perf_counter()
             try:
                 self._replay()
             finally:  # also who interrupts waits for what was begun
@@ -115,6 +116,16 @@ class CapturedStep:
         self.cache.length = position + 1
         cold = self._worker.take_work() if self._worker is not None else FfnWork(0, 0, 0, 0)
         return self._logits[0], FfnWork(*self._counts[0].tolist()), cold
+
+    def rest(self) -> None:
+        """Return when the CPU's side is idle, as other steps need it: one that was given up on may go on for a while.
+
+        Raises:
+            HardwareError: it does so for longer than a step is waited for.
+        """
+        if self._worker is not None:
+            with self._worker.step():
+                pass
 
     def _record(self) -> None:
         position, counts_host, counts = self._position[1], *self._counts

@@ -52,6 +52,8 @@ class GpuSequence(TransformerSequence):
         """
         try:
             if self.captured is None or len(tokens) > 1 or not logits:
+                if self.captured is not None:
+                    self.captured.rest()
                 done = super().step(tokens, start, logits=logits)
                 if logits and self.look is not None:
                     self.over, self.look = self.look(), None
