@@ -3,7 +3,8 @@
     python -m benchmarks.disk_tier -m models/synthetic-1.3b.f16.records.gguf --ram-budget 1GiB \\
         --llama-python llama/bin/python --llama-model models/synthetic-1.3b.f16.gguf
 
-Every run is a process of its own: without a budget, with it, and llama.cpp with its memory map. The last two run under
+Every run is a process of its own: without a budget, with it, and llama.cpp with its memory map, from which nothing is
+copied into the order of other kernels (in memory of its own that would not fit). The last two run under
 the same limit of memory, page cache included, of the budget and a twentieth more: a control group below our own. Where
 none can be made, the result says so. Reported are the greedy tokens (they must be the same), the peak of resident
 memory (VmHWM), the most that the group was charged, what of the model's files is in the page cache at the end (mincore;
@@ -140,7 +141,7 @@ def kind_of_read(kind: str, read: ReadStats, files: tuple[Path, Path], tokens: i
 def peer(python: str, path: Path, tokens: int, threads: int) -> dict[str, Any]:
     """llama.cpp with its memory map: decode the same number of tokens."""
     with Peer(python) as llama:
-        llama.ask("load", path=str(path), n_ctx=CONTEXT, threads=threads, batch=PROMPT)
+        llama.ask("load", path=str(path), n_ctx=CONTEXT, threads=threads, batch=PROMPT, mapped=True)
         llama.ask("prefill", tokens=list(range(100, 100 + PROMPT)))
         seconds = [llama.seconds("decode", tokens=[300 + i]) for i in range(tokens)]
         return {

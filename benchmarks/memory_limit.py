@@ -24,6 +24,7 @@ class MemoryLimit:
         self.nbytes = nbytes
         self.why = ""
         self._folder: Path | None = None
+        self._version = 0
         self._new = False
         for folder, limit in _candidates():
             try:
@@ -35,6 +36,7 @@ class MemoryLimit:
                 self._remove(folder)
                 continue
             self._folder, self.why = folder, ""
+            self._version = 1 if limit == "memory.limit_in_bytes" else 2
             break
 
     @property
@@ -42,8 +44,7 @@ class MemoryLimit:
         """How memory is limited, for the result; empty where it is not."""
         if self._folder is None:
             return ""
-        version = 1 if (self._folder / "memory.limit_in_bytes").exists() else 2
-        return f"control group (version {version}) of {self.nbytes:,} bytes, page cache included"
+        return f"control group (version {self._version}) of {self.nbytes:,} bytes, page cache included"
 
     def run(self, command: Sequence[str]) -> tuple[str, int]:
         """The command's standard output, and the most bytes that it was charged (0: unknown).

@@ -22,6 +22,19 @@ except ImportError as error:
 TYPES = {"f32": 0, "f16": 1, "q8_0": 8}
 
 
+def keep_mapped() -> None:
+    """Have every model that is loaded from now on read from its mapping."""
+    names = llama_cpp.llama_cpp
+    defaults = names.llama_model_default_params
+
+    def params() -> Any:
+        found = defaults()
+        found.use_extra_bufts = False
+        return found
+
+    names.llama_model_default_params = params
+
+
 class Worker:
     """One model in one context."""
 
@@ -34,9 +47,21 @@ class Worker:
         return {"name": "llama.cpp", "version": f"llama-cpp-python {llama_cpp.__version__}", "system": about.strip()}
 
     def load(
-        self, path: str, n_ctx: int, threads: int, cache: str = "f16", batch: int = 512, logits_all: bool = False
+        self,
+        path: str,
+        n_ctx: int,
+        threads: int,
+        cache: str = "f16",
+        batch: int = 512,
+        logits_all: bool = False,
+        mapped: bool = False,
     ) -> dict[str, Any]:
+        """`mapped` leaves the weights where the file's mapping has them: some processors have kernels for which they
+        are copied in another order.
+        """
         began = time.perf_counter()
+        if mapped:
+            keep_mapped()
         self.llama = llama_cpp.Llama(
             path,
             n_ctx=n_ctx,

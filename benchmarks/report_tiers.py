@@ -19,8 +19,8 @@ def disk(result: Result) -> str:
     scored = ours.get("predictor_bytes", 0)
     predictor = f" by a predictor of {scored / 1e6:.0f} MB" if scored else ""
     said = (
-        f"{result['model']} under a RAM budget of {ours['budget']}, mode {result['mode']}{predictor}: {same} without a "
-        "budget, "
+        f"{place(result)}{result['model']} under a RAM budget of {ours['budget']}, mode {result['mode']}{predictor}: "
+        f"{same} without a budget, "
         f"{ours['tokens_per_second']:.2f} tokens/s (median of {len(ours['rates'])}, {min(ours['rates']):.2f} to "
         f"{max(ours['rates']):.2f}), {ours['VmHWM'] / 1e6:.0f} MB resident at most. Every token reads {size:.0f} MB in "
         f"{count:,.0f} reads; {ours['hit_rate']:.0%} of its neurons were in memory, and the reads alone, one kind "
@@ -35,6 +35,11 @@ def disk(result: Result) -> str:
         f"{peer['tokens_per_second']:.2f} tokens/s, so {statistics.median(times):.1f}× ({min(times):.1f} to "
         f"{max(times):.1f} by rounds)."
     )
+
+
+def place(result: Result) -> str:
+    """The processor that it ran on, as the beginning of a sentence."""
+    return f"On {result['machine']['processor']}: " if result.get("machine") else ""
 
 
 def drift(result: Result) -> str:
