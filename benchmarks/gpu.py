@@ -27,6 +27,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -44,7 +45,7 @@ from benchmarks.gpu_claims import claims
 from benchmarks.gpu_sweep import sweep
 from benchmarks.synthetic import SHAPES, Shape
 from benchmarks.synthetic_gpu import Source, synthetic
-from benchmarks.tables import print_table, write_results
+from benchmarks.tables import RESULTS, print_table, write_results
 from thermocline import _native
 from thermocline.config import CrossingKind, Mode
 from thermocline.errors import ThermoclineError
@@ -247,7 +248,8 @@ def crossings(bench: Bench) -> list[Row]:
         try:
             step = CapturedStep(transformer, cache, way=way)
         except ThermoclineError as error:
-            print(f"crossing by {way}: {error}", file=sys.stderr)
+            bench.skipped.append(f"crossing by {way}: {error}")
+            print(bench.skipped[-1], file=sys.stderr)
             continue
         seconds[name] = bench.seconds(partial(step.run, 1, 0), 50, graph=False)
         memory.close()
@@ -377,6 +379,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", default=["dry"] if DRY else ["7b", "13b"], choices=MODELS)
     parser.add_argument("--budgets", nargs="+", type=float, default=(0.5, 1.0) if DRY else BUDGETS, metavar="SHARE")
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS, help="what is measured; all, if not said")
+    parser.add_argument("-o", "--output", type=Path, default=RESULTS, help="folder of gpu.json")
     parser.add_argument("--threads", type=int, default=max(1, (os.cpu_count() or 2) - 1))
     return parser.parse_args()
 
@@ -440,7 +443,7 @@ def main() -> None:
         results["seconds"] = round(time.monotonic() - began, 1)
         results["claims"] = claims(results)
         if not DRY:
-            write_results("gpu", results)
+            write_results("gpu", results, args.output)
 
     wanted = jobs(args)
     reserved = SECONDS_OF_TESTS if len(wanted) > 3 and "tests" in wanted else 0.0

@@ -178,6 +178,7 @@ class Loaded:
         except UsageError:
             return "plain", self._plain()
         way = f"{step.way or 'none'}{', graph' if step.captured else ''}"
+        way += f" ({step.notice})" if step.notice else ""
         return way, lambda token: step.run(token, self.cache.length)[0]
 
     def _plain(self) -> Callable[[int], Any]:

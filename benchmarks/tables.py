@@ -25,11 +25,11 @@ def print_table(rows: Sequence[Mapping[str, object]]) -> None:
         )
 
 
-def write_results(name: str, results: Mapping[str, object]) -> None:
-    """Write `results/NAME.json`."""
+def write_results(name: str, results: Mapping[str, object], folder: Path = RESULTS) -> None:
+    """Write `NAME.json` among the results, or to another folder."""
     plain = {k: asdict(v) if is_dataclass(v) and not isinstance(v, type) else v for k, v in results.items()}
-    path = RESULTS / f"{name}.json"
+    path = folder / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
         file.write((json.dumps(plain, indent=1) + "\n").encode())
-    print(f"\nwritten: {path.relative_to(RESULTS.parent.parent)}")
+    print(f"\nwritten: {path.relative_to(RESULTS.parent.parent) if folder is RESULTS else path}")

@@ -108,6 +108,7 @@ def measure_gpu(index: int, beside: Callable[[Callable[[], float]], float]) -> G
         return _measured(torch, device, context, beside)
     finally:
         torch.cuda.empty_cache()  # the model is to have it
+        getattr(torch._C, "_host_emptyCache", lambda: None)()  # and what was pinned
 
 
 def _measured(torch: Any, device: Any, context: int, beside: Callable[[Callable[[], float]], float]) -> GpuSpeed:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from thermocline.ops.contract import KVLayer
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from thermocline.ops.cuda.ops import CudaOps
 
 Tensor = torch.Tensor
+KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""Of torch's, but for cuDNN's, which takes its time for every new shape and knows no keys that several heads share."""
 
 
 def attention(
@@ -99,7 +102,7 @@ def _many(ops: CudaOps, q: Tensor, cache: KVLayer, start: int, scale: float, win
                 _as(ops, name, part[h0:h1, first:stop], dtype)[:, None].expand(-1, group, -1, -1)
                 for name, part in (("keys", cache.keys), ("values", cache.values))
             )
-            with ops.precision():
+            with ops.precision(), sdpa_kernel(KERNELS):
                 mixed = scaled_dot_product_attention(
                     queries, keys, values, attn_mask=mask, is_causal=whole, scale=scale
                 )  # fmt: skip
