@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -129,3 +130,13 @@ def printable(text: str, limit: int = 200) -> str:
     """`text` safe for one line of a terminal: control characters escaped, cut at `limit`."""
     safe = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return safe if len(safe) <= limit else safe[: limit - 1] + "…"
+
+
+def skipped_words(skipped: Sequence[Path | str], shown: int = 3) -> str:
+    """What to say of files that were skipped; empty if none was."""
+    if not skipped:
+        return ""
+    names = ", ".join(printable(Path(path).name, 60) for path in skipped[:shown])
+    more = f" and {len(skipped) - shown} more" if len(skipped) > shown else ""
+    are = "1 file is" if len(skipped) == 1 else f"{len(skipped):,} files are"
+    return f"{are} no UTF-8 text and {'was' if len(skipped) == 1 else 'were'} skipped: {names}{more}"

@@ -50,7 +50,7 @@ def test_profile_tells_a_machine_and_a_person(command, tiny_model, text, tmp_pat
     part = json.loads(command(*call, "-n", 100, "-o", "z", "--json").out)
     assert (part["tokens"], part["files"]) == (100, 1)
     told = command(*call, "-o", "y", "--verbose").err
-    assert "1 files are no UTF-8 text and were skipped: picture\n" in told
+    assert "1 file is no UTF-8 text and was skipped: picture\n" in told
     assert f"{tokens} tokens of 1 files, " in told
 
 
@@ -171,3 +171,28 @@ def test_what_is_wrong_is_told_in_one_line(command, tiny_model, text, arguments,
     assert problem in outcome.err
     assert code == 0 or one_line(outcome.err)
     assert not Path("y").exists()
+
+
+@pytest.mark.parametrize("verb", ["profile", "train-predictor", "perplexity", "audit"])
+def test_a_text_that_is_none_is_told_by_name(
+    command, tiny_model: Path, tmp_path: Path, with_predictor, verb: str
+) -> None:
+    model = with_predictor(tiny_model)
+    (tmp_path / "picture").write_bytes(bytes(range(256)))
+    output = {"profile": ["-o", "out"], "train-predictor": ["-o", "out", "--max-share", 0]}.get(verb, [])
+    done = command(verb, "-m", model, "--text", "picture", *output, *CALL)
+    assert (done.code, done.out) == (2, "")
+    assert "1 file is no UTF-8 text and was skipped: picture" in done.err
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("verb", ["profile", "train-predictor"])
+def test_a_folder_in_the_place_of_the_output_is_told_before_any_work(
+    command, tiny_model: Path, tmp_path: Path, verb: str
+) -> None:
+    (tmp_path / "text").write_text("def first(n):\n    return n + 1\n" * 20)
+    (tmp_path / "out").mkdir()
+    done = command(verb, "-m", tiny_model, "--text", "text", "-o", "out", "--overwrite", *CALL)
+    assert done.code == 1
+    assert done.err == "error: out: is a folder; name a file to write\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "text"]

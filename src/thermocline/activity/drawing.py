@@ -200,7 +200,7 @@ class Plot:
             yield _text(x, foot + 20, text, size=12, colour=MUTED, anchor="middle")
         yield f'<line x1="{self.LEFT}" x2="{right:.1f}" y1="{foot:.1f}" y2="{foot:.1f}" stroke="{MUTED}"/>'
         yield _text(self.LEFT + self.inner_width / 2, self.height - 14, self.x.label, size=13, anchor="middle")
-        yield _text(18, self.TOP + self.inner_height / 2, self.y.label, size=13, anchor="middle", turned=True)
+        yield _text(14, self.TOP + self.inner_height / 2, self.y.label, size=13, anchor="middle", turned=True)
 
     def _legend(self) -> Iterable[str]:
         left = float(self.LEFT)

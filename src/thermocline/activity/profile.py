@@ -22,7 +22,8 @@ from thermocline.activity.accumulator import Accumulator
 from thermocline.activity.statistics import Activity, Floats
 from thermocline.activity.store import activity_of, load_activity, save_activity
 from thermocline.activity.texts import Corpus, Reading, Tokenize
-from thermocline.errors import FingerprintError, ModelFormatError, OutputError, UsageError, printable
+from thermocline.errors import FingerprintError, ModelFormatError, OutputError, UsageError, printable, skipped_words
+from thermocline.files.atomic import existing_mode
 from thermocline.files.sidecar import SidecarKind, read_sidecar
 from thermocline.model.observers import Observer
 from thermocline.ops.contract import Array
@@ -130,6 +131,7 @@ def profile(
         NumericalError: the model computes NaN.
     """
     began = time.perf_counter()
+    existing_mode(output)  # a folder of this name shows before the work, not after
     journal = journal_of(output)
     _require_settings(tokens, threshold)
     run = _Run(
@@ -162,7 +164,8 @@ def profile(
             saved = time.perf_counter()
     if not run.tokens:
         journal.unlink(missing_ok=True)
-        raise UsageError(f"none of the {len(corpus.files)} files is a text with anything in it; name texts in UTF-8")
+        more = skipped_words(reading.skipped) or "what was read is empty"
+        raise UsageError(f"there is nothing to count: {more}; name texts in UTF-8")
     files = reading.files
     fresh = accumulator.result((run.record(files=files, bytes=reading.nbytes),))
     activity = fresh if old is None else old.merge(fresh)

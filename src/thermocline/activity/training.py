@@ -31,7 +31,8 @@ from thermocline.activity.statistics import Activity
 from thermocline.activity.statistics import Floats as Wide
 from thermocline.activity.texts import Corpus, Reading, Tokenize
 from thermocline.config import TrainSettings
-from thermocline.errors import ThermoclineError, UsageError, printable
+from thermocline.errors import ThermoclineError, UsageError, printable, skipped_words
+from thermocline.files.atomic import existing_mode
 from thermocline.files.formats import BY_NAME, F32, BlockFormat
 from thermocline.files.powerinfer import PredictorLayer
 from thermocline.files.quantize import from_float, to_float
@@ -127,6 +128,7 @@ def train(
         OutputError: something could not be written; what was there before is untouched.
         NumericalError: the model or the training computes NaN.
     """
+    existing_mode(output)  # a folder of this name shows before the work, not after
     if activity is not None:
         activity.require_model(learner.fingerprint, learner.name)
     identity = _identity(learner, corpus, settings, activity)
@@ -213,9 +215,10 @@ class _Run:
             self._gather(capture)
         self.tokens = capture.tokens
         if not capture.trained or not capture.checked:
+            more = f" ({skipped_words(self.skipped)})" if self.skipped else ""
             raise UsageError(
                 f"the text is too short: it makes {capture.tokens} tokens in {capture.sequences} sequences of up to "
-                f"{runner.window}; training takes two sequences at least: give more text, or a smaller --ctx-size"
+                f"{runner.window}{more}; training takes two sequences at least: give more text, or a smaller --ctx-size"
             )
         return capture
 

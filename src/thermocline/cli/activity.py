@@ -157,7 +157,7 @@ def activity_tables(found: Activity) -> tuple[Table, Table]:
     head = facts(
         [
             ("model", summary["model"] or summary["model_fingerprint"][:16]),
-            ("read", f"{summary['tokens']:,} tokens in {summary['sequences']:,} sequences"),
+            ("read", f"{summary['tokens']:,} tokens in {_counted(summary['sequences'], 'sequence')}"),
             ("neurons", f"{summary['n_layer']} layers of {summary['n_ff']}"),
             ("active for a token", _percent(summary["active_share"])),
             ("80% of activations", f"come from {_percent(summary['neurons_for_80_percent'])} of the neurons"),
@@ -177,3 +177,7 @@ def activity_tables(found: Activity) -> tuple[Table, Table]:
 
 def _percent(value: Any) -> str:
     return "-" if value is None else f"{value:.1%}"
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import thermocline
@@ -11,7 +10,7 @@ from thermocline.cli.flags import JsonFlag, ModelFlag, TextFlag, VerboseFlag, co
 from thermocline.cli.output import status, write_json
 from thermocline.cli.tables import facts, print_tables
 from thermocline.config import LoadSettings
-from thermocline.errors import printable
+from thermocline.errors import skipped_words
 
 if TYPE_CHECKING:
     from thermocline.api import Perplexity
@@ -58,8 +57,7 @@ def perplexity(
             ),
         )
     if found.skipped:
-        names = ", ".join(printable(Path(path).name, 60) for path in found.skipped[:3])
-        status(f"{len(found.skipped)} files are no UTF-8 text and were skipped: {names}", always=verbose)
+        status(skipped_words(found.skipped), always=verbose)
     if as_json:
         write_json(found.as_dict())
     else:

@@ -11,13 +11,10 @@ from thermocline.cli.flags import JsonFlag, ModelFlag, TextFlag, VerboseFlag, co
 from thermocline.cli.output import status, write_json
 from thermocline.cli.tables import print_tables
 from thermocline.config import LoadSettings
-from thermocline.errors import UsageError, printable
+from thermocline.errors import UsageError, skipped_words
 
 if TYPE_CHECKING:
     from thermocline.api import Profiled
-
-SHOWN = 3
-"""How many of the skipped files are named."""
 
 
 @with_settings
@@ -82,9 +79,7 @@ def _told(done: Profiled) -> list[str]:
     if done.resumed:
         lines.append(f"went on from {done.resumed:,} tokens of an interrupted run")
     if done.skipped:
-        names = ", ".join(printable(path.name, 60) for path in done.skipped[:SHOWN])
-        more = f" and {len(done.skipped) - SHOWN} more" if len(done.skipped) > SHOWN else ""
-        lines.append(f"{len(done.skipped)} files are no UTF-8 text and were skipped: {names}{more}")
+        lines.append(skipped_words(done.skipped))
     speed = (done.tokens - done.resumed) / done.seconds if done.seconds else 0.0
     lines.append(f"{done.tokens:,} tokens of {done.files} files, {speed:,.0f} tokens/s, {done.seconds:.1f} s")
     return lines

@@ -12,7 +12,7 @@ from thermocline.cli.flags import JsonFlag, ModelFlag, TextFlag, VerboseFlag, fl
 from thermocline.cli.output import status, write_json
 from thermocline.cli.tables import facts, print_tables, size_of
 from thermocline.config import LoadSettings, TrainSettings
-from thermocline.errors import printable
+from thermocline.errors import skipped_words
 
 if TYPE_CHECKING:
     from thermocline.api import Trained
@@ -64,8 +64,7 @@ def train_predictor(
     if done.resumed:
         status("went on with an interrupted run", always=verbose)
     if done.skipped:
-        names = ", ".join(printable(path.name, 60) for path in done.skipped[:3])
-        status(f"{len(done.skipped)} files are no UTF-8 text and were skipped: {names}", always=verbose)
+        status(skipped_words(done.skipped), always=verbose)
     if as_json:
         write_json(_record(done, output))
     else:

@@ -23,7 +23,7 @@ from thermocline.activity.calibration import Counts, Quality
 from thermocline.activity.likelihood import log_probabilities
 from thermocline.activity.texts import Corpus, Reading, Window, find_texts
 from thermocline.config import LoadSettings, Mode, SamplingSettings
-from thermocline.errors import OutputError, UsageError
+from thermocline.errors import OutputError, UsageError, skipped_words
 from thermocline.files.source import ModelSource
 from thermocline.hardware.machine import Tier
 from thermocline.memory.kv_cache import KVCache
@@ -249,8 +249,9 @@ def _read(loaded: LoadedModel, corpus: Corpus, window: int, tokens: int) -> list
     read = list(reading)
     found = sum(len(part.tokens) for part in read)
     if found < tokens:
+        more = f" ({skipped_words(reading.skipped)})" if reading.skipped else ""
         raise UsageError(
-            f"the text makes {found:,} tokens and the audit reads {tokens:,}: give more text, or settle for less "
+            f"the text makes {found:,} tokens{more} and the audit reads {tokens:,}: give more text, or settle for less "
             f"with --tokens {found}"
         )
     return read

@@ -21,7 +21,7 @@ import numpy as np
 from thermocline.activity.likelihood import Likelihood, log_probabilities
 from thermocline.activity.texts import Corpus, find_texts, is_text, read_text
 from thermocline.config import LoadSettings
-from thermocline.errors import UsageError
+from thermocline.errors import UsageError, skipped_words
 from thermocline.files.source import ModelSource
 from thermocline.model.families import family_of
 from thermocline.runtime.loading import LoadedModel, load_model
@@ -118,7 +118,10 @@ def _measured(
     stream = _stream(loaded.tokenizer, documents)
     cuts = list(cut(len(stream), n_ctx, stride))
     if not cuts:
-        raise UsageError(f"the text has {len(stream)} tokens and a chunk takes {n_ctx}: give more text or a smaller -c")
+        more = f" ({skipped_words(skipped)})" if skipped else ""
+        raise UsageError(
+            f"the text has {len(stream):,} tokens{more} and a chunk takes {n_ctx:,}: give more text or a smaller -c"
+        )
     cuts = cuts[:chunks] if chunks else cuts
     scorer, total = Scorer(loaded.transformer, n_ctx, settings), Likelihood()
     opening = loaded.tokenizer.bos_id if loaded.tokenizer.adds_bos else None
