@@ -138,5 +138,5 @@ def skipped_words(skipped: Sequence[Path | str], shown: int = 3) -> str:
         return ""
     names = ", ".join(printable(Path(path).name, 60) for path in skipped[:shown])
     more = f" and {len(skipped) - shown} more" if len(skipped) > shown else ""
-    are = "1 file is" if len(skipped) == 1 else f"{len(skipped):,} files are"
-    return f"{are} no UTF-8 text and {'was' if len(skipped) == 1 else 'were'} skipped: {names}{more}"
+    files = "1 file was" if len(skipped) == 1 else f"{len(skipped):,} files were"
+    return f"{files} skipped, being no UTF-8 text or none that the vocabulary spells: {names}{more}"

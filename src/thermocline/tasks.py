@@ -210,7 +210,10 @@ def merge_activities(paths: Sequence[str | Path], output: str | Path) -> Activit
         FingerprintError: they are of different models.
         UsageError: they cannot be merged for another reason, such as a run that is in two of them.
     """
-    merged = merge_all([find_activity(path) for path in paths])
+    found = [find_activity(path) for path in paths]
+    for path, one in zip(paths, found, strict=True):
+        one.require_model(found[0].model_fingerprint, found[0].model_name, path=path)
+    merged = merge_all(found)
     save_activity(merged, output)
     return merged
 

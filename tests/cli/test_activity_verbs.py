@@ -50,7 +50,7 @@ def test_profile_tells_a_machine_and_a_person(command, tiny_model, text, tmp_pat
     part = json.loads(command(*call, "-n", 100, "-o", "z", "--json").out)
     assert (part["tokens"], part["files"]) == (100, 1)
     told = command(*call, "-o", "y", "--verbose").err
-    assert "1 file is no UTF-8 text and was skipped: picture\n" in told
+    assert "1 file was skipped, being no UTF-8 text or none that the vocabulary spells: picture\n" in told
     assert f"{tokens} tokens of 1 files, " in told
 
 
@@ -182,7 +182,7 @@ def test_a_text_that_is_none_is_told_by_name(
     output = {"profile": ["-o", "out"], "train-predictor": ["-o", "out", "--max-share", 0]}.get(verb, [])
     done = command(verb, "-m", model, "--text", "picture", *output, *CALL)
     assert (done.code, done.out) == (2, "")
-    assert "1 file is no UTF-8 text and was skipped: picture" in done.err
+    assert "1 file was skipped, being no UTF-8 text or none that the vocabulary spells: picture" in done.err
     assert not list(tmp_path.glob("out*"))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -307,3 +308,25 @@ def test_wrong_lines_are_told_in_one_line(command, model, arguments, code, probl
     assert one_line(done.err)
     assert done.out == ""
     assert sorted(p.name for p in Path.cwd().iterdir()) == ["m.gguf"]
+
+
+def test_what_is_another_models_is_told_by_file_and_fingerprint(command, model, activity, tiny_plain, tmp_path) -> None:
+    """Both models are called tiny."""
+    command("activity", "order", activity, "-o", "order")
+    command("profile", "-m", tiny_plain, "--text", "code.py", "-o", "other", *CALL)
+    for arguments, file in (
+        (["convert", tiny_plain, "--activity", "a", "-o", "x"], "a"),
+        (["convert", tiny_plain, "--order", "order", "-o", "x"], "order"),
+        (["plan", "-m", tiny_plain, "--activity", "a"], "a"),
+        (["plan", "-m", tiny_plain, "--activity", "order"], "order"),
+        (["activity", "merge", "a", "other", "-o", "x"], "other"),
+    ):
+        done = command(*arguments)
+        assert (done.code, done.out) == (1, "")
+        assert re.match(rf"error: {file}: belongs to the model tiny \([0-9a-f]{{12}}\), not to", done.err), done.err
+        assert one_line(done.err)
+    assert not Path("x").exists()
+
+
+def test_an_activity_in_the_place_of_a_model_is_told_as_one(command, activity) -> None:
+    assert "it looks like an activity, an order or a predictor" in command("convert", activity, "-o", "x").err

@@ -43,7 +43,9 @@ class AppliedOrder:
         """The keys of a model file that say so."""
         return {ORDER_KEY: self.order.astype(np.int32).ravel(), MODEL_KEY: self.model}
 
-    def translated(self, activity: Activity, fingerprint: str, name: str = "") -> Activity:
+    def translated(
+        self, activity: Activity, fingerprint: str, name: str = "", *, path: Path | str = "activity"
+    ) -> Activity:
         """What was counted in the original model, as if it had been in the file with this `fingerprint`.
 
         Raises:
@@ -51,7 +53,7 @@ class AppliedOrder:
         """
         if activity.model_fingerprint == fingerprint:
             return activity
-        activity.require_model(self.model, name)
+        activity.require_model(self.model, name, path=path)
         again = activity.reordered(self.order)
         return replace(again, model_fingerprint=fingerprint, model_name=name or activity.model_name)
 
@@ -81,6 +83,6 @@ def activity_for(source: ModelSource, spec: ModelSpec, path: Path | str) -> Acti
     """
     activity, applied = find_activity(path), applied_order(source.metadata, spec)
     if applied is not None:
-        activity = applied.translated(activity, source.fingerprint, spec.name)
-    activity.require_model(source.fingerprint, spec.name)
+        activity = applied.translated(activity, source.fingerprint, spec.name, path=path)
+    activity.require_model(source.fingerprint, spec.name, path=path)
     return activity

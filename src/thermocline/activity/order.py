@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from thermocline.activity.statistics import Activity, Floats
 from thermocline.errors import FingerprintError, ModelFormatError, UsageError
-from thermocline.files.sidecar import Sidecar, SidecarKind, read_sidecar, write_sidecar
+from thermocline.files.sidecar import Sidecar, SidecarKind, named, read_sidecar, write_sidecar
 from thermocline.files.weight import Weight
 
 Order32 = npt.NDArray[np.int32]
@@ -77,15 +77,15 @@ class Order:
         np.put_along_axis(heat, self.order.astype(np.intp), self.temperature, axis=1)
         return heat
 
-    def require_model(self, fingerprint: str, name: str = "") -> None:
-        """Refuse to be used with another model.
+    def require_model(self, fingerprint: str, name: str = "", *, path: Path | str = "order") -> None:
+        """Refuse to be used with another model; `path` is where it came from.
 
         Raises:
             FingerprintError: `fingerprint` is another model's.
         """
         if fingerprint != self.model_fingerprint:
-            mine, other = self.model_name or self.model_fingerprint[:12], name or fingerprint[:12]
-            raise FingerprintError("order", mine, other, "make it from an activity of this model")
+            mine, other = named(self.model_name, self.model_fingerprint), named(name, fingerprint)
+            raise FingerprintError(path, mine, other, "make it from an activity of this model")
 
 
 def save_order(order: Order, path: Path | str) -> str:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from thermocline.errors import FingerprintError, UsageError
+from thermocline.files.sidecar import named
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -156,15 +158,15 @@ class Activity:
         sizes: Floats = np.where(total > 0, largest / self.n_ff, np.nan)
         return sizes
 
-    def require_model(self, fingerprint: str, name: str = "") -> None:
-        """Refuse to be used with another model.
+    def require_model(self, fingerprint: str, name: str = "", *, path: Path | str = "activity") -> None:
+        """Refuse to be used with another model; `path` is where it came from.
 
         Raises:
             FingerprintError: `fingerprint` is another model's.
         """
         if fingerprint != self.model_fingerprint:
-            mine, other = self.model_name or self.model_fingerprint[:12], name or fingerprint[:12]
-            raise FingerprintError("activity", mine, other, "profile this model with `thermocline profile`")
+            mine, other = named(self.model_name, self.model_fingerprint), named(name, fingerprint)
+            raise FingerprintError(path, mine, other, "profile this model with `thermocline profile`")
 
     def reordered(self, order: npt.NDArray[np.integer[Any]]) -> Activity:
         """The same where each layer's neurons are numbered anew: `order` (n_layer, n_ff) gives their numbers here."""

@@ -90,8 +90,8 @@ class Sidecar:
         if fingerprint != self.model_fingerprint:
             raise FingerprintError(
                 self.path,
-                _named(self.model_name, self.model_fingerprint),
-                _named(name, fingerprint),
+                named(self.model_name, self.model_fingerprint),
+                named(name, fingerprint),
                 f"give the {self.kind} that was made with this model, or make it anew",
             )
 
@@ -360,7 +360,8 @@ def _feed(digest: Any, *texts: str) -> None:
         digest.update(raw)
 
 
-def _named(name: str, fingerprint: str) -> str:
+def named(name: str, fingerprint: str) -> str:
+    """How messages call a model: equal names do not make equal models."""
     return f"{name} ({fingerprint[:12]})" if name else fingerprint[:12]
 
 

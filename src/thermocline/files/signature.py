@@ -34,6 +34,8 @@ def looks_like(file: MappedFile) -> str:
     for magic, meaning in _SIGNATURES:
         if head.startswith(magic):
             return meaning
+    if b'"thermocline.sidecar"' in head:
+        return "it looks like an activity, an order or a predictor, which goes with a model"
     if 2 <= int.from_bytes(head[:8], "little") <= file.size and head[8:9] == b"{":
         return "it looks like a single safetensors file: name the folder that also holds its config.json"
     if not head.strip(b"\0"):

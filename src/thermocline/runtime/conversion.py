@@ -121,7 +121,7 @@ def _convert(source: ModelSource, path: Path, wanted: Wanted, progress: Progress
     order = Order.of(activity) if activity is not None else None
     if wanted.order is not None:
         order = load_order(wanted.order)
-        order.require_model(source.fingerprint, spec.name)
+        order.require_model(source.fingerprint, spec.name, path=wanted.order)
     if order is not None and order.order.shape != (spec.n_layer, spec.n_ff):
         shape = " x ".join(map(str, order.order.shape))
         raise UsageError(f"the order is of {shape} neurons, the model has {spec.n_layer} x {spec.n_ff}")

@@ -15,7 +15,7 @@ from thermocline.activity.order import Order, load_order
 from thermocline.activity.predictor import Predictor
 from thermocline.activity.store import activity_inside
 from thermocline.config import LoadSettings
-from thermocline.errors import FingerprintError, ModelFormatError, ThermoclineError, UsageError, printable
+from thermocline.errors import ModelFormatError, ThermoclineError, UsageError, printable
 from thermocline.files.companion import companion
 from thermocline.files.gguf import GgufFile
 from thermocline.files.gpuidx import read_gpu_index, write_gpu_index
@@ -379,13 +379,7 @@ def _read_order(path: Path, source: ModelSource) -> Order:
         order = load_order(path)
     except ModelFormatError:
         order = Order.of(activity_for(source, family_of(source).spec(source), path))
-    if order.model_fingerprint != source.fingerprint:
-        raise FingerprintError(
-            path,
-            order.model_name or order.model_fingerprint[:12],
-            source.path.name,
-            "profile this model with `thermocline profile`",
-        )
+    order.require_model(source.fingerprint, source.path.name, path=path)
     return order
 
 
