@@ -67,8 +67,19 @@ def test_what_is_wrong_is_one_error(command, tiny_model, arguments, code, words)
     assert "Traceback" not in outcome.err
 
 
+def test_an_index_of_no_gpu_is_not_written(command, tiny_model) -> None:
+    outcome = command("plan", "-m", tiny_model, "--machine", "i5-12400", "--export-gpuidx", "x.gpuidx")
+    assert outcome.code == 2
+    assert "there is none" in outcome.err
+    assert not Path("x.gpuidx").exists()
+
+
 def test_a_damaged_plan_is_one_error(command, tiny_model) -> None:
     Path("bad.json").write_text("{}")
     outcome = command("plan", "diff", "bad.json", "bad.json")
     assert outcome.code == 1
     assert "bad.json" in outcome.err
+    Path("bad.json").write_text('{"format"')
+    outcome = command("plan", "diff", "bad.json", "bad.json")
+    assert outcome.err.startswith("error: bad.json: json: at byte 9: is not JSON")
+    assert outcome.err.count("bad.json") == 1

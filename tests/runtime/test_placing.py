@@ -252,10 +252,21 @@ def test_three_tiers_down_to_the_smallest_budget_that_is_named(
     assert on_disk == sorted(on_disk, key=lambda found: (found[1], found[0]), reverse=True)
 
 
-@pytest.mark.parametrize("budget", ["-1", "nan", "x", "1e99", "101%", "9PiB", "9000TiB"])
+@pytest.mark.parametrize("budget", ["-1", "nan", "x", "1e99", "101%", "9PiB", "9000TiB", "", " "])
 def test_absurd_budgets_are_refused(budget: str) -> None:
-    with pytest.raises(UsageError, match="budget"):
+    with pytest.raises(UsageError, match="vram-budget"):
         api.LLM.load(device="emulated", vram_budget=budget)
+    with pytest.raises(UsageError, match="ram-budget"):
+        api.LLM.load(ram_budget=budget)
+
+
+def test_no_vram_at_all_is_refused_with_the_number_that_little_is_refused_with() -> None:
+    needed = []
+    for budget in (0, 1000):
+        with pytest.raises(BudgetError) as refusal:
+            api.LLM.load(device="emulated", vram_budget=f"{budget}B")
+        needed.append(budget + refusal.value.missing)
+    assert needed[0] == needed[1]
 
 
 def test_settings_that_contradict_are_refused() -> None:

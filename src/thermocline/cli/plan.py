@@ -179,6 +179,10 @@ def _write(planned: Planned, output: str | None, export: str | None, *, imported
             thermocline.save_order(planned.order, order)
             written.append(order)
     if export is not None:
+        if planned.problem.machine.gpu is None:
+            raise UsageError(
+                "a GPU index lists neurons on a GPU, and there is none; add --device emulated, or --machine"
+            )
         thermocline.export_gpu_index(planned.plan, planned.order, export)
         written.append(export)
     return written

@@ -78,7 +78,8 @@ def parse_plan(raw: bytes, source: Path | str = "plan") -> Plan:
     try:
         document = parse_object(raw, source, "json")
     except ModelFormatError as error:
-        raise PlanError(source, "json", printable(str(error))) from error
+        words = str(error).removeprefix(f"{printable(str(source))}: json").lstrip(": ")  # both name the file
+        raise PlanError(source, "json", words) from error
     fields_ = _Fields(document, source)
     if fields_.text("format") != FORMAT or fields_.number("version", 0) != VERSION:
         raise PlanError(source, "version", f"is not {FORMAT} {VERSION}")

@@ -187,8 +187,8 @@ def _problem(
     """What is to be placed, under the budgets that were stated, else those of the plan, else what there is."""
     plan_settings = PlanSettings(
         emulated=_stands_in(kind),
-        vram_budget=settings.vram_budget or AUTO,
-        ram_budget=settings.ram_budget or AUTO,
+        vram_budget=AUTO if settings.vram_budget is None else settings.vram_budget,
+        ram_budget=AUTO if settings.ram_budget is None else settings.ram_budget,
         in_use=own_memory(),
     )
     load = settings

@@ -212,8 +212,10 @@ def problem_of(
 def _with_short_passes(problem: Problem) -> tuple[Problem, tuple[str, ...]]:
     """The same with passes short enough that a small VRAM budget is not spent on scratch, and what to say about it."""
     asked = tokens = problem.workload.ubatch
-    budget = problem.limits.get(Tier.VRAM, 0)
-    while budget and tokens > FEWEST_TOKENS and SCRATCH_SHARE * _scratch(problem) > budget:
+    budget = problem.limits.get(Tier.VRAM)
+    if budget is None:
+        return problem, ()
+    while tokens > FEWEST_TOKENS and SCRATCH_SHARE * _scratch(problem) > budget:
         tokens = max(FEWEST_TOKENS, tokens // 2)
         problem = replace(problem, workload=replace(problem.workload, ubatch=tokens))
     if tokens == asked:
