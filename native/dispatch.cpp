@@ -24,6 +24,17 @@ Kernels whole(Kernels kernels, const AttendKernels& attend) {
 }
 
 #ifdef THERMOCLINE_X86
+Kernels with_vnni() {
+  Kernels kernels = whole(kAvx2Kernels, kAvx2Attend);
+  kernels.name = "avxvnni";
+  for (int f = 0; f < kFormats; ++f) {
+    if (!is_integer(static_cast<Format>(f))) continue;
+    kernels.dot[f] = kAvxVnniKernels.dot[f];
+    kernels.panel[f] = kAvxVnniKernels.panel[f];
+  }
+  return kernels;
+}
+
 Kernels with_bf16() {
   Kernels kernels = whole(kAvx512Kernels, kAvx512Attend);
   kernels.name = "avx512bf16";
@@ -76,12 +87,14 @@ std::vector<Level> levels() {
                       __builtin_cpu_supports("avx512vnni");
   static const Kernels with_avx2 = whole(kAvx2Kernels, kAvx2Attend);
   static const Kernels with_avx512 = whole(kAvx512Kernels, kAvx512Attend);
+  static const Kernels vnni = with_vnni();
   static const Kernels bf16 = with_bf16();
   static const Kernels amx = with_amx();
   const bool has_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
   const AmxFeatures tiles = amx_features();
   return {{&baseline, true},
           {&with_avx2, avx2},
+          {&vnni, avx2 && __builtin_cpu_supports("avxvnni")},
           {&with_avx512, avx512},
           {&bf16, has_bf16},
           {&amx, has_bf16 && tiles.tile && tiles.bf16 && may_use_tiles()}};
@@ -123,6 +136,7 @@ std::vector<std::pair<std::string, bool>> cpu_features() {
   FEATURE("avx2");
   FEATURE("fma");
   FEATURE("f16c");
+  FEATURE("avxvnni");
   FEATURE("avx512f");
   FEATURE("avx512bw");
   FEATURE("avx512vl");

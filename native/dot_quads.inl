@@ -1,18 +1,28 @@
 // Integer dot products, four blocks of 32 of four rows at a time.
 
-template <Format F, int T>
-[[gnu::always_inline]] static inline void int_step(const RowTile<4>& tile, const Tokens& tokens, int64_t t0,
-                                                   int64_t b, int64_t last, Vec (&acc)[T]) {
+constexpr int kVecBlocks = 4 / kQuadVecs;  // of a row, that share a vector
+
+template <Format F, int v, int T>
+[[gnu::always_inline]] static inline void add_vec(const RowTile<4>& tile, const QuadScales& scales,
+                                                  const Tokens& tokens, int64_t t0, int64_t b, int64_t last,
+                                                  Vec (&acc)[T][kQuadVecs]) {
   Quad w[4];
 #pragma GCC unroll 4
-  for (int r = 0; r < 4; ++r) w[r] = load_quad_of<F>(tile.now[r], b, last);
-  const QuadScales scales = load_scales<F>(tile.now, b, last);
+  for (int r = 0; r < 4; ++r) w[r] = load_quad_of<F, v>(tile.now[r], b, last);
 #pragma GCC unroll 8
   for (int t = 0; t < T; ++t) {
-    const int64_t at = (t0 + t) * tokens.q_stride + b * kBlock;
+    const int64_t at = (t0 + t) * tokens.q_stride + (b + v * kVecBlocks) * kBlock;
     const QuadTokens x = load_tokens<F>(tokens.q + at, tokens.d + at / kBlock, tokens.sums + at / 16);
-    acc[t] = add_quads<F>(w, scales, x, acc[t]);
+    acc[t][v] = add_quads<F>(w, scales, v, x, acc[t][v]);
   }
+}
+
+template <Format F, int T>
+[[gnu::always_inline]] static inline void int_step(const RowTile<4>& tile, const Tokens& tokens, int64_t t0,
+                                                   int64_t b, int64_t last, Vec (&acc)[T][kQuadVecs]) {
+  const QuadScales scales = load_scales<F>(tile.now, b, last);
+  add_vec<F, 0, T>(tile, scales, tokens, t0, b, last, acc);
+  if constexpr (kQuadVecs > 1) add_vec<F, 1, T>(tile, scales, tokens, t0, b, last, acc);
 }
 
 template <Format F, int R, int T, bool Fetch>
@@ -24,8 +34,10 @@ template <Format F, int R, int T, bool Fetch>
     four.now[i] = tile.now[i % R];
     four.next[i] = tile.next[i % R];
   }
-  Vec acc[T];
-  for (int t = 0; t < T; ++t) acc[t] = zero();
+  Vec acc[T][kQuadVecs];
+  for (int t = 0; t < T; ++t) {
+    for (int v = 0; v < kQuadVecs; ++v) acc[t][v] = zero();
+  }
   const int64_t blocks = n / kBlock;
   constexpr int kStepBytes = kFormatInfo[F].block_bytes * 4 * kBlock / kFormatInfo[F].block;
   // Where the last block is surely no nearer than the fourth, the compiler sees that none is clamped.

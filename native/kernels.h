@@ -201,6 +201,12 @@ extern const AttendKernels kBaselineAttend;
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
 extern const AttendKernels kAvx2Attend, kAvx512Attend;
+// What a CPU with AVX-VNNI does otherwise than one with AVX2, in integer formats.
+struct VnniKernels {
+  void (*dot[kFormats])(const DotJob& job, int64_t r0, int64_t r1, int64_t t0, int64_t t1);
+  PanelKernels panel[kFormats];
+};
+extern const VnniKernels kAvxVnniKernels;
 // What a CPU with AVX512-BF16 does otherwise.
 struct Bf16Kernels {
   PanelKernels panel;

@@ -17,7 +17,7 @@ namespace thermocline::THERMOCLINE_ISA {
 #include THERMOCLINE_INT_DOT
 #include "dot.inl"
 #include "axpy.inl"
-#ifdef THERMOCLINE_QUADS
+#ifdef THERMOCLINE_LANES
 #include "lanes.inl"
 #endif
 #include "scaled.inl"
@@ -25,6 +25,9 @@ namespace thermocline::THERMOCLINE_ISA {
 #include "panel.inl"
 #include "panel_int.inl"
 #include "panel_float.inl"
+#endif
+#ifdef THERMOCLINE_PANELS_256
+#include "panel_256.inl"
 #endif
 #include "elementwise.inl"
 #include "layer_norm.inl"
@@ -38,9 +41,15 @@ namespace thermocline::THERMOCLINE_ISA {
 #ifdef THERMOCLINE_PANELS
 template <Format F>
 constexpr PanelKernels panel = {kTiled, kPanelRows, 0, float_panel_bytes, pack_floats<F>, float_panel_dot};
+#else
+template <Format F>
+constexpr PanelKernels panel = {};
+constexpr auto tile_tokens = nullptr;
+#endif
+#if defined THERMOCLINE_PANELS || defined THERMOCLINE_PANELS_256
 #define THERMOCLINE_INT_PANEL(F)                                          \
   template <>                                                             \
-  constexpr PanelKernels panel<F> = {kOffsetBytes,       kPanelRows,   0, \
+  constexpr PanelKernels panel<F> = {kPanelForm<F>,      kPanelRows,   0, \
                                      int_panel_bytes<F>, pack_ints<F>, int_panel_dot<F>};
 THERMOCLINE_INT_PANEL(kQ8_0)
 THERMOCLINE_INT_PANEL(kQ4_0)
@@ -48,10 +57,6 @@ THERMOCLINE_INT_PANEL(kQ4_K)
 THERMOCLINE_INT_PANEL(kQ5_K)
 THERMOCLINE_INT_PANEL(kQ6_K)
 #undef THERMOCLINE_INT_PANEL
-#else
-template <Format F>
-constexpr PanelKernels panel = {};
-constexpr auto tile_tokens = nullptr;
 #endif
 
 static constexpr Kernels make_kernels(const char* name) {

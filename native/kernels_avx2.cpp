@@ -1,6 +1,8 @@
 #define THERMOCLINE_ISA avx2_level
-#define THERMOCLINE_INT_DOT "dot_blocks.inl"
-#include "simd_avx2.h"
+#define THERMOCLINE_INT_DOT "dot_quads.inl"
+#define THERMOCLINE_PANELS_256
+#define THERMOCLINE_QUADS
+#include "quads_256.h"
 //
 #include "kernels.inl"
 

@@ -2,6 +2,7 @@
 #define THERMOCLINE_INT_DOT "dot_quads.inl"
 #define THERMOCLINE_PANELS
 #define THERMOCLINE_QUADS
+#define THERMOCLINE_LANES
 #include "simd_avx512.h"
 //
 #include "kernels.inl"

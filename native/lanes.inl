@@ -54,8 +54,8 @@ template <Format F, int R>
                                                              Vec factor) {
   LaneStep step;
   step.co = load_scales<F>(rows, b, b + 3);
-  step.co.first = mul(step.co.first, factor);
-  if constexpr (has_minima(F)) step.co.least = mul(step.co.least, factor);
+  step.co.first[0] = mul(step.co.first[0], factor);
+  if constexpr (has_minima(F)) step.co.least[0] = mul(step.co.least[0], factor);
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) step.nibbles[r] = load_nibbles<F>(rows[r], b);
   return step;
@@ -67,8 +67,8 @@ template <Format F, int r>
   load_lanes<F>(step.nibbles[r], w);
 #pragma GCC unroll 2
   for (int v = 0; v < 2; ++v) {
-    const Vec factor = pick_row<F, r>(step.co.first, v);
-    const Vec least = has_minima(F) ? pick_row<F, r>(step.co.least, v) : zero();
+    const Vec factor = pick_row<F, r>(step.co.first[0], v);
+    const Vec least = has_minima(F) ? pick_row<F, r>(step.co.least[0], v) : zero();
 #pragma GCC unroll 4
     for (int t = 0; t < 4; ++t) {
       sum.at[v][t] = fma(w.at[v][t], factor, sum.at[v][t]);

@@ -146,3 +146,6 @@ static void int_panel_dot(const DotJob& job, uint8_t* panel, int64_t r0, int64_t
   for (; t + 2 <= tokens; t += 2) int_panel_tile<F, 2>(job, panel, r0, r1, t);
   if (t < tokens) int_panel_tile<F, 1>(job, panel, r0, r1, t);
 }
+
+template <Format>
+constexpr TokenForm kPanelForm = kOffsetBytes;

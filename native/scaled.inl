@@ -15,9 +15,11 @@ static inline void load_coefficients(const uint8_t* const (&rows)[4], int64_t b,
                                      const float (&h)[4], Coefficients* to) {
   const QuadScales scales = load_scales<F>(rows, b, last);
   const Vec factor = spread_rows(_mm_loadu_ps(h));
-  store(to->first, mul(scales.first, factor));
-  if constexpr (F == kQ6_K) store(to->second, mul(scales.second, factor));
-  if constexpr (has_minima(F)) store(to->least, mul(scales.least, factor));
+  for (int v = 0; v < kQuadVecs; ++v) {
+    store(to->first + v * kLanes, mul(scales.first[v], factor));
+    if constexpr (F == kQ6_K) store(to->second + v * kLanes, mul(scales.second[v], factor));
+    if constexpr (has_minima(F)) store(to->least + v * kLanes, mul(scales.least[v], factor));
+  }
 }
 #else
 template <Format F>
@@ -86,7 +88,7 @@ static void add_scaled(const AxpyJob& job, int64_t k0, int64_t k1, int64_t c0, i
     axpy<F>(job, k0, k1, 0, 1, c0, c1);
   } else {
     AxpyJob rest = job;
-#ifdef THERMOCLINE_QUADS
+#ifdef THERMOCLINE_LANES
     const int64_t done = add_by_lanes<F>(job, k0, k1, c0, c1);
     if (done == c1 - c0) return;
     rest.acc += done;

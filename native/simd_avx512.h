@@ -8,6 +8,7 @@
 
 #include "format.h"
 #include "half.h"
+#include "k_scales.h"
 #include "numbers_256.h"
 
 namespace thermocline::THERMOCLINE_ISA {
@@ -103,6 +104,7 @@ static inline void pack_block(const float* x, float inverse, int8_t* q, int16_t*
 // Four blocks of a row, b to b + 3, at once: a vector holds the first 16 numbers of each, another one the
 // second 16. VNNI multiplies unsigned by signed bytes, so numbers are read with an offset that makes them
 // unsigned (as Q4_0 and Q6_K are stored); the offset times the sum of the activations is taken off the sums.
+constexpr int kQuadVecs = 1;
 struct Quad {
   __m512i first, second;
 };
@@ -144,7 +146,7 @@ template <int kStride, int kFirst>
 }
 
 // Blocks b to b + 3 of a row whose last block is `last`, which is read again in place of those past it.
-template <Format F>
+template <Format F, int>
 [[gnu::always_inline]] static inline Quad load_quad_of(const uint8_t* row, int64_t b, int64_t last) {
   constexpr int kBytes = kFormatInfo[F].block_bytes;
   if constexpr (!is_k_quant(F)) {
@@ -212,7 +214,7 @@ template <Format F>
 // Scales of four blocks of four rows, in lanes block by block: of all numbers of a block or, in Q6_K, of the
 // first 16 and the second 16; and the minima.
 struct QuadScales {
-  Vec first, second, least;
+  Vec first[kQuadVecs], second[kQuadVecs], least[kQuadVecs];
 };
 
 // The first word of each of four blocks of kStride words to places r, 4 + r, 8 + r and 12 + r.
@@ -236,19 +238,6 @@ static inline Vec spread_rows(__m128 rows) { return _mm512_broadcast_f32x4(rows)
 static inline Vec floats_of_scales(__m128i bytes, Vec d) {
   return mul(d, _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)));
 }
-static inline int load_int(const uint8_t* p) {
-  int value;
-  std::memcpy(&value, p, sizeof value);
-  return value;
-}
-static inline __m128i ints_of(const uint8_t* const (&p)[4], int at) {
-  return _mm_setr_epi32(load_int(p[0] + at), load_int(p[1] + at), load_int(p[2] + at), load_int(p[3] + at));
-}
-static inline __m128 halves_of(const uint8_t* const (&p)[4], int at) {
-  const auto half = [&](int i) { return static_cast<short>(load_u16(p[i] + at)); };
-  return _mm_cvtph_ps(_mm_setr_epi16(half(0), half(1), half(2), half(3), 0, 0, 0, 0));
-}
-
 template <Format F>
 [[gnu::always_inline]] static inline QuadScales load_scales(const uint8_t* const (&rows)[4], int64_t b,
                                                             int64_t last) {
@@ -267,38 +256,15 @@ template <Format F>
           half(0, 0), half(0, 1), half(0, 2), half(0, 3), half(1, 0), half(1, 1), half(1, 2), half(1, 3),
           half(2, 0), half(2, 1), half(2, 2), half(2, 3), half(3, 0), half(3, 1), half(3, 2), half(3, 3));
     }
-    return {_mm512_cvtph_ps(halves), zero(), zero()};
+    return {{_mm512_cvtph_ps(halves)}, {}, {}};
   } else {
     (void)last;
-    const uint8_t* p[4];
-    for (int r = 0; r < 4; ++r) p[r] = rows[r] + b / 8 * kBytes;
-    const int half = static_cast<int>(b / 4 % 2);
-    const Vec d = spread_rows(halves_of(p, F == kQ6_K ? 208 : 0));
-    if constexpr (F == kQ6_K) {
-      const auto bytes = [&](int r) {
-        return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p[r] + 192 + 8 * half));
-      };
-      const __m128i ab = _mm_unpacklo_epi8(bytes(0), bytes(1)), cd = _mm_unpacklo_epi8(bytes(2), bytes(3));
-      const __m128 low = _mm_castsi128_ps(_mm_unpacklo_epi16(ab, cd));
-      const __m128 high = _mm_castsi128_ps(_mm_unpackhi_epi16(ab, cd));
-      return {floats_of_scales(_mm_castps_si128(_mm_shuffle_ps(low, high, 0x88)), d),
-              floats_of_scales(_mm_castps_si128(_mm_shuffle_ps(low, high, 0xDD)), d), zero()};
-    } else {
-      const __m128i six = _mm_set1_epi8(63), four = _mm_set1_epi8(15), two = _mm_set1_epi8(0x30);
-      __m128i scale = ints_of(p, 4), least = ints_of(p, 8);
-      if (half == 0) {
-        scale = _mm_and_si128(scale, six);
-        least = _mm_and_si128(least, six);
-      } else {
-        const __m128i low = ints_of(p, 12);
-        scale = _mm_or_si128(_mm_and_si128(low, four), _mm_and_si128(_mm_srli_epi16(scale, 2), two));
-        least = _mm_or_si128(_mm_and_si128(_mm_srli_epi16(low, 4), four),
-                             _mm_and_si128(_mm_srli_epi16(least, 2), two));
-      }
-      const __m128i turn = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-      return {floats_of_scales(_mm_shuffle_epi8(scale, turn), d), zero(),
-              floats_of_scales(_mm_shuffle_epi8(least, turn), spread_rows(halves_of(p, 2)))};
-    }
+    const KScales k = k_scales<F>(rows, b);
+    QuadScales scales{};
+    scales.first[0] = floats_of_scales(k.first, spread_rows(k.d));
+    if constexpr (F == kQ6_K) scales.second[0] = floats_of_scales(k.second, spread_rows(k.d));
+    if constexpr (has_minima(F)) scales.least[0] = floats_of_scales(k.least, spread_rows(k.d_least));
+    return scales;
   }
 }
 
@@ -347,7 +313,7 @@ static inline __m512i sum_fours(__m512i a, __m512i b, __m512i c, __m512i d) {
 // What four blocks of four rows add to the sums: block i of row r to lane 4 i + r. Integers are exact, so
 // that any other order of theirs gives the same; the float operations are the ones that panels repeat.
 template <Format F>
-[[gnu::always_inline]] static inline Vec add_quads(const Quad (&w)[4], const QuadScales& scales,
+[[gnu::always_inline]] static inline Vec add_quads(const Quad (&w)[4], const QuadScales& scales, int v,
                                                    const QuadTokens& x, Vec acc) {
   const __m512i none = _mm512_setzero_si512();
   __m512i first[4], second[4];
@@ -356,24 +322,24 @@ template <Format F>
     first[r] = _mm512_dpbusd_epi32(none, w[r].first, x.first);
     second[r] = _mm512_dpbusd_epi32(F == kQ6_K ? none : first[r], w[r].second, x.second);
   }
-  const Vec scale = mul(scales.first, x.d);
+  const Vec scale = mul(scales.first[v], x.d);
   if constexpr (F == kQ6_K) {
     const __m512i one = _mm512_sub_epi32(sum_fours(first[0], first[1], first[2], first[3]), x.lift);
     const __m512i two =
         _mm512_sub_epi32(sum_fours(second[0], second[1], second[2], second[3]), x.second_lift);
-    return fma(_mm512_cvtepi32_ps(two), mul(scales.second, x.d), fma(_mm512_cvtepi32_ps(one), scale, acc));
+    return fma(_mm512_cvtepi32_ps(two), mul(scales.second[v], x.d), fma(_mm512_cvtepi32_ps(one), scale, acc));
   } else {
     __m512i all = sum_fours(second[0], second[1], second[2], second[3]);
     if constexpr (kUnsigned<F> != 0) all = _mm512_sub_epi32(all, x.lift);
     acc = fma(_mm512_cvtepi32_ps(all), scale, acc);
-    return has_minima(F) ? _mm512_fnmadd_ps(scales.least, x.sums, acc) : acc;
+    return has_minima(F) ? _mm512_fnmadd_ps(scales.least[v], x.sums, acc) : acc;
   }
 }
 
 // The sums of four rows: blocks 0, 4, 8 ... of a row are one sum, 1, 5, 9 ... the next.
-static inline __m128 sum_blocks(Vec acc) {
-  const __m128 a = _mm_add_ps(_mm512_castps512_ps128(acc), _mm512_extractf32x4_ps(acc, 1));
-  return _mm_add_ps(a, _mm_add_ps(_mm512_extractf32x4_ps(acc, 2), _mm512_extractf32x4_ps(acc, 3)));
+static inline __m128 sum_blocks(const Vec (&acc)[kQuadVecs]) {
+  const __m128 a = _mm_add_ps(_mm512_castps512_ps128(acc[0]), _mm512_extractf32x4_ps(acc[0], 1));
+  return _mm_add_ps(a, _mm_add_ps(_mm512_extractf32x4_ps(acc[0], 2), _mm512_extractf32x4_ps(acc[0], 3)));
 }
 
 // The 32 numbers of a part as floats, without its scale. A nibble picks its value from a table of sixteen, of

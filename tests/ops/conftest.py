@@ -109,6 +109,12 @@ def team(request: pytest.FixtureRequest) -> list[CpuOps]:
 
 
 @pytest.fixture
+def vector_levels() -> list[CpuOps]:
+    """Every level with vectors of 256 bits or more that multiplies integers, batches too."""
+    return [cpu_ops(isa, 2) for isa in _native.isa_levels() if isa not in ("baseline", "amx")]
+
+
+@pytest.fixture
 def reference() -> ReferenceOps:
     return ReferenceOps()
 

@@ -65,6 +65,19 @@ def test_linear_is_the_same_whatever_the_threads_and_the_batch(team, skewed, wei
     assert results[0] == results[1] == results[2]
 
 
+@pytest.mark.parametrize("fmt", [f for f in BY_NAME.values() if f.block > 1], ids=lambda f: f.name)
+def test_integer_products_are_the_same_at_all_vector_levels(vector_levels, skewed, weight, fmt):
+    for width in WIDTHS[fmt.block][1:]:
+        for rows in ROWS[1:]:
+            w = weight(skewed((rows, width)), fmt)
+            for tokens in (1, 2, 3, 7, 8, 13, 38):
+                x = skewed((tokens, width))
+                outs = np.zeros((len(vector_levels), tokens, rows), np.float32)
+                for ops, out in zip(vector_levels, outs, strict=True):
+                    ops.linear(x, (ops.place(w),), (out,))
+                assert (outs.view(np.uint32) == outs[0].view(np.uint32)).all(), (rows, width, tokens)
+
+
 @pytest.mark.parametrize("fmt", BY_NAME.values(), ids=lambda f: f.name)
 def test_nothing_is_read_past_the_last_row(ops, rng, fewer, fmt):
     page = mmap.PAGESIZE

@@ -1,0 +1,228 @@
+// Four blocks of four rows in two vectors of 256 bits, of two blocks each, and their products with tokens:
+// what simd_avx512.h has in one vector. Sums of bytes are whole numbers, so that any way to take them gives
+// the same; the float operations are those of AVX-512 in the same order.
+//
+// With THERMOCLINE_VNNI unsigned bytes are multiplied with signed ones and summed by fours in one
+// instruction. Without, pairs are summed to 16 bits first: numbers of up to six bits do not saturate there,
+// and the others take the sign from their factor.
+#pragma once
+
+#include "k_scales.h"
+#include "simd_avx2.h"
+
+namespace thermocline::THERMOCLINE_ISA {
+
+#ifdef THERMOCLINE_VNNI
+constexpr bool kVnni = true;
+#else
+constexpr bool kVnni = false;
+#endif
+
+// What is added to numbers to make them unsigned; 0 where they are used with their sign.
+template <Format F>
+constexpr int kUnsigned = F == kQ8_0 ? (kVnni ? 128 : 0) : offset_of(F);
+
+constexpr int kQuadVecs = 2;
+
+// Two blocks of a row: the first 16 numbers of each, and the second 16.
+struct Quad {
+  __m256i first, second;
+};
+
+static inline __m256i join(__m128i low, __m128i high) {
+  return _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
+}
+static inline __m256i both(const uint8_t* p) { return _mm256_broadcastsi128_si256(load_128(p)); }
+
+// Nibbles of bytes that two parts share: the low ones, then the high ones.
+static inline __m256i low_then_high(const uint8_t* p) {
+  return _mm256_and_si256(_mm256_srlv_epi64(both(p), _mm256_setr_epi64x(0, 0, 4, 4)), _mm256_set1_epi8(15));
+}
+
+// Sixteen where a bit is set: in the first half bit `at`, in the second the next one.
+static inline __m256i sixteens(const uint8_t* p, int at) {
+  const __m256i bits = _mm256_srlv_epi64(both(p), _mm256_setr_epi64x(at, at, at + 1, at + 1));
+  return _mm256_slli_epi16(_mm256_and_si256(bits, _mm256_set1_epi8(1)), 4);
+}
+
+// Blocks b + 2 v and b + 2 v + 1 of a row whose last block is `last`, which is read again in place of those
+// past it.
+template <Format F, int v>
+[[gnu::always_inline]] static inline Quad load_quad_of(const uint8_t* row, int64_t b, int64_t last) {
+  constexpr int kBytes = kFormatInfo[F].block_bytes;
+  if constexpr (!is_k_quant(F)) {
+    const uint8_t* p = row + (b + 2 * v < last ? b + 2 * v : last) * kBytes + 2;
+    const uint8_t* q = row + (b + 2 * v + 1 < last ? b + 2 * v + 1 : last) * kBytes + 2;
+    const __m256i low = join(load_128(p), load_128(q));
+    if constexpr (F == kQ8_0) {
+      const __m256i high = join(load_128(p + 16), load_128(q + 16));
+      const __m256i sign = _mm256_set1_epi8(static_cast<char>(kUnsigned<F>));
+      return {_mm256_xor_si256(low, sign), _mm256_xor_si256(high, sign)};
+    } else {
+      const __m256i mask = _mm256_set1_epi8(15);
+      return {_mm256_and_si256(low, mask), _mm256_and_si256(_mm256_srli_epi16(low, 4), mask)};
+    }
+  } else {
+    (void)last;
+    const uint8_t* block = row + b / 8 * kBytes;
+    const int half = static_cast<int>(b / 4 % 2);
+    if constexpr (F == kQ6_K) {
+      const uint8_t *low = block + half * 64, *two = block + 128 + half * 32;
+      const __m256i four = _mm256_set1_epi8(15), high = _mm256_set1_epi8(0x30);
+      const auto numbers_at = [&](int i) __attribute__((always_inline)) {
+        const __m256i nibbles = _mm256_srli_epi16(join(load_128(low + i), load_128(low + 32 + i)), 4 * v);
+        const __m256i bits = v ? _mm256_srlv_epi64(both(two + i), _mm256_setr_epi64x(0, 0, 2, 2))
+                               : _mm256_sllv_epi64(both(two + i), _mm256_setr_epi64x(4, 4, 2, 2));
+        return _mm256_or_si256(_mm256_and_si256(nibbles, four), _mm256_and_si256(bits, high));
+      };
+      return {numbers_at(0), numbers_at(16)};
+    } else {
+      const uint8_t* p = block + (F == kQ4_K ? 16 : 48) + half * 64 + v * 32;
+      Quad quad{low_then_high(p), low_then_high(p + 16)};
+      if constexpr (F == kQ5_K) {
+        quad.first = _mm256_or_si256(quad.first, sixteens(block + 16, 4 * half + 2 * v));
+        quad.second = _mm256_or_si256(quad.second, sixteens(block + 32, 4 * half + 2 * v));
+      }
+      return quad;
+    }
+  }
+}
+
+// Scales of four blocks of four rows, in lanes block by block: of all numbers of a block or, in Q6_K, of the
+// first 16 and the second 16; and the minima.
+struct QuadScales {
+  Vec first[kQuadVecs], second[kQuadVecs], least[kQuadVecs];
+};
+
+static inline Vec spread_rows(__m128 rows) { return _mm256_broadcast_ps(&rows); }
+
+[[gnu::always_inline]] static inline void floats_of_scales(__m128i bytes, __m128 d, Vec (&to)[kQuadVecs]) {
+  const Vec rows = spread_rows(d);
+  to[0] = mul(rows, _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)));
+  to[1] = mul(rows, _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8))));
+}
+
+template <Format F>
+[[gnu::always_inline]] static inline QuadScales load_scales(const uint8_t* const (&rows)[4], int64_t b,
+                                                            int64_t last) {
+  QuadScales scales{};
+  if constexpr (!is_k_quant(F)) {
+    // The first word of a block of each row.
+    const auto four = [&](int i) __attribute__((always_inline)) {
+      const int64_t at = (b + i < last ? b + i : last) * kFormatInfo[F].block_bytes;
+      const auto word = [&](int r) { return _mm_cvtsi32_si128(load_int(rows[r] + at)); };
+      return _mm_unpacklo_epi32(_mm_unpacklo_epi16(word(0), word(1)), _mm_unpacklo_epi16(word(2), word(3)));
+    };
+    for (int v = 0; v < kQuadVecs; ++v)
+      scales.first[v] = _mm256_cvtph_ps(_mm_unpacklo_epi64(four(2 * v), four(2 * v + 1)));
+  } else {
+    (void)last;
+    const KScales k = k_scales<F>(rows, b);
+    floats_of_scales(k.first, k.d, scales.first);
+    if constexpr (F == kQ6_K) floats_of_scales(k.second, k.d, scales.second);
+    if constexpr (has_minima(F)) floats_of_scales(k.least, k.d_least, scales.least);
+  }
+  return scales;
+}
+
+// Activations of two blocks, as the quads lie; values for a block repeat for four rows.
+struct QuadTokens {
+  __m256i first, second;      // numbers
+  __m256i lift, second_lift;  // what the offset adds to the sums; of the first 16 and the second in Q6_K
+  Vec d, sums;                // scale; scale times sum, for the minima
+};
+
+static inline __m256i spread_blocks(__m128i two) {
+  return _mm256_permutevar8x32_epi32(_mm256_castsi128_si256(two), _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1));
+}
+
+template <Format F>
+[[gnu::always_inline]] static inline QuadTokens load_tokens(const int8_t* q, const float* d,
+                                                            const int16_t* sums) {
+  QuadTokens x;
+  x.first = join(load_128(q), load_128(q + 32));
+  x.second = join(load_128(q + 16), load_128(q + 48));
+  x.d = _mm256_blend_ps(_mm256_broadcast_ss(d), _mm256_broadcast_ss(d + 1), 0xF0);
+  const __m128i halves = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(sums));
+  if constexpr (F == kQ6_K) {
+    x.lift = _mm256_slli_epi32(spread_blocks(_mm_srai_epi32(_mm_slli_epi32(halves, 16), 16)), 5);
+    x.second_lift = _mm256_slli_epi32(spread_blocks(_mm_srai_epi32(halves, 16)), 5);
+  } else if constexpr (has_minima(F)) {
+    const __m256i whole = spread_blocks(_mm_madd_epi16(halves, _mm_set1_epi16(1)));
+    x.sums = mul(x.d, _mm256_cvtepi32_ps(whole));
+  } else if constexpr (kUnsigned<F> != 0) {
+    x.lift = spread_blocks(_mm_madd_epi16(halves, _mm_set1_epi16(kUnsigned<F>)));
+  }
+  return x;
+}
+
+// Sums of four neighbouring products each, of 16 numbers of two blocks.
+#ifdef THERMOCLINE_VNNI
+template <Format F>
+static inline __m256i sums_of(__m256i w, __m256i x, __m256i before) {
+  return _mm256_dpbusd_avx_epi32(before, w, x);
+}
+#else
+template <Format F>
+static inline __m256i pairs_of(__m256i w, __m256i x) {
+  return F == kQ8_0 ? _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w))
+                    : _mm256_maddubs_epi16(w, x);
+}
+static inline __m256i sums_of_pairs(__m256i pairs) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
+#endif
+
+// Of both halves of the blocks; numbers of up to five bits leave room for the sum of two pairs.
+template <Format F>
+static inline __m256i whole_sums(const Quad& w, const QuadTokens& x) {
+#ifdef THERMOCLINE_VNNI
+  return sums_of<F>(w.second, x.second, sums_of<F>(w.first, x.first, _mm256_setzero_si256()));
+#else
+  const __m256i first = pairs_of<F>(w.first, x.first), second = pairs_of<F>(w.second, x.second);
+  if constexpr (F == kQ8_0) return _mm256_add_epi32(sums_of_pairs(first), sums_of_pairs(second));
+  return sums_of_pairs(_mm256_add_epi16(first, second));
+#endif
+}
+
+template <Format F>
+static inline __m256i half_sums(__m256i w, __m256i x) {
+#ifdef THERMOCLINE_VNNI
+  return sums_of<F>(w, x, _mm256_setzero_si256());
+#else
+  return sums_of_pairs(pairs_of<F>(w, x));
+#endif
+}
+
+// Sums of the four integers in each 128 bits of a, b, c and d, which become four neighbours.
+static inline __m256i sum_fours(__m256i a, __m256i b, __m256i c, __m256i d) {
+  const __m256i ab = _mm256_add_epi32(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
+  const __m256i cd = _mm256_add_epi32(_mm256_unpacklo_epi32(c, d), _mm256_unpackhi_epi32(c, d));
+  return _mm256_add_epi32(_mm256_unpacklo_epi64(ab, cd), _mm256_unpackhi_epi64(ab, cd));
+}
+
+// What two blocks of four rows add to the sums: block i of row r to lane 4 i + r.
+template <Format F>
+[[gnu::always_inline]] static inline Vec add_quads(const Quad (&w)[4], const QuadScales& scales, int v,
+                                                   const QuadTokens& x, Vec acc) {
+  const Vec scale = mul(scales.first[v], x.d);
+  if constexpr (F == kQ6_K) {
+    const __m256i one = sum_fours(half_sums<F>(w[0].first, x.first), half_sums<F>(w[1].first, x.first),
+                                  half_sums<F>(w[2].first, x.first), half_sums<F>(w[3].first, x.first));
+    const __m256i two = sum_fours(half_sums<F>(w[0].second, x.second), half_sums<F>(w[1].second, x.second),
+                                  half_sums<F>(w[2].second, x.second), half_sums<F>(w[3].second, x.second));
+    acc = fma(_mm256_cvtepi32_ps(_mm256_sub_epi32(one, x.lift)), scale, acc);
+    return fma(_mm256_cvtepi32_ps(_mm256_sub_epi32(two, x.second_lift)), mul(scales.second[v], x.d), acc);
+  } else {
+    __m256i all = sum_fours(whole_sums<F>(w[0], x), whole_sums<F>(w[1], x), whole_sums<F>(w[2], x),
+                            whole_sums<F>(w[3], x));
+    if constexpr (kUnsigned<F> != 0) all = _mm256_sub_epi32(all, x.lift);
+    acc = fma(_mm256_cvtepi32_ps(all), scale, acc);
+    return has_minima(F) ? _mm256_fnmadd_ps(scales.least[v], x.sums, acc) : acc;
+  }
+}
+
+// The sums of four rows: blocks 0, 4, 8 ... of a row are one sum, 1, 5, 9 ... the next.
+static inline __m128 sum_blocks(const Vec (&acc)[kQuadVecs]) {
+  return _mm_add_ps(fold(acc[0]), fold(acc[1]));
+}
+
+}  // namespace thermocline::THERMOCLINE_ISA
