@@ -66,7 +66,7 @@ static inline FourRows load_rows(const uint8_t* const (&rows)[4], int64_t b, int
       four.low[r] = two_blocks(rows[r] + at[0], rows[r] + at[1]);
       four.high[r] = two_blocks(rows[r] + at[2], rows[r] + at[3]);
     }
-    four.scales = load_scales<kQ8_0>(rows, b, last).first;
+    four.scales = load_scales<kQ8_0>(rows, b, last).first[0];
   }
   return four;
 }
@@ -91,9 +91,9 @@ static inline void score_bytes_tile(const DotJob& job, const uint8_t* first, int
                                     const Ahead& ahead, int64_t row, float (&out)[T][16]) {
   const Tokens& tokens = job.tokens;
   const int64_t blocks = job.columns / kBlock;
-  Vec acc[T][4];
+  Vec acc[T][4][kQuadVecs];
   for (int i = 0; i < T; ++i) {
-    for (int j = 0; j < 4; ++j) acc[i][j] = zero();
+    for (int j = 0; j < 4; ++j) acc[i][j][0] = zero();
   }
   for (int64_t b = 0; b < blocks; b += 4) {
     Vec d[T];
@@ -115,7 +115,7 @@ static inline void score_bytes_tile(const DotJob& job, const uint8_t* first, int
         rows[r] = first + (count == 16 || 4 * j + r < count ? 4 * j + r : count - 1) * job.rows.row_bytes;
       const FourRows four = load_rows(rows, b, blocks - 1, b + 4 <= blocks);
 #pragma GCC unroll 4
-      for (int i = 0; i < T; ++i) acc[i][j] = add_rows(four, q[i], d[i], lift[i], acc[i][j]);
+      for (int i = 0; i < T; ++i) acc[i][j][0] = add_rows(four, q[i], d[i], lift[i], acc[i][j][0]);
     }
   }
   for (int i = 0; i < T; ++i) {
