@@ -199,7 +199,7 @@ def test_missing_and_huge_files_are_refused(tmp_path: Path) -> None:
 def test_another_model_or_activity_is_refused() -> None:
     with pytest.raises(PlanError, match="model"):
         checked(plan(), problem(name="another"))
-    with pytest.raises(PlanError, match="activity"):
+    with pytest.raises(PlanError, match="name its file with --activity"):
         checked(plan(), problem(), activity="b2" * 32)
     with pytest.raises(PlanError, match="activity"):
         checked(plan(), problem(), activity=None)

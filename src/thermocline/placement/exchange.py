@@ -69,13 +69,16 @@ def exchange_all(choices: Choices, pools: list[tuple[Ints, Ints]], path: Path) -
     for _ in range(FULL_EXCHANGES):
         moves = _moves(choices, pool, path)
         vram, ram = choices.limits[0] - path.vram, choices.limits[1] - path.ram
-        total = moves.cost[:, None] + moves.cost[None, :]
-        fits = (moves.vram[:, None] + moves.vram[None, :] <= vram) & (moves.ram[:, None] + moves.ram[None, :] <= ram)
-        total[~fits | (moves.owner[:, None] == moves.owner[None, :])] = np.inf
+        saving = np.flatnonzero(moves.cost < 0)  # one of the two must save
+        if not len(saving):
+            break
+        total = moves.cost[saving, None] + moves.cost
+        fits = (moves.vram[saving, None] + moves.vram <= vram) & (moves.ram[saving, None] + moves.ram <= ram)
+        total[~fits | (moves.owner[saving, None] == moves.owner)] = np.inf
         one, two = np.unravel_index(int(total.argmin()), total.shape)
         if total[one, two] >= -WORTH * path.cost:
             break
-        better = _moved(choices, moves, path, [int(one), int(two)])
+        better = _moved(choices, moves, path, [int(saving[one]), int(two)])
         if better.cost >= path.cost:  # neighbours: their crossings were counted apart
             break
         path = _climb(choices, better, (0.0, 0.0))

@@ -199,7 +199,10 @@ def check_plan(
         )
     if plan.activity != activity:
         raise PlanError(
-            source, "activity", f"is of {(plan.activity or 'none')[:12]}, this activity is {(activity or 'none')[:12]}"
+            source,
+            "activity",
+            f"is of {(plan.activity or 'none')[:12]}, this activity is {(activity or 'none')[:12]}; name its file with "
+            "--activity",
         )
     reasons = []
     if plan.machine != machine:
