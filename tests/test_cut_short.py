@@ -249,7 +249,7 @@ def each_call(
         shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize("name", ["convert over an old one", "profile added", "train-predictor"])
+@pytest.mark.parametrize("name", ["convert over an old one", "profile added"])
 def test_killed_before_a_call(name: str, fresh: Callable[[Command, str], Path], killer: Killer) -> None:
     each_call(COMMANDS[name], fresh, killer, few=4)
 
