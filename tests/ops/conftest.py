@@ -76,12 +76,15 @@ def gpu_ops() -> OnTensors:
     return OnTensors(CudaOps(tf32=False, tuning=Tuning()))
 
 
-CPUS = [f"{isa}-{threads}" for isa in _native.isa_levels() for threads in THREADS]
+LEVELS = _native.isa_levels()
+CPUS = [f"{isa}-2" for isa in LEVELS] + [f"{LEVELS[-1]}-{threads}" for threads in THREADS if threads != 2]
 
 
 @pytest.fixture(params=[*CPUS, "gpu"])
 def ops(request: pytest.FixtureRequest) -> Any:
-    """Every level that this CPU has, with one, two and three threads; and the GPU's kernels."""
+    """Every level that this CPU has, the best one also with one and three threads; and the GPU's kernels.
+
+    `team` holds the others to the same bits with one and three threads."""
     if request.param == "gpu":
         return gpu_ops()
     isa, threads = request.param.split("-")
