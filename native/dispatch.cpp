@@ -16,6 +16,7 @@ namespace {
 struct Level {
   const Kernels* kernels;
   bool available;
+  bool by_name_only = false;  // rounds more than others do, so that one must ask for it
 };
 
 Kernels whole(Kernels kernels, const AttendKernels& attend) {
@@ -97,7 +98,7 @@ std::vector<Level> levels() {
           {&vnni, avx2 && __builtin_cpu_supports("avxvnni")},
           {&with_avx512, avx512},
           {&bf16, has_bf16},
-          {&amx, has_bf16 && tiles.tile && tiles.bf16 && may_use_tiles()}};
+          {&amx, has_bf16 && tiles.tile && tiles.bf16 && may_use_tiles(), true}};
 #else
   return {{&baseline, true}};
 #endif
@@ -119,7 +120,7 @@ const Kernels& kernels_for(const std::string& isa) {
   for (const Level& level : levels()) {
     if (!level.available) continue;
     if (isa == level.kernels->name) return *level.kernels;
-    best = level.kernels;
+    if (!level.by_name_only) best = level.kernels;
     names += (names.empty() ? "" : ", ") + std::string(level.kernels->name);
   }
   if (isa == "auto") return *best;
