@@ -112,47 +112,6 @@ static inline void pack_block(const float* x, float inverse, int8_t* q, int16_t*
   sums[1] = static_cast<int16_t>(_mm256_extract_epi32(one, 4));
 }
 
-struct IntTokens {
-  __m256i q;
-  Vec d;
-};
-struct IntWeights {
-  __m256i q, magnitude;
-  Vec d, least;
-};
-
-static inline IntTokens int_tokens(const int8_t* q, const float* d) {
-  return {load_256(q), _mm256_broadcast_ss(d)};
-}
-
-template <Format F>
-static inline IntWeights int_weights(const Part<F>& at) {
-  IntWeights w;
-  w.q = numbers<F>(at);
-  w.magnitude = _mm256_abs_epi8(w.q);
-  const float d = scale_of(at.block + (F == kQ6_K ? 208 : 0));
-  w.d = splat(d);
-  if constexpr (has_minima(F)) {
-    const ScaleMin s = scale_min(at.block + 4, at.part);
-    w.d = splat(d * static_cast<float>(s.scale));
-    w.least = splat(scale_of(at.block + 2) * static_cast<float>(s.least));
-  }
-  if constexpr (F == kQ6_K) {
-    const auto* s = reinterpret_cast<const int8_t*>(at.block + 192 + 2 * at.part);
-    const __m128 first = _mm_set1_ps(d * s[0]), second = _mm_set1_ps(d * s[1]);
-    w.d = _mm256_insertf128_ps(_mm256_castps128_ps256(first), second, 1);
-  }
-  return w;
-}
-
-// |w| (at most 128) times x with w's sign (at most 127): a pair of products stays below 2^15, so that
-// nothing saturates.
-template <Format F>
-static inline Vec int_dot(const IntWeights& w, const IntTokens& x) {
-  const __m256i pairs = _mm256_maddubs_epi16(w.magnitude, _mm256_sign_epi8(x.q, w.q));
-  return _mm256_cvtepi32_ps(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-}
-
 static inline Vec floats_of_bytes(__m128i bytes) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)); }
 
 // The 32 numbers of a part as floats, without its scale.
