@@ -53,7 +53,9 @@ TEMPLATE = (
 )
 
 
-def write_tiny(path: Path, *, architecture: str = "arcee", chat: bool = True, n_ctx: int = CONTEXT) -> Path:
+def write_tiny(
+    path: Path, *, architecture: str = "arcee", chat: bool = True, n_ctx: int = CONTEXT, heads: int = HEADS
+) -> Path:
     """A random network (ReLU² without gate, or SwiGLU for `llama`) whose tokens are bytes, as GGUF."""
     random = np.random.default_rng(5)
     gated = architecture == "llama"
@@ -63,12 +65,12 @@ def write_tiny(path: Path, *, architecture: str = "arcee", chat: bool = True, n_
             return from_float(name, np.ones((1, columns), np.float32), F32)
         return from_float(name, random.normal(0, 0.3, (rows, columns)).astype(np.float32), Q8_0)
 
-    head = WIDTH // HEADS
+    head, kv_heads = WIDTH // heads, heads * KV_HEADS // HEADS
     weights = [weight("token_embd.weight", len(PIECES), WIDTH)]
     for i in range(LAYERS):
         shapes = {
-            "attn_norm": (1, WIDTH), "attn_q": (WIDTH, WIDTH), "attn_k": (KV_HEADS * head, WIDTH),
-            "attn_v": (KV_HEADS * head, WIDTH), "attn_output": (WIDTH, WIDTH), "ffn_norm": (1, WIDTH),
+            "attn_norm": (1, WIDTH), "attn_q": (WIDTH, WIDTH), "attn_k": (kv_heads * head, WIDTH),
+            "attn_v": (kv_heads * head, WIDTH), "attn_output": (WIDTH, WIDTH), "ffn_norm": (1, WIDTH),
             **({"ffn_gate": (NEURONS, WIDTH)} if gated else {}),
             "ffn_up": (NEURONS, WIDTH), "ffn_down": (WIDTH, NEURONS),
         }  # fmt: skip
@@ -80,8 +82,8 @@ def write_tiny(path: Path, *, architecture: str = "arcee", chat: bool = True, n_
         f"{architecture}.block_count": LAYERS,
         f"{architecture}.embedding_length": WIDTH,
         f"{architecture}.feed_forward_length": NEURONS,
-        f"{architecture}.attention.head_count": HEADS,
-        f"{architecture}.attention.head_count_kv": KV_HEADS,
+        f"{architecture}.attention.head_count": heads,
+        f"{architecture}.attention.head_count_kv": kv_heads,
         f"{architecture}.attention.layer_norm_rms_epsilon": 1e-5,
         f"{architecture}.rope.dimension_count": head,
         f"{architecture}.rope.freq_base": 10000.0,
@@ -129,6 +131,12 @@ def agree() -> Callable[..., None]:
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A ReLU² model with a chat template."""
     return write_tiny(tmp_path_factory.mktemp("tiny") / "tiny.gguf")
+
+
+@pytest.fixture(scope="session")
+def tiny_wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with heads of 32 elements, a whole block of Q8_0."""
+    return write_tiny(tmp_path_factory.mktemp("tiny") / "wide.gguf", heads=2)
 
 
 @pytest.fixture(scope="session")

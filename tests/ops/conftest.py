@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from thermocline import _native
-from thermocline.files.formats import BF16, F32, BlockFormat
+from thermocline.files.formats import BF16, F32, Q8_0, BlockFormat
 from thermocline.files.quantize import quantize
 from thermocline.files.weight import Weight
 from thermocline.ops.contract import ActiveSet, KVLayer, NeuronBlock
@@ -28,6 +28,19 @@ THREADS = (1, 2, 3)
 @cache
 def cpu_ops(isa: str, threads: int) -> CpuOps:
     return CpuOps(threads, isa)
+
+
+def apart(cache: Any) -> Any:
+    """A cache in Q8_0, blocks as in a file, as the device has it: the numbers of all, then the scales of all."""
+    blocks = cache.reshape(-1, Q8_0.block_bytes)
+    return np.concatenate([blocks[:, 2:].ravel(), blocks[:, :2].ravel()]).reshape(cache.shape)
+
+
+def together(cache: Any) -> Any:
+    """The contrary of `apart`."""
+    blocks = cache.size // Q8_0.block_bytes
+    numbers, scales = np.split(cache.ravel(), [blocks * Q8_0.block])
+    return np.concatenate([scales.reshape(blocks, -1), numbers.reshape(blocks, -1)], axis=1).reshape(cache.shape)
 
 
 class OnTensors:
@@ -45,6 +58,13 @@ class OnTensors:
 
     def _call(self, op: Callable[..., Any], args: tuple[Any, ...], named: dict[str, Any]) -> Any:
         pairs: list[tuple[Any, torch.Tensor]] = []
+        caches: list[tuple[Any, torch.Tensor]] = []
+
+        def cached(array: Any) -> Any:
+            if array.dtype != np.uint8:
+                return sent(array)
+            caches.append((array, torch.from_numpy(apart(array)).to(self.ops.device)))
+            return caches[-1][1]
 
         def sent(value: Any) -> Any:
             match value:
@@ -52,7 +72,7 @@ class OnTensors:
                     pairs.append((value, torch.from_numpy(value).to(self.ops.device)))
                     return pairs[-1][1]
                 case KVLayer():
-                    return KVLayer(sent(value.keys), sent(value.values))
+                    return KVLayer(cached(value.keys), cached(value.values))
                 case NeuronBlock():
                     return replace(value, up_bias=sent(value.up_bias), rows=sent(value.rows))
                 case ActiveSet():
@@ -65,6 +85,8 @@ class OnTensors:
         for array, tensor in pairs:
             if tensor.data_ptr() != array.ctypes.data:
                 array[...] = tensor.cpu().numpy()
+        for array, tensor in caches:
+            array[...] = together(tensor.cpu().numpy())
         if isinstance(result, ActiveSet):
             return ActiveSet(args[-1][: len(result.indices)])
         return result

@@ -19,7 +19,7 @@ from thermocline.files.weight import Weight
 from thermocline.ops.contract import Activation, ActiveSet, FfnKind, KVLayer, NeuronBlock
 from thermocline.ops.cuda import ahead
 from thermocline.ops.cuda.kernels import KERNELS
-from thermocline.ops.cuda.layout import Kind
+from thermocline.ops.cuda.layout import Kind, cached
 from thermocline.ops.cuda.ops import CudaOps
 from thermocline.ops.cuda.scratch import Scratch
 from thermocline.ops.cuda.sizes import part_of
@@ -63,6 +63,9 @@ def test_every_variant_of_every_kernel_compiles() -> None:
                 "16" in row["loads"] or kinds == {Kind.Q6_K} or kinds <= {Kind.FLOAT, Kind.BF16, Kind.Q8_0, Kind.Q4_0}
             )
             assert not kinds & {Kind.Q4_K, Kind.Q5_K, Kind.Q6_K} or row["loads"].get("1", 0) <= 4 * 96, row
+        if row["kernel"] == "attend":
+            assert "16" in row["loads"], row
+            assert "1" not in row["loads"], row
         if row["kernel"] in ("matvec", "matvec_three", "gate_up", "add_rows"):
             plain = set(row["kinds"]) <= {Kind.FLOAT, Kind.Q8_0, Kind.Q4_0, Kind.BF16}
             # 16 bytes at once where rows are aligned, and nothing byte by byte but a few scales of K-quants.
@@ -144,6 +147,40 @@ def test_prompts_read_a_half_cache_where_it_lies(
         assert np.abs(got - expected).max() > 0
 
 
+@pytest.mark.parametrize(("start", "window", "mixed"), [(1, 0, False), (11, 6, False), (7, 0, True)])
+def test_prompts_make_floats_of_a_cache_in_q8_0(
+    start: int, window: int, mixed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Float16 where products are in TF32; at once and by pieces, what is held being bounded."""
+    tokens, context, heads, kv_heads, dim = 17, 40, 4, 2, 64
+    rng = np.random.default_rng(start)
+    k, v = (rng.standard_normal((start + tokens, kv_heads, dim)).astype(np.float32) for _ in range(2))
+    q = rng.standard_normal((start + tokens, heads, dim)).astype(np.float32)
+    width = Q8_0.row_bytes(dim)
+    values = np.zeros((kv_heads, context, dim), np.float16) if mixed else np.zeros((kv_heads, context, width), np.uint8)
+    expected_cache = KVLayer(np.zeros((kv_heads, context, width), np.uint8), values.copy())
+    expected, reference = np.zeros_like(q), ReferenceOps()
+    for now in (slice(0, start), slice(start, start + tokens)):
+        reference.attention(q[now], k[now], v[now], expected_cache, now.start, dim**-0.5, window, expected[now])
+    largest = 1.01 * max(np.abs(k).max(), np.abs(v).max())
+    score = dim**-0.5 * np.abs(q).sum(axis=2).max() * largest
+    for tf32, rounding in ((True, 2.0**-11), (False, 2.0**-24 * (dim + 40))):
+        ops = CudaOps(tf32=tf32)
+        there = [torch.from_numpy(array).to(ops.device) for array in (q, k, v)]
+        for most in (1 << 25, 1 << 13):
+            monkeypatch.setattr("thermocline.ops.cuda.attention.ATTENDED", most)
+            cache = KVLayer(
+                *(torch.from_numpy(a.copy()).to(ops.device) for a in (np.zeros_like(expected_cache.keys), values))
+            )
+            out = ops.array(q.shape)
+            for now in (slice(0, start), slice(start, start + tokens)):
+                ops.attention(*(x[now] for x in there), cache, now.start, dim**-0.5, window, out[now])
+            off = np.abs(out.cpu().numpy() - expected)[start:].max()
+            # As of half caches; a product of a number and its scale is rounded too.
+            assert 0 < off <= (6 * score + 6) * rounding * largest
+            assert ops.scratch.nbytes <= max(8 * 40 * dim * 8, 6 * most)
+
+
 def sparse_file(tmp_path: Path, size: int) -> np.ndarray:
     """Zeros that take no room on disk nor in memory until they are written."""
     path = tmp_path / "large"
@@ -181,6 +218,19 @@ class TestBeyond32Bits:
         ops.attention(q, k, k, cache, 0, 1.0, 0, out)
         assert torch.equal(out, k)
         assert torch.equal(cache.keys[1, 0].float(), k[0, 1])
+
+    def test_a_long_cache_in_q8_0(self, ops: CudaOps, tmp_path: Path) -> None:
+        """The second head's numbers, and all scales, lie beyond 2^31."""
+        dim, context = 32, BEYOND // 32
+        size = 2 * context * Q8_0.row_bytes(dim)
+        room = torch.from_numpy(sparse_file(tmp_path, size)).view(2, context, Q8_0.row_bytes(dim))
+        q, k = torch.ones((1, 2, dim)), torch.arange(2 * dim, dtype=torch.float32).reshape(1, 2, dim)
+        out = ops.array((1, 2, dim))
+        ops.attention(q, k, k, KVLayer(room, room), 0, 1.0, 0, out)
+        assert (out - k).abs().max() <= 63 / 254 + 0.04
+        numbers, scales = cached(room, dim)
+        assert numbers[1, 0, -1] == 127
+        assert scales[1, 0, 0] == torch.tensor(63 / 127).half()
 
 
 @pytest.mark.parametrize("fmt", [F16, Q8_0, Q4_0, Q4_K], ids=lambda f: f.name)

@@ -25,10 +25,12 @@ from thermocline.model.network import Outputs, Segment, Transformer
 from thermocline.ops.cpu import CpuOps
 from thermocline.ops.cuda.beside import CudaDevice
 from thermocline.ops.cuda.crossing import choose
+from thermocline.ops.cuda.layout import cached as parts_of
 from thermocline.ops.cuda.ops import CudaOps
 from thermocline.ops.cuda.streams import Streams
 from thermocline.ops.device import Host
 from thermocline.ops.handover import Fault
+from thermocline.placement.ledger import Purpose
 from thermocline.placement.seats import LayerSeat, Seating
 from thermocline.runtime.captured import CapturedStep
 
@@ -38,6 +40,7 @@ interpreted = pytest.mark.skipif(not INTERPRETED, reason="a fake GPU needs inter
 WAY = CrossingKind.PLAIN if INTERPRETED else CrossingKind.MEMORY
 BUDGET = "10MiB" if INTERPRETED else "3GiB"
 PROMPT, STEPS = [5, 9, 2, 7], [4, 1, 8]
+HERE, THERE = LayerSeat(RAM, 0, 96), LayerSeat(VRAM, 96, 96)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -60,11 +63,13 @@ def load_source(
     return load_seats(source, Seating(entry, VRAM, tuple(LayerSeat(VRAM, depth, 96) for depth in hot)), predictor)
 
 
-def load_seats(source: Any, seats: Seating, predictor: Predictor | None = None) -> tuple[Transformer, KVCache]:
+def load_seats(
+    source: Any, seats: Seating, predictor: Predictor | None = None, cached: CacheType = CacheType.F16
+) -> tuple[Transformer, KVCache]:
     mode = Mode.AUTO if predictor is None else Mode.PREDICTED
     memory = Memory({VRAM: CudaDevice(CudaOps(tf32=False)), RAM: Host(CpuOps(1))}, {VRAM: 1 << 30})
     transformer, _ = load_transformer(source, memory, seats=seats, n_ctx=32, mode=mode, predictor=predictor)
-    cache = KVCache(transformer.spec, [layer.device.ops for layer in transformer.layers], 32, CacheType.F16)
+    cache = KVCache(transformer.spec, [layer.device.ops for layer in transformer.layers], 32, cached, cached)
     prompt = np.array(PROMPT, np.int32)
     transformer.step(prompt, (Segment(cache, 0, len(prompt)),), transformer.workspace(len(prompt)), Outputs.NONE)
     return transformer, cache
@@ -94,6 +99,28 @@ def test_a_recorded_step_is_the_plain_step(tiny_model: Any, hot: tuple[int, ...]
     assert cache.length == len(PROMPT) + len(STEPS)
 
 
+def test_a_cache_in_q8_0_is_each_layers_on_its_own_device(make_opt: Callable[[], Any]) -> None:
+    """Of the same keys and values each device makes the same bytes, in its own order; and steps answer alike."""
+    answers = []
+    for seats in ((HERE, THERE), (THERE, HERE), (THERE, THERE)):
+        transformer, cache = load_seats(make_opt(), Seating(RAM, VRAM, seats), cached=CacheType.Q8_0)
+        expected = plainly(transformer, cache)
+        step = CapturedStep(transformer, cache)
+        for token, wanted in zip(STEPS, expected, strict=True):
+            logits, _, _ = step.run(token, cache.length)
+            np.testing.assert_allclose(logits, wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max())
+        keys = cache.layers[0].keys
+        numbers, scales = (
+            parts_of(keys, 32) if seats[0] is THERE else (keys[..., 2:].view(np.int8), keys[..., :2].copy())
+        )
+        first = [np.asarray(numbers)[:, : len(PROMPT)], np.asarray(scales).view(np.float16)[:, : len(PROMPT)]]
+        answers.append((expected[0], *first))
+    for logits, numbers, scales in answers[1:]:
+        assert np.abs(numbers.astype(int) - answers[0][1]).max() <= 1
+        np.testing.assert_allclose(scales, answers[0][2], rtol=2.0**-10)
+        assert np.abs(logits - answers[0][0]).max() <= 0.02 * np.abs(logits).max()
+
+
 @pytest.mark.parametrize("hot", [(32, 64), (96, 0)])
 def test_each_side_computes_what_is_predicted_of_its_own_neurons(tiny_model: Any, oracle: Any, hot: Any) -> None:
     with open_model(tiny_model) as source:
@@ -106,9 +133,6 @@ def test_each_side_computes_what_is_predicted_of_its_own_neurons(tiny_model: Any
     np.testing.assert_allclose(logits, wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max())
     assert (there.fired, here.fired) == tuple(count.fired for count in counts)
     assert there.up_rows + here.up_rows == there.fired + here.fired
-
-
-HERE, THERE = LayerSeat(RAM, 0, 96), LayerSeat(VRAM, 96, 96)
 
 
 @pytest.mark.parametrize("homes", [(HERE, THERE), (THERE, HERE), (HERE, HERE), (HERE, LayerSeat(VRAM, 32, 96))])
@@ -418,12 +442,19 @@ def test_ways_to_cross_are_probed_in_order(tiny_model: Any, monkeypatch: pytest.
                 CapturedStep(transformer, cache, way=CrossingKind.MEMORY)
 
 
-def test_a_model_runs_with_device_cuda_as_it_does_on_the_cpu(tiny_model: Any, agree: Callable[..., None]) -> None:
+@pytest.mark.parametrize("cached", [CacheType.F16, CacheType.Q8_0])
+def test_a_model_runs_with_device_cuda_as_it_does_on_the_cpu(
+    tiny_wide: Any, agree: Callable[..., None], cached: CacheType
+) -> None:
     """From the file to the logits: a plan under a budget, loading into it, and a captured step for every token."""
     rows = {}
+    settings: dict[str, Any] = {"ctx_size": 32, "threads": 1, "cache_type_k": cached, "cache_type_v": cached}
     for device in ("cpu", "cuda"):
         budget = BUDGET if device == "cuda" else None
-        with LLM.load(tiny_model, ctx_size=32, threads=1, device=device, vram_budget=budget) as llm:
+        with LLM.load(tiny_wide, **settings, device=device, vram_budget=budget) as llm:
+            if device == "cuda":
+                kept = llm._loaded.placing.memory.ledger.used(VRAM, Purpose.KV)
+                assert kept == 2 * 32 * 2 * {CacheType.F16: 64, CacheType.Q8_0: 34}[cached]
             assert not any("plain way" in notice for notice in llm.notices)
             engine = llm._loaded.engine
             ticket = engine.begin()

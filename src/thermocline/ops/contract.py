@@ -102,7 +102,8 @@ class FfnWork(NamedTuple):
 class KVLayer:
     """Cached keys and values of one layer and sequence: (n_head_kv, n_ctx, head_dim), float16 or float32.
 
-    Or Q8_0 where the implementation has it: uint8 (n_head_kv, n_ctx, bytes of head_dim elements), whole blocks only.
+    Or Q8_0: uint8 (n_head_kv, n_ctx, bytes of head_dim elements), whole blocks only. What lies where in these bytes is
+    the implementation's own affair.
     """
 
     keys: Array

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from thermocline.activity.predictor import MOST_TOKENS
-from thermocline.config import CacheType, DeviceKind, LoadSettings, Mode
+from thermocline.config import DeviceKind, LoadSettings, Mode
 from thermocline.errors import BudgetError, OutputError, UsageError
 from thermocline.files.source import ModelSource
 from thermocline.hardware.cores import find_cores
@@ -145,7 +145,6 @@ def load_model(
             movable=movable,
             sent_from=() if movable is not None else placing.sent_from,
         )
-        _check_cache_types(transformer, settings)
         notices = [*notices, *_sent_notices(transformer)]
         if tell is not None and placing.below.store is not None:
             tell("reading the hottest neurons")
@@ -247,22 +246,6 @@ def _watch(source: ModelSource, spec: ModelSpec, mode: Mode, settings: LoadSetti
     if path is not None:
         require_addable(path, source.fingerprint, spec.name)
     return Watch(FiringCounts(spec.n_layer, spec.n_ff), None, path)
-
-
-def _check_cache_types(transformer: Transformer, settings: LoadSettings) -> None:
-    """Refuse a format of the KV cache that the kernels of a layer's device cannot read.
-
-    Raises:
-        UsageError: there is one.
-    """
-    if CacheType.Q8_0 not in (settings.cache_type_k, settings.cache_type_v):
-        return
-    names = {layer.device.ops.name for layer in transformer.layers if layer.device.ops.name.startswith("cuda")}
-    if names:
-        raise UsageError(
-            f"a KV cache in {CacheType.Q8_0} is for the CPU only, and layers are on {', '.join(sorted(names))};"
-            f" use {CacheType.F16} or {CacheType.F32}, or --device cpu"
-        )
 
 
 def _planned_context(spec: ModelSpec, settings: LoadSettings, plan: Plan) -> list[str]:

@@ -77,11 +77,11 @@ def _vectors(ops: CudaOps) -> None:
 
 def _attention(ops: CudaOps, kv_heads: int, dim: int) -> None:
     q, k = ops.array((1, HEADS, dim)), ops.array((1, kv_heads, dim))
-    for dtype in ("float16", "float32"):
-        cache = KVLayer(*(ops.array((kv_heads, CONTEXT, dim), dtype) for _ in range(2)))
+    many, more = ops.array((9, HEADS, dim)), ops.array((9, kv_heads, dim))
+    for dtype, width in (("float16", dim), ("float32", dim), ("uint8", Q8_0.row_bytes(dim))):
+        cache = KVLayer(*(ops.array((kv_heads, CONTEXT, width), dtype) for _ in range(2)))
         ops.attention(q, k, k, cache, ops.array((1,), "int32"), 0.1, 0, q)
-    many, k = ops.array((9, HEADS, dim)), ops.array((9, kv_heads, dim))
-    ops.attention(many, k, k, cache, 0, 0.1, 0, many)
+        ops.attention(many, more, more, cache, 0, 0.1, 0, many)
 
 
 def _matrices(ops: CudaOps, fmt: BlockFormat) -> None:

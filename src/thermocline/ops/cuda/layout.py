@@ -2,7 +2,8 @@
 
 A block of Q8_0 or Q4_0 holds its scale beside its numbers: 34 or 18 bytes, which no vector load fits. So in every row
 the numbers of all blocks come first and their scales after them. Rows keep their length, floats and K-quants stay as
-they are.
+they are. A KV cache in Q8_0 has the numbers of all rows first: rows of 34 bytes for every 32 elements would end where
+no vector load begins.
 """
 
 from __future__ import annotations
@@ -91,6 +92,20 @@ def arranged(raw: Tensor, fmt: BlockFormat, columns: int) -> DeviceMatrix:
     if split:
         scales = _viewed(raw, torch.float16)[:, columns // fmt.block * (fmt.block_bytes - 2) // 2 :]
     return DeviceMatrix(fmt, rows, columns, _viewed(raw, dtype), scales)
+
+
+def cached(array: Tensor, dim: int) -> tuple[Tensor, Tensor | None]:
+    """Keys or values (heads, context, `dim`) of a cache as its rows lie, and the scales of their blocks, if apart.
+
+    An array of uint8 is whole, not cut from another: it begins with all numbers and ends with all scales, of which each
+    row has one for every block.
+    """
+    if array.dtype is not torch.uint8:
+        return array, None
+    heads, context, _ = array.shape
+    flat, size = array.view(-1), heads * context * dim
+    scales = flat[size:].view(torch.float16).view(heads, context, dim // Q8_0.block)
+    return flat[:size].view(torch.int8).view(heads, context, dim), scales
 
 
 def _viewed(raw: Tensor, dtype: torch.dtype) -> Tensor:

@@ -327,7 +327,8 @@ class CudaOps:
     ) -> None:
         """See the contract. For one token, `start` may be an int32 tensor (1) of the device, which a replay reads anew.
 
-        Keys and values of a head are rows that lie anywhere; their elements are neighbours.
+        Keys and values of a head are rows that lie anywhere; their elements are neighbours. A cache in Q8_0 is whole
+        arrays, in which numbers and scales lie as `layout.cached` says, and queries meet its keys as they are.
         """
         attending.attention(self, q, k, v, cache, start, float(scale), window, out)
 

@@ -2,10 +2,14 @@
 
 Source of the split: Flash-Decoding (Dao et al., 2023). A part keeps the largest score, the sum of the weights and
 the weighted sum of values; the parts are combined in order.
+
+A cache is floats, or the signed bytes of Q8_0 with the scales of their blocks apart (`layout.cached`): the scales of
+the row that begins at an element are those from a thirty-second of its number on.
 """
 
 from __future__ import annotations
 
+import triton
 import triton.language as tl
 
 from thermocline.ops.cuda.kernels.registry import kernel
@@ -13,26 +17,65 @@ from thermocline.ops.cuda.kernels.registry import kernel
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,attr-defined"
 
 
+@triton.jit
+def write_rows(cache, scales, at, ok, value, head_dim, ROWS: tl.constexpr, DIM: tl.constexpr):
+    """Write `value` (ROWS, DIM) float32 as the cache's rows from the elements `at` (ROWS) on, where `ok` (ROWS).
+
+    What Q8_0 makes of a block of 32 is what `files.quantize` makes of it, to the bit.
+    """
+    dim = tl.arange(0, DIM)
+    cells = ok[:, None] & (dim < head_dim)[None]
+    if scales is None:
+        tl.store(cache + at[:, None] + dim[None], value.to(cache.dtype.element_ty), mask=cells)
+    else:
+        size = tl.reshape(tl.abs(value), (ROWS, DIM // 32, 32))
+        scale = tl.div_rn(tl.max(size, axis=2), 127.0)
+        finite = scale > 2.938735877055719e-39  # 2^-128, whose reciprocal is beyond float32
+        inverse = tl.where(finite, tl.div_rn(1.0, tl.where(finite, scale, 1.0)), 0.0)
+        size *= inverse[:, :, None]
+        whole = tl.floor(size)
+        number = tl.reshape(tl.where(size >= whole + 0.5, whole + 1.0, whole), (ROWS, DIM))
+        tl.store(cache + at[:, None] + dim[None], tl.where(value < 0, -number, number).to(tl.int8), mask=cells)
+        block = tl.arange(0, DIM // 32)
+        there = scales + (at // 32)[:, None] + block[None]
+        tl.store(there, scale.to(tl.float16), mask=ok[:, None] & (block * 32 < head_dim)[None])
+
+
+@triton.jit
+def read_rows(cache, scales, at, ok, head_dim, ROWS: tl.constexpr, DIM: tl.constexpr):
+    """The cache's rows (ROWS, DIM) float32 from the elements `at` (ROWS) on; 0 where not `ok` (ROWS)."""
+    dim = tl.arange(0, DIM)
+    cells = ok[:, None] & (dim < head_dim)[None]
+    value = tl.load(cache + at[:, None] + dim[None], mask=cells, other=0.0).to(tl.float32)
+    if scales is not None:
+        block = tl.arange(0, DIM // 32)
+        there = scales + (at // 32)[:, None] + block[None]
+        scale = tl.load(there, mask=ok[:, None] & (block * 32 < head_dim)[None], other=0.0).to(tl.float32)
+        value = tl.reshape(tl.reshape(value, (ROWS, DIM // 32, 32)) * scale[:, :, None], (ROWS, DIM))
+    return value
+
+
 @kernel
 def store_kv(
-    k, v, keys, values, position, tokens, kv_heads, head_dim,
+    k, v, keys, key_scales, values, value_scales, position, tokens, kv_heads, head_dim,
     key_head, key_row, value_head, value_row, HEADS: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
     """Write k and v (T, kv_heads, head_dim) into the caches from `position` on."""
     token = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None].to(tl.int64)
-    dim = tl.arange(0, DIM)[None]
-    ok = (head < kv_heads) & (dim < head_dim)
-    at = token * kv_heads * head_dim + head * head_dim + dim
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS).to(tl.int64)
+    dim = tl.arange(0, DIM)
+    ok = head < kv_heads
+    cells = ok[:, None] & (dim < head_dim)[None]
+    at = token * kv_heads * head_dim + head[:, None] * head_dim + dim[None]
     row = tl.load(position).to(tl.int64) + token
-    key, value = tl.load(k + at, mask=ok, other=0.0), tl.load(v + at, mask=ok, other=0.0)
-    tl.store(keys + head * key_head + row * key_row + dim, key.to(keys.dtype.element_ty), mask=ok)
-    tl.store(values + head * value_head + row * value_row + dim, value.to(values.dtype.element_ty), mask=ok)
+    key, value = tl.load(k + at, mask=cells, other=0.0), tl.load(v + at, mask=cells, other=0.0)
+    write_rows(keys, key_scales, head * key_head + row * key_row, ok, key, head_dim, HEADS, DIM)
+    write_rows(values, value_scales, head * value_head + row * value_row, ok, value, head_dim, HEADS, DIM)
 
 
 @kernel
 def attend(
-    q, k, v, keys, values, position, scale, window, parts, group, head_dim,
+    q, k, v, keys, key_scales, values, value_scales, position, scale, window, parts, group, head_dim,
     key_head, key_row, value_head, value_row, partial, peaks, sums,
     GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
@@ -44,13 +87,12 @@ def attend(
     kv_head, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     last = tl.load(position).to(tl.int64)
     if part == last // PART:
-        at = tl.arange(0, DIM)
+        at = tl.arange(0, DIM)[None]
         own = kv_head * head_dim + at
+        here, only = last + tl.arange(0, 1), tl.arange(0, 1) == 0
         key, value = tl.load(k + own, mask=at < head_dim, other=0.0), tl.load(v + own, mask=at < head_dim, other=0.0)
-        there = keys + kv_head * key_head + last * key_row + at
-        tl.store(there, key.to(keys.dtype.element_ty), mask=at < head_dim)
-        there = values + kv_head * value_head + last * value_row + at
-        tl.store(there, value.to(values.dtype.element_ty), mask=at < head_dim)
+        write_rows(keys, key_scales, kv_head * key_head + here * key_row, only, key, head_dim, 1, DIM)
+        write_rows(values, value_scales, kv_head * value_head + here * value_row, only, value, head_dim, 1, DIM)
         tl.debug_barrier()  # other threads of this program read what was written
     first = last * 0
     if window > 0:
@@ -67,17 +109,16 @@ def attend(
         for start in range(begin, end, BLOCK):
             at = start + tl.arange(0, BLOCK)
             seen = (at >= first) & (at < end)
-            cells = seen[:, None] & (dim < head_dim)[None]
-            row = at.to(tl.int64)[:, None]
-            cached = tl.load(keys + kv_head * key_head + row * key_row + dim[None], mask=cells, other=0.0)
-            score = tl.sum(query[:, None, :] * cached.to(tl.float32)[None], axis=2)
+            row = at.to(tl.int64)
+            cached = read_rows(keys, key_scales, kv_head * key_head + row * key_row, seen, head_dim, BLOCK, DIM)
+            score = tl.sum(query[:, None, :] * cached[None], axis=2)
             score = tl.where(seen[None], score, float("-inf"))
             higher = tl.maximum(peak, tl.max(score, axis=1))
             base = tl.where(higher == float("-inf"), 0.0, higher)
             weight = tl.exp(score - base[:, None])
             fade = tl.exp(peak - base)
-            cached = tl.load(values + kv_head * value_head + row * value_row + dim[None], mask=cells, other=0.0)
-            acc = acc * fade[:, None] + tl.sum(weight[:, :, None] * cached.to(tl.float32)[None], axis=1)
+            cached = read_rows(values, value_scales, kv_head * value_head + row * value_row, seen, head_dim, BLOCK, DIM)
+            acc = acc * fade[:, None] + tl.sum(weight[:, :, None] * cached[None], axis=1)
             total = total * fade + tl.sum(weight, axis=1)
             peak = higher
     if begin <= last:  # nobody reads what comes after
