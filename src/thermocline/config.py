@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from numbers import Integral, Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from thermocline.errors import SamplingError, UsageError, printable
 
@@ -99,7 +99,7 @@ class LoadSettings:
     mlock: bool = False
     """Keep the weights in memory: the system may neither swap them out nor drop them."""
     device: DeviceKind = DeviceKind.AUTO
-    """What computes beside the CPU: auto, cpu (nothing), emulated or cuda."""
+    """What computes beside the CPU: auto, cpu (nothing), emulated, cuda, or cuda:1 for the GPU of that number."""
     gpu: str | None = None
     """Which GPU, where there are several: its number, its UUID or a part of its name; without, the first."""
     crossing: CrossingKind = CrossingKind.AUTO
@@ -125,13 +125,13 @@ class LoadSettings:
 
     def __post_init__(self) -> None:
         _check_numbers(self, LoadSettings, UsageError)
-        if isinstance(self.device, str) and self.device.startswith("cuda:") and self.gpu is None:
-            object.__setattr__(self, "gpu", self.device.removeprefix("cuda:"))
-            object.__setattr__(self, "device", DeviceKind.CUDA)
+        device, gpu = device_and_gpu(self.device, self.gpu)
+        object.__setattr__(self, "device", device)
+        object.__setattr__(self, "gpu", gpu)
         members = {"cache_type_k": CacheType, "cache_type_v": CacheType, "mode": Mode, "ops": OpsKind}
         for name, kind in (members | {"device": DeviceKind, "crossing": CrossingKind}).items():
             value = getattr(self, name)
-            _check(value in list(kind), name, value, ", ".join(kind))
+            _check(value in list(kind), name, printable(str(value)), ", ".join(kind) + NUMBERED * (name == "device"))
             object.__setattr__(self, name, kind(value))  # strings are welcome, members are what is kept
         self._check_predictor()
         self._check_placement()
@@ -152,10 +152,8 @@ class LoadSettings:
                 object.__setattr__(self, name, str(budget))
         if self.device is DeviceKind.CPU and self.vram_budget is not None:
             raise UsageError("--device cpu has no VRAM: leave --vram-budget out, or use --device emulated")
-        if self.gpu is not None:
-            _check(isinstance(self.gpu, str) and self.gpu.strip() != "", "gpu", printable(repr(self.gpu)), "a GPU")
-            if self.device is not DeviceKind.CUDA:
-                raise UsageError("--gpu chooses one of several: leave it out, or use --device cuda")
+        if self.gpu is not None and self.device is not DeviceKind.CUDA:
+            raise UsageError("--gpu chooses one of several: leave it out, or use --device cuda")
         if self.crossing is not CrossingKind.AUTO and self.device is not DeviceKind.CUDA:
             raise UsageError("--crossing is of a GPU's step: leave it out, or use --device cuda")
         if self.ops is OpsKind.REFERENCE and self.device is DeviceKind.CUDA:
@@ -300,16 +298,24 @@ class TrainSettings:
     outtype: PredictorType = PredictorType.Q8_0
     """Number format of the predictor; thresholds are set and qualities measured in it."""
     train_on: TrainDevice = TrainDevice.AUTO
-    """What trains: auto takes a GPU where there is one."""
+    """What trains: auto takes a GPU where there is one; cpu, cuda, or cuda:1 for the GPU of that number."""
+    train_gpu: str | None = None
+    """Which GPU trains, where there are several: as --gpu, which must then be the same."""
     seed: int = 1
     """Seed of everything that is drawn."""
 
     def __post_init__(self) -> None:
         _check_numbers(self, TrainSettings, UsageError)
+        device, gpu = device_and_gpu(self.train_on, self.train_gpu, "train-on", "train-gpu")
+        object.__setattr__(self, "train_on", device)
+        object.__setattr__(self, "train_gpu", gpu)
         for name, kind in (("outtype", PredictorType), ("train_on", TrainDevice)):
             value = getattr(self, name)
-            _check(value in list(kind), name, value, ", ".join(kind))
+            allowed = ", ".join(kind) + NUMBERED * (kind is TrainDevice)
+            _check(value in list(kind), name.replace("_", "-"), printable(str(value)), allowed)
             object.__setattr__(self, name, kind(value))
+        if self.train_gpu is not None and self.train_on is TrainDevice.CPU:
+            raise UsageError("--train-gpu chooses one of several GPUs: leave it out, or use --train-on cuda")
         _check(0 <= self.tokens <= 1 << 40, "tokens", self.tokens, "0 (all of the text) to 1099511627776")
         _check(0 < self.energy_recall < 1, "energy-recall", self.energy_recall, "more than 0, less than 1")
         _check(0 <= self.recall < 1, "recall", self.recall, "0 (no wish) to less than 1")
@@ -319,6 +325,25 @@ class TrainSettings:
         _check(1 <= self.batch <= 1 << 16, "batch", self.batch, "1 to 65536")
         _check(0 < self.learning_rate <= 1, "learning-rate", self.learning_rate, "more than 0, at most 1")
         _check(0 <= self.seed < 1 << 63, "seed", self.seed, "0 to 2^63-1")
+
+
+NUMBERED: Final = ", cuda:1 (or another number)"
+"""What a device may be too, for messages."""
+
+
+def device_and_gpu(device: Any, gpu: str | None, name: str = "device", which: str = "gpu") -> tuple[Any, str | None]:
+    """`cuda:1` as a device and its GPU; anything else as it is. `name` and `which` are what messages call them.
+
+    Raises:
+        UsageError: the GPU has no name, or both name one.
+    """
+    if isinstance(device, str) and device.startswith("cuda:"):
+        if gpu is not None:
+            raise UsageError(f"--{name} {printable(device)} names a GPU and --{which} too: leave one of them out")
+        device, gpu = "cuda", device.removeprefix("cuda:")
+    if gpu is not None:
+        _check(isinstance(gpu, str) and gpu.strip() != "", which, printable(repr(gpu)), "a number, a UUID or a name")
+    return device, gpu
 
 
 def settings_of(kind: type[Settings], given: Settings | None, overrides: Mapping[str, Any]) -> Settings:

@@ -241,3 +241,30 @@ def test_a_conversation_longer_than_the_context_is_refused_and_goes_on(command, 
 def test_plain_turns_need_no_template(command, tiny_plain) -> None:
     outcome = command("chat", "-m", tiny_plain, "--plain", "-n", 4, *GREEDY, stdin=b"the cat\n")
     assert outcome.out == completion(tiny_plain, "the cat\n", 4)
+
+
+DEVICES = [
+    *((verb, *more, "--device") for verb, more in {
+        "run": ("-p", "x"), "chat": (), "bench": (), "profile": ("--text", "x.txt", "-o", "a"),
+        "perplexity": ("--text", "x.txt"), "plan": (), "audit": ("--text", "x.txt", "--predictor", "p"),
+    }.items()),
+    ("train-predictor", "--text", "x.txt", "-o", "p", "--train-on"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", DEVICES, ids=lambda verb: verb[0])
+def test_a_gpu_by_number_is_refused_where_there_is_none(command, tiny_model, monkeypatch, verb) -> None:
+    monkeypatch.setattr("thermocline.hardware.gpu_choice.find_gpus", lambda: ())
+    Path("x.txt").write_text("x" * 100)
+    outcome = command(*verb, "cuda:1", "-m", tiny_model)
+    assert (outcome.code, outcome.out) == (1, "")
+    assert outcome.err == "error: no GPU is called 1; there are none that a driver tells of\n"
+
+
+@pytest.mark.parametrize("value", ["cuda:", "toaster", "cpu:0"])
+@pytest.mark.parametrize("verb", ["run", "train-predictor"])
+def test_a_device_that_is_none_is_one_error(command, tiny_model, verb, value) -> None:
+    flag = ("--device",) if verb == "run" else ("--text", "x", "-o", "p", "--train-on")
+    outcome = command(verb, *flag, value, "-m", tiny_model)
+    assert outcome.code == 2
+    assert "allowed: " in outcome.err

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import thermocline
-from thermocline.config import DeviceKind, LoadSettings
+from thermocline.config import DeviceKind, LoadSettings, TrainDevice, TrainSettings
 from thermocline.errors import HardwareError, UsageError
 from thermocline.hardware.gpu import find_gpus, own_bytes
 from thermocline.hardware.gpu_choice import choose_gpu
+from thermocline.runtime.training import one_gpu
 
 
 class Library(SimpleNamespace):
@@ -92,6 +94,9 @@ def test_a_gpu_is_chosen_by_number_uuid_or_name(library: Library, monkeypatch: p
     assert [(g.index, g.name) for g in find_gpus()] == [(0, "card 1")]
     assert own_bytes(0) == 700 << 20
     assert choose_gpu("GPU-1abc") == "GPU-1abc"  # once more
+    assert choose_gpu("1") == "GPU-1abc"  # numbers stay what they were
+    assert choose_gpu("0") == "GPU-0abc"
+    assert [g.name for g in find_gpus()] == ["card 0"]
 
 
 @pytest.mark.parametrize(("wanted", "words"), [("2", "no GPU"), ("card", "more than one"), ("GPU-", "no GPU")])
@@ -110,13 +115,35 @@ def test_a_process_that_uses_a_gpu_chooses_no_other(library: Library, monkeypatc
 
 def test_a_model_is_loaded_for_the_gpu_of_its_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     assert LoadSettings(device="cuda:1") == LoadSettings(device=DeviceKind.CUDA, gpu="1")  # type: ignore[arg-type]
-    for device, gpu in (("cpu", "1"), ("cuda", " ")):
-        with pytest.raises(UsageError, match="gpu"):
+    for device, gpu in (("cpu", "1"), ("cuda", " "), ("cuda:", None), ("cuda:1", "1"), ("cpu:1", None)):
+        with pytest.raises(UsageError, match=r"gpu|device is cpu:1; allowed: .*cuda:1"):
             LoadSettings(device=device, gpu=gpu)  # type: ignore[arg-type]
     monkeypatch.setitem(sys.modules, "pynvml", None)
     monkeypatch.setattr("thermocline.hardware.gpu.shutil.which", lambda _: None)
     with pytest.raises(HardwareError, match="no GPU is called 1; there are none"):
         thermocline.LLM.load(device="cuda:1")
+
+
+def test_what_trains_is_chosen_alike(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = TrainSettings(train_on="cuda:1")  # type: ignore[arg-type]
+    assert settings == TrainSettings(train_on=TrainDevice.CUDA, train_gpu="1")
+    for wrong in (
+        {"train_on": "cpu", "train_gpu": "1"},
+        {"train_on": "cuda:1", "train_gpu": "1"},
+        {"train_on": "tpu:1"},
+    ):
+        with pytest.raises(UsageError, match="train-"):
+            TrainSettings(**wrong)  # type: ignore[arg-type]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    cuda = LoadSettings(device=DeviceKind.CUDA)
+    with pytest.raises(UsageError, match="0 is to compute and 1 to train"):
+        one_gpu(replace(cuda, gpu="0"), settings)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1"
+    assert one_gpu(replace(cuda, gpu="card 1"), settings).gpu == "GPU-1abc"
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-1abc"
+    assert one_gpu(cuda, settings) is cuda
+    with pytest.raises(HardwareError, match="no GPU is called 7; there are 0: card 0"):
+        one_gpu(cuda, TrainSettings(train_on="cuda:7"))  # type: ignore[arg-type]
 
 
 def test_what_this_process_holds(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:

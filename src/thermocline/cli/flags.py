@@ -12,7 +12,7 @@ from typing import Annotated, Any, get_type_hints
 
 from cyclopts import Group, Parameter, Token
 
-from thermocline.config import LoadSettings, Mode, SamplingSettings, TrainSettings
+from thermocline.config import DeviceKind, LoadSettings, Mode, SamplingSettings, TrainSettings
 from thermocline.errors import SamplingError, UsageError, printable
 
 NAMES: dict[str, tuple[str, ...]] = {
@@ -185,6 +185,11 @@ def _mode(_: Any, tokens: Sequence[Token]) -> Mode:
     return Mode(word)
 
 
+def device_name(_: Any, tokens: Sequence[Token]) -> str:
+    """Reads a device, which may have a number: what it is, the settings say."""
+    return tokens[-1].value.lower() if tokens[-1].value.lower() in list(DeviceKind) else tokens[-1].value
+
+
 def _bias(text: str) -> tuple[int, float]:
     """`15043+1`, `15043-0.5`, `15043-inf`, as llama.cpp writes them."""
     place = next((i for i, character in enumerate(text) if i and character in "+-"), len(text))
@@ -198,6 +203,8 @@ def _bias(text: str) -> tuple[int, float]:
 
 SPECIAL: dict[str, dict[str, Any]] = {
     "mode": {"converter": _mode, "n_tokens": 1},
+    "device": {"converter": device_name, "n_tokens": 1},
+    "train_on": {"converter": device_name, "n_tokens": 1},
     "predictor_threshold": {"allow_leading_hyphen": True},
     "logit_bias": {"allow_leading_hyphen": True},
     "stop": {"allow_leading_hyphen": True, "env_var_split": _whole},

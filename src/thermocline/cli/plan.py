@@ -11,7 +11,7 @@ import thermocline
 from thermocline.cli.flags import JsonFlag, ModelFlag, count, flag
 from thermocline.cli.output import status, write_json
 from thermocline.cli.tables import facts, print_tables, size_of
-from thermocline.config import LoadSettings, Mode
+from thermocline.config import NUMBERED, LoadSettings, Mode, device_and_gpu
 from thermocline.errors import UsageError, printable
 
 if TYPE_CHECKING:
@@ -34,7 +34,11 @@ plan = App(name="plan", help=HELP, help_format="plaintext", result_action="retur
 BUDGET = "of VRAM that may be used: 8GiB, 80%, auto (what is free), or a bare number of GiB."
 ACTIVITY = "What `profile` or `order` wrote; without, what lies beside the model or is inside it."
 MACHINE = "auto (this one), or parts of the catalogue joined by +, such as rtx-4090+i9-13900k+ddr5-6000+32gib."
-DEVICE = "emulated: plan with a second device that uses half of the threads and part of the RAM as VRAM."
+DEVICE = (
+    "emulated: plan with a second device that uses half of the threads and part of the RAM as VRAM; cuda, or cuda:1: "
+    "with the GPU, or that of a number; without, with the GPU where there is one."
+)
+GPU = "Which GPU, where there are several: its number, its UUID or a part of its name; without, the first."
 RATIO = "Prompt to output, such as 4:1, of the tokens that --prompt-tokens and --output-tokens make together."
 LATENCY = "Milliseconds to the first token that the placement should meet."
 METHOD = "greedy (a second), or milp (HiGHS: slower, with its own bound)."
@@ -51,6 +55,7 @@ def make(
     ctx_size: Annotated[int, count("--ctx-size", "-c", help="Context in tokens; 0: the model's, up to 4096.")] = 0,
     machine: Annotated[str, flag("--machine", help=MACHINE)] = "auto",
     device: Annotated[str | None, flag("--device", help=DEVICE)] = None,
+    gpu: Annotated[str | None, flag("--gpu", help=GPU)] = None,
     prompt_tokens: Annotated[int, count("--prompt-tokens", help="Tokens of a prompt.")] = 256,
     output_tokens: Annotated[int, count("--output-tokens", help="Tokens of an answer.")] = 256,
     ratio: Annotated[str | None, flag("--ratio", help=RATIO)] = None,
@@ -75,8 +80,9 @@ def make(
     """
     if list_machines:
         return _list(as_json)
-    if device not in (None, "emulated"):
-        raise UsageError(f"--device is {printable(device)}; allowed: emulated, or leave it out")
+    device, gpu = device_and_gpu(device, gpu)
+    if device not in (None, "emulated", "cuda"):
+        raise UsageError(f"--device is {printable(device)}; allowed: emulated, cuda{NUMBERED}, or leave it out")
     if gpu_index is not None and output is None:
         raise UsageError("--import-gpuidx makes a new order of the neurons, which a plan needs beside it; add -o PLAN")
     prompt, answer = _shared(ratio, prompt_tokens, output_tokens)
@@ -88,6 +94,8 @@ def make(
         tell=lambda line: status(f"{line} ..."),
         machine=machine,
         emulated=device == "emulated",
+        cuda=device == "cuda",
+        gpu=gpu,
         vram_budget=vram_budget,
         ram_budget=ram_budget,
         prompt=prompt,

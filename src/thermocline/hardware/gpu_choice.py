@@ -4,14 +4,34 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Any
+from typing import Any, Final
 
 from thermocline.errors import HardwareError, UsageError, printable
 from thermocline.hardware.gpu import Gpu, find_gpus
 
+VISIBLE: Final = "CUDA_VISIBLE_DEVICES"
+
+_SEEN: dict[str, tuple[Gpu, ...]] = {}
+"""By the UUID that was chosen, the GPUs that there were to choose from: numbers keep their meaning."""
+
+
+def find_gpu(wanted: str) -> Gpu:
+    """The GPU of this number, UUID or part of a name, among those that this process could see at first.
+
+    Raises:
+        HardwareError: there is no such GPU, or several; the message lists what there is.
+    """
+    gpus = _choice()
+    found = [gpu for gpu in gpus if _is(gpu, wanted.strip())]
+    if len(found) != 1:
+        there = "; ".join(f"{gpu.index}: {gpu.name} ({gpu.uuid})" for gpu in gpus) or "none that a driver tells of"
+        several = "more than one GPU is" if found else "no GPU is"
+        raise HardwareError(f"{several} called {printable(wanted)}; there are {there}")
+    return found[0]
+
 
 def choose_gpu(wanted: str) -> str:
-    """Let this process see one GPU alone, named by its number, its UUID or a part of its name; its UUID.
+    """Let this process see one GPU alone (see `find_gpu`); its UUID.
 
     All that asks for a GPU then finds this one, as its first. Asking again for what is chosen changes nothing.
 
@@ -19,22 +39,21 @@ def choose_gpu(wanted: str) -> str:
         HardwareError: there is no such GPU, or several; the message lists what there is.
         UsageError: this process uses another one already.
     """
-    gpus = find_gpus()
-    found = [gpu for gpu in gpus if _is(gpu, wanted.strip())]
-    if len(found) != 1:
-        there = "; ".join(f"{gpu.index}: {gpu.name} ({gpu.uuid})" for gpu in gpus) or "none that a driver tells of"
-        several = "more than one GPU is" if found else "no GPU is"
-        raise HardwareError(f"{several} called {printable(wanted)}; there are {there}")
-    (gpu,) = found
-    if len(gpus) > 1:
+    gpus, gpu = _choice(), find_gpu(wanted)
+    if len(gpus) > 1 and os.environ.get(VISIBLE) != gpu.uuid:
         torch: Any = sys.modules.get("torch")
         if torch is not None and torch.cuda.is_initialized():
             raise UsageError(
                 f"this process has used a GPU already, so that it cannot choose {gpu.name}; choose it first, or set "
-                f"CUDA_VISIBLE_DEVICES={gpu.uuid} before the start"
+                f"{VISIBLE}={gpu.uuid} before the start"
             )
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpu.uuid
+        os.environ[VISIBLE] = gpu.uuid
+        _SEEN[gpu.uuid] = gpus
     return gpu.uuid
+
+
+def _choice() -> tuple[Gpu, ...]:
+    return _SEEN.get(os.environ.get(VISIBLE, "")) or find_gpus()
 
 
 def _is(gpu: Gpu, wanted: str) -> bool:

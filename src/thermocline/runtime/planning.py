@@ -15,7 +15,7 @@ from thermocline.activity.order import Order, load_order
 from thermocline.activity.predictor import Predictor
 from thermocline.activity.store import activity_inside
 from thermocline.config import LoadSettings
-from thermocline.errors import ModelFormatError, ThermoclineError, UsageError, printable
+from thermocline.errors import HardwareError, ModelFormatError, ThermoclineError, UsageError, printable
 from thermocline.files.companion import companion
 from thermocline.files.gguf import GgufFile
 from thermocline.files.gpuidx import read_gpu_index, write_gpu_index
@@ -24,6 +24,8 @@ from thermocline.files.source import ModelSource
 from thermocline.hardware import catalogue
 from thermocline.hardware.disk import SMALLEST
 from thermocline.hardware.gpu import find_gpus
+from thermocline.hardware.gpu_choice import choose_gpu
+from thermocline.hardware.gpu_software import gpu_lacks
 from thermocline.hardware.machine import Machine, Tier
 from thermocline.hardware.probe import Probe, emulated, machine_of, probe_machine
 from thermocline.memory.checks import first_bytes
@@ -68,11 +70,14 @@ CONTEXT = 4096
 class PlanSettings:
     """What a plan is made for. Budgets are as people write them; `machine` is `auto`, this one, or of the catalogue.
 
-    `in_use` is what the process that will carry it out takes already, 0 for unknown.
+    `cuda` insists on a GPU of this machine, and `gpu` names one of several. `in_use` is what the process that will
+    carry it out takes already, 0 for unknown.
     """
 
     machine: str = AUTO
     emulated: bool = False
+    cuda: bool = False
+    gpu: str | None = None
     vram_budget: str = AUTO
     ram_budget: str = AUTO
     prompt: int = 256
@@ -86,6 +91,8 @@ class PlanSettings:
         if self.method not in list(Method):
             raise UsageError(f"method is {printable(str(self.method))}; allowed: {', '.join(Method)}")
         object.__setattr__(self, "method", Method(self.method))
+        if self.gpu is not None and self.emulated:
+            raise UsageError("--gpu chooses one of several: leave it out, or use --device cuda")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -260,12 +267,16 @@ def machine_and_budgets(
     ram = parse_budget(settings.ram_budget, "ram-budget")
     stated = settings.vram_budget != AUTO
     if settings.machine != AUTO:
-        if settings.emulated:
-            raise UsageError("a machine of the catalogue has its own GPU or none; --device emulated is of this machine")
+        if settings.emulated or settings.cuda or settings.gpu is not None:
+            raise UsageError(
+                "a machine of the catalogue has its own GPU or none; --device and --gpu are of this machine"
+            )
         machine = catalogue.machine(settings.machine)
         free = {Tier.RAM: machine.cpu.capacity, Tier.VRAM: machine.gpu.capacity if machine.gpu else 0}
         overheads = Overheads()
     else:
+        if settings.gpu is not None:
+            choose_gpu(settings.gpu)
         survey, probe = probe_machine(disk=_to_measure(model), tell=tell)
         machine = machine_of(survey, probe, model)
         if settings.emulated:
@@ -274,6 +285,9 @@ def machine_and_budgets(
         cards = () if settings.emulated else find_gpus()
         overheads = EMULATED if settings.emulated else _overheads(probe)
         free = {Tier.RAM: survey.memory.available, Tier.VRAM: cards[0].free if cards else survey.memory.available // 2}
+    if machine.gpu is None and settings.cuda:
+        lacks = gpu_lacks() or ("no GPU was found that can be measured",)
+        raise HardwareError(f"{'. '.join(lacks)}; --machine plans for a GPU of the catalogue")
     if machine.gpu is None and stated:
         raise UsageError(
             f"{machine.name} has no GPU, and --vram-budget says how much of one to use; leave it out, plan for "

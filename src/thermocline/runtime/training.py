@@ -18,6 +18,7 @@ from thermocline.config import LoadSettings, Mode, TrainSettings
 from thermocline.errors import MissingPackageError, UsageError, printable
 from thermocline.files.quantize import to_float
 from thermocline.files.source import ModelSource
+from thermocline.hardware.gpu_choice import choose_gpu, find_gpu
 from thermocline.memory.checks import first_bytes
 from thermocline.model.families import family_of
 from thermocline.runtime.loading import LoadedModel, load_model
@@ -54,6 +55,7 @@ def train_predictor(
         raise UsageError(f"{spec.ffn.activation} gives no zeros, so that there is nothing to predict")
     if load.mode not in (Mode.AUTO, Mode.EXACT, Mode.DENSE):
         raise UsageError(f"mode {load.mode} does not compute every neuron that fires; train with exact or dense")
+    load = one_gpu(load, settings)
     make_fitter = _fitter(settings, notice)
     counted = None if activity is None else activity_for(source, spec, activity)
     window = load.ctx_size or min(spec.n_ctx_train, WINDOW)
@@ -74,6 +76,24 @@ def train_predictor(
             restart=restart,
             progress=progress,
         )
+
+
+def one_gpu(load: LoadSettings, settings: TrainSettings) -> LoadSettings:
+    """Choose the GPU that trains; `load` names the same where it names one.
+
+    Raises:
+        HardwareError: there is no such GPU.
+        UsageError: two are named.
+    """
+    if settings.train_gpu is None:
+        return load
+    if load.gpu is not None and find_gpu(load.gpu).uuid != find_gpu(settings.train_gpu).uuid:
+        raise UsageError(
+            f"GPU {printable(load.gpu)} is to compute and {printable(settings.train_gpu)} to train, but a process uses "
+            "one GPU: name the same"
+        )
+    chosen = choose_gpu(settings.train_gpu)
+    return load if load.gpu is None else replace(load, gpu=chosen)
 
 
 def _learner(source: ModelSource, loaded: LoadedModel, runner: ObservedRunner) -> Learner:
