@@ -54,6 +54,7 @@ from thermocline.files.quantize import from_float
 from thermocline.files.weight import Weight
 from thermocline.hardware import catalogue
 from thermocline.hardware.machine import Machine, Processor, Tier
+from thermocline.hardware.probe import sparse_rate
 from thermocline.memory.arena import Memory
 from thermocline.memory.kv_cache import KVCache
 from thermocline.memory.loader import load_transformer
@@ -338,7 +339,8 @@ def machine_of(bench: Bench, rows: list[Row], crossings: list[Row]) -> Machine:
     buffer = np.ones(1 << 30, np.uint8)
     ram = max(_native.read_bandwidth(bench.cpu.context, buffer) for _ in range(3))
     capacity = torch.cuda.get_device_properties(bench.gpu.device).total_memory
-    vram = max(row["GB/s"] * GB for row in rows if row["format"] == F16.name and row["kernel"] == "matrix-vector")
+    halves = {str(row["kernel"])[:6]: row["GB/s"] * GB for row in rows if row["format"] == F16.name}
+    vram, apart = halves["matrix"], halves["sparse"]
     side = 4096
     square = torch.ones((side, side), device=bench.gpu.device)
 
@@ -348,11 +350,12 @@ def machine_of(bench: Bench, rows: list[Row], crossings: list[Row]) -> Machine:
 
     gpu = Processor(
         name=bench.gpu.name, capacity=capacity, bandwidth=max(vram, 1.0), bandwidth_busy=max(vram, 1.0),
-        flops=2 * side**3 / bench.seconds(product), launch=2e-6,
+        flops=2 * side**3 / bench.seconds(product), launch=2e-6, sparse=min(1.0, max(apart, 1.0) / max(vram, 1.0)),
     )  # fmt: skip
     cpu = Processor(
-        name="cpu", capacity=1 << 37, bandwidth=ram, bandwidth_busy=ram, flops=cpu_flops(bench.cpu), launch=2e-6
-    )
+        name="cpu", capacity=1 << 37, bandwidth=ram, bandwidth_busy=ram, flops=cpu_flops(bench.cpu), launch=2e-6,
+        sparse=min(1.0, sparse_rate(buffer, bench.cpu.threads) / ram),
+    )  # fmt: skip
     host = bench.gpu.streams.pinned((1 << 28,), torch.uint8)
     there = torch.zeros_like(host, device=bench.gpu.device)
     link = len(host) / bench.seconds(lambda: there.copy_(host, non_blocking=True))

@@ -92,7 +92,17 @@ def test_impossible_curves_are_refused(points: tuple[tuple[int, float], ...]) ->
         ReadCurve(points)
 
 
-@pytest.mark.parametrize("change", [{"bandwidth": 0.0}, {"bandwidth_busy": 2e9}, {"flops": math.inf}, {"launch": -1.0}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"bandwidth": 0.0},
+        {"bandwidth_busy": 2e9},
+        {"flops": math.inf},
+        {"launch": -1.0},
+        {"sparse": 0.0},
+        {"sparse": 1.1},
+    ],
+)
 def test_impossible_processors_are_refused(change: dict[str, float]) -> None:
     sound = {"name": "p", "capacity": 1, "bandwidth": 1e9, "bandwidth_busy": 1e9, "flops": 1e9, "launch": 0.0}
     Processor(**sound)  # type: ignore[arg-type]

@@ -38,7 +38,7 @@ def known() -> Probe:
         random=((4096, 1, 1e8), (4096, 4, 2e8), (65536, 1, 5e8)), beside_ram=1e8, ram_beside=1e9,
     )  # fmt: skip
     return Probe(
-        measured=1.0, memory=MemorySpeed(by_threads=((1, 1e10), (2, 2e10)), beside_device=8e9), flops=1e11,
+        measured=1.0, memory=MemorySpeed(by_threads=((1, 1e10), (2, 2e10)), beside_device=8e9, sparse=0.7), flops=1e11,
         launch=1e-6, handover=1e-5, disks=(speed, replace(speed, device=find_disk(Path("/tmp")).device)), gpus=(),
         gpu_speeds=(), unmeasured=("x",),
     )  # fmt: skip
@@ -54,11 +54,12 @@ def test_everything_is_measured_once(quick: Path, monkeypatch: pytest.MonkeyPatc
     (found,) = first.disks
     assert found.beside_ram > 0
     assert found.ram_beside > 0
+    assert 0 < first.memory.sparse <= 1
     assert {size for size, _, _ in found.random} == set(disk.SIZES)
     assert sorted(path.name for path in quick.iterdir()) == ["machine.json"]
     monkeypatch.setattr(probe, "_measured", None)  # what is kept is not measured again
     told.clear()
-    assert probe_machine(tell=told.append) == (probe_machine()[0], first)
+    assert probe_machine(tell=told.append)[1] == first
     assert not told
 
 
@@ -89,6 +90,7 @@ def test_another_machine_measures_anew(monkeypatch: pytest.MonkeyPatch) -> None:
         lambda k: k["probe"].update(flops=float("nan")),
         lambda k: k["probe"].update(flops=-1),
         lambda k: k["probe"]["memory"].update(by_threads=[]),
+        lambda k: k["probe"]["memory"].pop("sparse"),
         lambda k: k["probe"]["disks"][0].update(random=[[4096, 1, 0.0]]),
         lambda k: k["probe"]["disks"][0].update(random=[]),
         lambda k: k["probe"].update(disks=3),
@@ -146,11 +148,12 @@ def test_machines_for_placement(tmp_path: Path) -> None:
     assert split.gpu is not None
     assert split.gpu.capacity == 1 << 20
     assert split.crossing == found.handover
+    assert split.gpu.sparse == plain.cpu.sparse == found.memory.sparse
     card = Gpu(index=0, name="card", total=1 << 33, free=0, pcie=4, lanes=16, driver="1")
-    fast = GpuSpeed(vram=1e12, link=2e10, link_busy=1e10, flops=1e14, launch=3e-6, crossing=1e-5)
+    fast = GpuSpeed(vram=1e12, link=2e10, link_busy=1e10, flops=1e14, launch=3e-6, crossing=1e-5, sparse=0.6)
     with_gpu = machine_of(survey, replace(found, gpus=(card,), gpu_speeds=(fast,)))
     assert with_gpu.gpu is not None
-    assert with_gpu.gpu.bandwidth == 1e12
+    assert (with_gpu.gpu.bandwidth, with_gpu.gpu.sparse) == (1e12, 0.6)
     assert machine_of(survey, replace(found, gpus=(card,), gpu_speeds=(None,))).gpu is None
 
 

@@ -86,6 +86,22 @@ def test_each_side_reads_its_expected_bytes(mode: FfnMode) -> None:
     )
 
 
+@pytest.mark.parametrize("mode", list(FfnMode))
+def test_rows_that_lie_apart_are_read_more_slowly(mode: FfnMode) -> None:
+    """The rows of a tenth of the neurons at the sparse rate, those of all as a matrix is."""
+    machine = replace(MACHINE, cpu=replace(CPU, sparse=0.5), gpu=replace(GPU, sparse=0.25))
+    p = np.tile(np.repeat([1.0, 0.1], N_FF // 2), (2, 1))
+    cost = priced(mode, machine=machine, p=p)
+    time = cost.layer(cost.decode, 0, Tier.VRAM, Tier.VRAM, 4, 8)
+    assert float(time.hot) == pytest.approx(3 * ROW * 512 / 350e9 + FFN_KERNELS * 3e-6)
+    whole, few = {FfnMode.DENSE: (3, 0), FfnMode.EXACT: (1, 2), FfnMode.PREDICTED: (0, 3)}[mode]
+    read = ROW * (512 * whole + 51.2 * few * 2)
+    assert float(time.cold) == pytest.approx(read / 30e9 + FFN_KERNELS * 2e-6, rel=1e-3)
+    assert float(cost.layer(cost.decode, 0, Tier.VRAM, Tier.VRAM, 8, 8).hot) == pytest.approx(
+        ROW * (512 * (3 + whole) + 51.2 * few * 4) / 400e9 + FFN_KERNELS * 3e-6, rel=1e-3
+    )
+
+
 def test_what_a_run_measured_corrects_decode_steps_part_by_part() -> None:
     off = Corrections(
         attention_vram=2.0, attention_ram=3.0, predictor=5.0, hot=7.0, cold=11.0, crossing=13.0, rest=17.0

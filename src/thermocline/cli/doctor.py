@@ -66,6 +66,7 @@ def _rows(survey: Survey, probe: Probe) -> list[tuple[str, str]]:
         ("memory", f"{size_of(memory.total)}, {size_of(memory.available)} free{limit}"),
         ("pages", f"{size_of(memory.page)}, transparent huge pages: {memory.huge_pages}"),
         ("reading memory", speeds),
+        ("rows apart", f"{probe.memory.sparse:.0%} of that, where a tenth of the neurons fires"),
         ("beside a device", f"{probe.memory.beside_device / 1e9:.1f} GB/s for half of the threads while others read"),
         ("products", f"{probe.flops / 1e9:.0f} billion operations/s over many tokens (F16 weights)"),
         ("launch", f"{probe.launch * 1e6:.1f} µs to start an op on all threads"),
@@ -88,6 +89,7 @@ def _gpu_rows(probe: Probe) -> list[tuple[str, str]]:
         if speed is not None:
             rows += [
                 ("VRAM", f"{speed.vram / 1e9:.0f} GB/s; products {speed.flops / 1e12:.1f} tera-operations/s"),
+                ("rows apart", f"{speed.sparse:.0%} of that, where they are copied"),
                 ("link", f"{speed.link / 1e9:.1f} GB/s, {speed.link_busy / 1e9:.1f} while the CPU reads memory"),
                 ("GPU costs", f"{speed.launch * 1e6:.1f} µs a launch, {speed.crossing * 1e6:.1f} µs a crossing"),
             ]

@@ -37,7 +37,8 @@ class Gpu:
 class GpuSpeed:
     """Measured: bytes/s of VRAM and of the link from pinned memory, flops of half products, seconds of a launch and of
     handing a vector there and back. `link_busy` is the link while the CPU reads memory. `context` is bytes of VRAM that
-    the driver keeps for a process, 0 where that is unknown.
+    the driver keeps for a process, 0 where that is unknown. `sparse` is the rate at which rows that lie apart are
+    copied, as a share of that of neighbours.
     """
 
     vram: float
@@ -47,6 +48,7 @@ class GpuSpeed:
     launch: float
     crossing: float
     context: int = 0
+    sparse: float = 1.0
 
 
 def find_gpus(run: Callable[[list[str]], str] | None = None) -> tuple[Gpu, ...]:
@@ -114,6 +116,9 @@ def measure_gpu(index: int, beside: Callable[[Callable[[], float]], float]) -> G
 def _measured(torch: Any, device: Any, context: int, beside: Callable[[Callable[[], float]], float]) -> GpuSpeed:
     big = torch.ones(BUFFER, dtype=torch.uint8, device=device)
     host = torch.ones(BUFFER, dtype=torch.uint8).pin_memory()
+    rows, copied = big.view(-1, 8192), torch.empty((BUFFER // 8192 // 8, 8192), dtype=torch.uint8, device=device)
+    ordered = torch.arange(len(copied), device=device)
+    apart = torch.randperm(len(rows), device=device)[: len(copied)].sort().values
     square = torch.ones((4096, 4096), dtype=torch.float16, device=device)
     small, small_host = torch.ones(4096, device=device), torch.ones(4096).pin_memory()
 
@@ -130,6 +135,9 @@ def _measured(torch: Any, device: Any, context: int, beside: Callable[[Callable[
     def link() -> float:
         return BUFFER / seconds(lambda: big.copy_(host, non_blocking=True), 5)
 
+    def picked(which: Any) -> float:
+        return seconds(lambda: torch.index_select(rows, 0, which, out=copied), 10)
+
     def many() -> None:
         for _ in range(100):
             small.add_(1.0)
@@ -138,7 +146,7 @@ def _measured(torch: Any, device: Any, context: int, beside: Callable[[Callable[
         small.copy_(small_host, non_blocking=True)
         small_host.copy_(small, non_blocking=True)
 
-    for call in (many, there_and_back, lambda: square @ square):
+    for call in (many, there_and_back, lambda: square @ square, lambda: picked(apart)):
         seconds(call, 3)  # the first calls compile and allocate
     return GpuSpeed(
         vram=BUFFER / seconds(lambda: big.view(torch.int64).sum(), 10),
@@ -148,6 +156,7 @@ def _measured(torch: Any, device: Any, context: int, beside: Callable[[Callable[
         launch=seconds(many, 20) / 100,
         crossing=seconds(there_and_back, 200) / 2,
         context=context,
+        sparse=min(1.0, picked(ordered) / picked(apart)),
     )
 
 

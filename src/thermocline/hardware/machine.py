@@ -28,10 +28,11 @@ class Processor:
 
     `capacity` in bytes. `bandwidth` in bytes/s that kernels reach while the other side is idle,
     `bandwidth_busy` while it works. `flops` in floating-point operations/s of matrix products over many tokens.
-    `launch` in seconds to start one kernel.
+    `launch` in seconds to start one kernel. `sparse` is the share of the bandwidth that kernels reach over rows that
+    lie apart, as those of the few neurons that fire.
 
     Raises:
-        HardwareError: a figure is not a positive number, or the busy bandwidth exceeds the idle one.
+        HardwareError: a figure is not a positive number, the busy bandwidth exceeds the idle one, or a share exceeds 1.
     """
 
     name: str
@@ -40,10 +41,13 @@ class Processor:
     bandwidth_busy: float
     flops: float
     launch: float
+    sparse: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("capacity", "bandwidth", "bandwidth_busy", "flops"):
+        for name in ("capacity", "bandwidth", "bandwidth_busy", "flops", "sparse"):
             _positive(self.name, name, getattr(self, name))
+        if self.sparse > 1:
+            raise HardwareError(f"{self.name}: sparse is {self.sparse}; wanted is a share, from 0 to 1")
         _seconds(self.name, "launch", self.launch)
         if self.bandwidth_busy > self.bandwidth:
             raise HardwareError(

@@ -25,22 +25,26 @@ from thermocline.hardware.survey import Survey, examine
 
 SECONDS = 0.2
 """How long memory is read for one figure."""
-F16 = 1
-"""ggml's number of the format."""
+F16, RELU = 1, 1
+"""ggml's number of the format, and the kernels' of the activation."""
 GEMM_TOKENS, GEMM_SIZE = 256, 1024
 BESIDE_SIZE = 64 << 10
 """Bytes of the reads that run beside memory's."""
-VERSION = 1
+SPARSE_ROW, SPARSE_SETS = 4096, 10
+"""Elements of a row, in half precision, and how many sets of neurons share a layer's: one fires at a time."""
+VERSION = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemorySpeed:
     """Bytes/s of reading RAM: (threads, bytes/s) alone, and `beside_device` with one half of the threads (at least one)
-    while as many others read too, as an emulated device does.
+    while as many others read too, as an emulated device does. `sparse` is the share of `best` that the FFN's kernels
+    reach where a tenth of the neurons fires.
     """
 
     by_threads: tuple[tuple[int, float], ...]
     beside_device: float
+    sparse: float
 
     @property
     def best(self) -> float:
@@ -115,7 +119,7 @@ def machine_of(survey: Survey, probe: Probe, disk: Path | None = None) -> Machin
         card, fast = probe.gpus[0], probe.gpu_speeds[0]
         gpu = Processor(
             name=card.name, capacity=card.total, bandwidth=fast.vram, bandwidth_busy=fast.vram, flops=fast.flops,
-            launch=fast.launch,
+            launch=fast.launch, sparse=fast.sparse,
         )  # fmt: skip
         link, crossing = fast.link, fast.crossing
     busy = memory.best if speed is None else speed.ram_beside or memory.best
@@ -128,6 +132,7 @@ def machine_of(survey: Survey, probe: Probe, disk: Path | None = None) -> Machin
             bandwidth_busy=min(busy, memory.best),
             flops=probe.flops,
             launch=probe.launch,
+            sparse=memory.sparse,
         ),
         gpu=gpu,
         disk=None if speed is None else speed.disk,
@@ -146,6 +151,7 @@ def emulated(machine: Machine, probe: Probe, capacity: int) -> Machine:
         bandwidth_busy=half,
         flops=machine.cpu.flops / 2,
         launch=probe.launch,
+        sparse=machine.cpu.sparse,
     )
     cpu = replace(machine.cpu, bandwidth_busy=min(half, machine.cpu.bandwidth))
     return replace(machine, cpu=cpu, gpu=device, link=machine.cpu.bandwidth, crossing=probe.handover)
@@ -159,6 +165,7 @@ def _measured(survey: Survey, say: Callable[[str], None]) -> Probe:
     by_threads = tuple((count, best_rate(buffer, count, SECONDS)) for count in counts)
     half = max(1, threads // 2)
     beside = _while_reading(buffer, half, lambda: best_rate(buffer, half, SECONDS, pin=False))
+    sparse = min(1.0, sparse_rate(buffer, threads) / by_threads[-1][1])
     say("measuring arithmetic and hand-overs")
     gpus = _without_free(find_gpus())
     if gpus:
@@ -167,7 +174,7 @@ def _measured(survey: Survey, say: Callable[[str], None]) -> Probe:
     slow = [gpu.name for gpu, speed in zip(gpus, speeds, strict=True) if speed is None]
     return Probe(
         measured=time.time(),
-        memory=MemorySpeed(by_threads=by_threads, beside_device=beside),
+        memory=MemorySpeed(by_threads=by_threads, beside_device=beside, sparse=sparse),
         flops=_flops(threads),
         launch=_launch(threads),
         handover=_handover(),
@@ -223,6 +230,23 @@ def _while_busy(other: Callable[[], float], call: Callable[[], float]) -> float:
     finally:
         stop.set()
         thread.join()
+
+
+def sparse_rate(buffer: np.ndarray[Any, np.dtype[np.uint8]], threads: int) -> float:
+    """Bytes/s of the FFN's kernels over the rows of neurons that lie apart, at best; each call takes another set."""
+    neurons = len(buffer) // (6 * SPARSE_ROW)
+    rows = buffer[: 6 * SPARSE_ROW * neurons].reshape(3, neurons, 2 * SPARSE_ROW)
+    gate, up, down = (_native.Matrix(part, F16, neurons, SPARSE_ROW) for part in rows)
+    context, sets = _native.Context(threads, "auto"), np.random.default_rng(0).permutation(neurons).astype(np.int32)
+    x, out = np.ones((1, SPARSE_ROW), np.float32), np.zeros((1, SPARSE_ROW), np.float32)
+    best, end, turn = 0.0, time.perf_counter() + SECONDS, 0
+    while not best or time.perf_counter() < end:
+        active = np.sort(sets[turn % SPARSE_SETS :: SPARSE_SETS])
+        began = time.perf_counter()
+        context.ffn(x, gate, up, down, True, RELU, False, 0.0, None, None, active, out, True, None)
+        best = max(best, 6 * SPARSE_ROW * len(active) / (time.perf_counter() - began))
+        turn += 1
+    return best
 
 
 def _flops(threads: int) -> float:
@@ -288,6 +312,7 @@ def _restored(kept: dict[str, Any] | None) -> Probe | None:
             memory=MemorySpeed(
                 by_threads=tuple((int(n), float(rate)) for n, rate in memory["by_threads"]),
                 beside_device=float(memory["beside_device"]),
+                sparse=float(memory["sparse"]),
             ),
             flops=float(found["flops"]),
             launch=float(found["launch"]),
@@ -297,7 +322,8 @@ def _restored(kept: dict[str, Any] | None) -> Probe | None:
             gpu_speeds=tuple(None if s is None else GpuSpeed(**s) for s in found["gpu_speeds"]),
             unmeasured=tuple(str(reason) for reason in found["unmeasured"]),
         )
-        rates = [rate for _, rate in probe.memory.by_threads] + [probe.flops, probe.memory.beside_device]
+        rates = [rate for _, rate in probe.memory.by_threads]
+        rates += [probe.flops, probe.memory.beside_device, probe.memory.sparse]
         usable = (
             len(probe.gpus) == len(probe.gpu_speeds) and memory["by_threads"] and all(0 < rate < 1e18 for rate in rates)
         )

@@ -2,8 +2,9 @@
 
 Times are the larger of bytes over bandwidth and operations over rate (the roofline), summed where things follow one
 another and maximised where the two sides overlap. Reading happens at the bandwidth measured while the other side
-works wherever both do. Neuron records are counted by clusters, and a side's share of a layer is a difference of
-two prefix sums: any depth is priced in constant time, and whole tables of depths at once.
+works wherever both do, and more slowly over rows that lie apart than over whole matrices. Neuron records are counted
+by clusters, and a side's share of a layer is a difference of two prefix sums: any depth is priced in constant time, and
+whole tables of depths at once.
 """
 
 from __future__ import annotations
@@ -38,6 +39,9 @@ WORTH_PREDICTING = 0.8
 """Share of the neurons that the union over a prompt's tokens may reach before the predictor is left out."""
 ACTIVATION_BYTES = 4
 """Of one number of the residual stream."""
+
+NEIGHBOURS = 4
+"""Rows before one that must be taken too for it to be read as fast as a matrix is."""
 
 LARGEST_CLUSTER, SMALLEST_CLUSTER = 256, 64
 SCANNED_TOKENS = 4
@@ -276,11 +280,15 @@ class CostModel:
     def _table(self, phase: Phase, p: Floats | None) -> _Table:
         f, gpu, cpu = self.footprint, self.machine.gpu, self.machine.cpu
         rows = self._rows(p, phase.tokens, phase.mode)
-        nbytes: Floats = np.einsum("lct,lt->lc", rows, np.asarray(f.records, np.float64))
+        records = np.asarray(f.records, np.float64)
+        nbytes: Floats = np.einsum("lct,lt->lc", rows, records)
+        lone = 1 - (rows / np.diff(self.bounds)[:, None]) ** NEIGHBOURS
+        apart: Floats = np.einsum("lct,lt->lc", rows * lone, records)
         flops: Floats = rows.sum(axis=-1) * 2.0 * f.n_embd * phase.tokens
 
         def prefix(side: Processor, bandwidth: float) -> Floats:
-            return _prefix(np.maximum(nbytes / bandwidth, flops / side.flops))
+            read = nbytes + apart * (1 / side.sparse - 1)
+            return _prefix(np.maximum(read / bandwidth, flops / side.flops))
 
         return _Table(
             rows=rows,
