@@ -210,10 +210,7 @@ def merge_activities(paths: Sequence[str | Path], output: str | Path) -> Activit
         FingerprintError: they are of different models.
         UsageError: they cannot be merged for another reason, such as a run that is in two of them.
     """
-    found = [find_activity(path) for path in paths]
-    for path, one in zip(paths, found, strict=True):
-        one.require_model(found[0].model_fingerprint, found[0].model_name, path=path)
-    merged = merge_all(found)
+    merged = merge_all([(path, find_activity(path)) for path in paths])
     save_activity(merged, output)
     return merged
 

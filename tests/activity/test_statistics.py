@@ -167,7 +167,7 @@ def test_quantiles_of_sizes_are_right_to_a_bin(n_ff: int) -> None:
 
 def test_merging_equals_one_run() -> None:
     first, second, third = ([random_steps(i, [5, 3])] for i in range(3))
-    merged = merge_all([count(first), count(second), count(third)])
+    merged = merge_all([("x", count(part)) for part in (first, second, third)])
     whole = count(first + second + third)
     assert (merged.tokens, merged.sequences) == (whole.tokens, whole.sequences) == (24, 3)
     for name in ("fired", "sizes"):
@@ -184,8 +184,8 @@ def test_what_does_not_belong_together_is_not_merged() -> None:
     mine = Activity.from_counts(MODEL, "mine", np.ones((2, 3), int), 1)
     with pytest.raises(FingerprintError, match=r"other.*not to mine"):
         mine.merge(replace(mine, model_fingerprint="cd" * 32, model_name="other"))
-    with pytest.raises(UsageError, match=r"thresholds 0 and 0\.5"):
-        mine.merge(replace(mine, threshold=0.5))
+    with pytest.raises(UsageError, match=r"x\.safetensors cannot be merged: .*thresholds 0 and 0\.5"):
+        mine.merge(replace(mine, threshold=0.5), path="x.safetensors")
     with pytest.raises(UsageError, match="cannot be merged"):
         mine.merge(Activity.from_counts(MODEL, "mine", np.ones((2, 4), int), 1))
     with pytest.raises(UsageError, match="run r1 is in both"):

@@ -65,6 +65,7 @@ def test_merging_by_flag_and_by_verb_is_the_same(command, tiny_model, text, tmp_
     assert c.tokens == d.tokens == read_activity("a").tokens + read_activity("b").tokens
     twice = command("activity", "merge", "a", "d", "-o", "e")
     assert twice.code == 2
+    assert "d cannot be merged: " in twice.err
     assert "is in both activities" in twice.err
     assert one_line(twice.err)
 

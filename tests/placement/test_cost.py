@@ -299,9 +299,9 @@ def test_other_refusals() -> None:
     assert ffn_mode(Mode.EXACT) is FfnMode.EXACT
     with pytest.raises(UsageError, match="do not fit a context"):
         Workload(context=100, prompt=60, output=60)
-    with pytest.raises(UsageError, match="batch"):
+    with pytest.raises(UsageError, match="--parallel is 0"):
         Workload(batch=0)
-    with pytest.raises(UsageError, match="first_token_ms"):
+    with pytest.raises(UsageError, match="--latency-target is nan"):
         Workload(first_token_ms=float("nan"))
     with pytest.raises(HardwareError, match="no GPU"):
         replace(MACHINE, gpu=None).processor(Tier.VRAM)

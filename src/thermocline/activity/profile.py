@@ -168,7 +168,7 @@ def profile(
         raise UsageError(f"there is nothing to count: {more}; name texts in UTF-8")
     files = reading.files
     fresh = accumulator.result((run.record(files=files, bytes=reading.nbytes),))
-    activity = fresh if old is None else old.merge(fresh)
+    activity = fresh if old is None else old.merge(fresh, path=output)
     try:
         save_activity(activity, output)
     except OutputError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -10,7 +10,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from thermocline.errors import FingerprintError, UsageError
+from thermocline.errors import FingerprintError, UsageError, printable
 from thermocline.files.sidecar import named
 
 Ints = npt.NDArray[np.int64]
@@ -181,23 +181,26 @@ class Activity:
         """The same, with a record of what was read."""
         return replace(self, runs=(*self.runs, run))
 
-    def merge(self, other: Activity) -> Activity:
-        """Both together, as if one run had read what both read.
+    def merge(self, other: Activity, *, path: Path | str = "activity") -> Activity:
+        """Both together, as if one run had read what both read; `path` is where the other came from.
 
         Raises:
             FingerprintError: they are of different models.
             UsageError: they do not mean the same by firing, or share a run.
         """
-        other.require_model(self.model_fingerprint, self.model_name)
+        other.require_model(self.model_fingerprint, self.model_name, path=path)
         if (self.fired.shape, self.threshold) != (other.fired.shape, other.threshold):
             raise UsageError(
-                f"activities with thresholds {self.threshold:g} and {other.threshold:g} over "
-                f"{self.fired.shape} and {other.fired.shape} (layers, neurons) cannot be merged; profile anew"
+                f"{printable(str(path))} cannot be merged: activities have thresholds {self.threshold:g} and "
+                f"{other.threshold:g} over {self.fired.shape} and {other.fired.shape} (layers, neurons); profile anew"
             )
         known = {run["id"] for run in self.runs if "id" in run}
         twice = next((run["id"] for run in other.runs if run.get("id") in known), None)
         if twice is not None:
-            raise UsageError(f"run {twice} is in both activities; merged, its tokens would count twice")
+            raise UsageError(
+                f"{printable(str(path))} cannot be merged: run {twice} is in both activities, and its tokens would "
+                "count twice"
+            )
         return replace(
             self,
             tokens=self.tokens + other.tokens,
@@ -243,13 +246,17 @@ class Activity:
         }
 
 
-def merge_all(activities: list[Activity]) -> Activity:
-    """All of them together, from left to right; raises as `Activity.merge`, and UsageError if there are none."""
+def merge_all(activities: Sequence[tuple[Path | str, Activity]]) -> Activity:
+    """All of them together, in order, each with where it came from.
+
+    Raises:
+        FingerprintError, UsageError: as `Activity.merge`; or there are none.
+    """
     if not activities:
         raise UsageError("there is no activity to merge; name at least one file")
-    merged = activities[0]
-    for activity in activities[1:]:
-        merged = merged.merge(activity)
+    (_, merged), *others = activities
+    for path, activity in others:
+        merged = merged.merge(activity, path=path)
     return merged
 
 

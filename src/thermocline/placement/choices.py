@@ -146,16 +146,16 @@ def _layer(
             Tier.DISK: f.vectors[layer] + cache,
         }[homes[h]]
     )
+    hots, warms = np.arange(hot[-1] + 1)[:, None], np.arange(warm[0], cost.clusters + 1)[None]
     for place, tier in enumerate(homes):
         chosen = predictor == place
         if not chosen.any():
             continue
-        times = (
-            (phase, cost.layer(phase, layer, homes[h], tier, hot[chosen], warm[chosen]).total) for phase in cost.phases
-        )
-        seconds[at, h, chosen] = sum(
-            phase.weight * (1.0 if phase is cost.decode else prompt_weight) * total for phase, total in times
-        )
+        table = np.zeros(())
+        for phase in cost.phases:
+            weight = phase.weight * (1.0 if phase is cost.decode else prompt_weight)
+            table = table + weight * cost.layer(phase, layer, homes[h], tier, hots, warms).total
+        seconds[at, h, chosen] = table[hot[chosen], warm[chosen] - warm[0]]
         if problem.mode is FfnMode.PREDICTED:
             (v if tier is Tier.VRAM else r)[at, h, chosen] += f.predictor[layer]
 

@@ -68,7 +68,7 @@ def ffn_mode(mode: Mode | str) -> FfnMode:
 
 
 class LayerTime(NamedTuple):
-    """Seconds of one pass through a layer; each an array over the depths asked for.
+    """Seconds of one pass through a layer; each an array over the depths asked for, or over those that it depends on.
 
     `hot` and `cold` overlap. `disk` is the part of `cold` that waits for reads. `run` is the neurons of one
     disk read. `streamed` tells that cold weights travel to the GPU instead (prefill); `hot` is then all of it.
@@ -174,20 +174,20 @@ class CostModel:
         """Seconds of one pass through `layer`.
 
         Attention and its cache are on `home`. Clusters up to `hot` are in VRAM, from there to `warm` in RAM, the
-        rest on disk; both may be arrays of one shape. The residual stream comes from `home` and returns there.
+        rest on disk; both may be arrays that broadcast. The residual stream comes from `home` and returns there.
         """
-        hot, warm = np.broadcast_arrays(np.asarray(hot, np.int64), np.asarray(warm, np.int64))
+        hot, warm = np.asarray(hot, np.int64), np.asarray(warm, np.int64)
         table, last, gpu = self._tables[phase.name], self.clusters, self.machine.gpu
         works_hot, works_cold = hot > 0, hot < last
         both = works_hot & works_cold
         cpu, busy = table.cpu[layer], table.cpu_busy[layer]
         computed = np.where(both, busy[last] - busy[hot], cpu[last] - cpu[hot])
-        disk, run = np.zeros(hot.shape), np.ones(hot.shape, np.int64)
+        disk, run = np.zeros(warm.shape), np.ones(warm.shape, np.int64)
         if (warm < last).any():
             reads, runs = self._reads(phase)
             disk, run = reads[layer, warm], runs[layer, warm]
         cold = np.maximum(computed, disk) + works_cold * FFN_KERNELS * self.machine.cpu.launch
-        vram = np.zeros_like(cold)
+        vram = np.zeros(hot.shape)
         if gpu is not None and table.gpu is not None and table.gpu_busy is not None:
             read = np.where(both, table.gpu_busy[layer, hot], table.gpu[layer, hot])
             vram = read + works_hot * FFN_KERNELS * gpu.launch

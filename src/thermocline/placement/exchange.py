@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from thermocline.placement.choices import Choices
-from thermocline.placement.prices import Path, Relaxed, path_of
+from thermocline.placement.prices import Open, Path, Relaxed, path_of
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -30,6 +30,9 @@ class _Move(NamedTuple):
     score: float
 
 
+_NONE = _Move(0, 0, np.inf)
+
+
 @dataclass(frozen=True, slots=True)
 class _Moves:
     """Every change of one part of a path: its owner, new home and option, and what changes: seconds and bytes."""
@@ -42,28 +45,28 @@ class _Moves:
     ram: Floats
 
 
-def improve(choices: Choices, relaxed: Relaxed, path: Path) -> Path:
-    """A path no slower than `path`, by moves of one part.
+def improve(choices: Choices, every: list[Open], relaxed: Relaxed, path: Path) -> Path:
+    """A path no slower than `path`, by moves of one part to one of `every` option that can make it faster.
 
     First those that are worth their bytes at the found prices, most of them corners of the relaxation; then
     whatever saves time in the room that is left.
     """
-    path = _climb(choices, path, (relaxed.price_vram, relaxed.price_ram))
-    return _climb(choices, path, (0.0, 0.0))
+    path = _climb(choices, every, path, (relaxed.price_vram, relaxed.price_ram))
+    return _climb(choices, every, path, (0.0, 0.0))
 
 
-def exchange(choices: Choices, pools: list[tuple[Ints, Ints]], path: Path) -> Path:
-    """A path no slower than `path`, by pairs of moves to the parts' pools (homes, options): one gives, one takes."""
+def exchange(choices: Choices, every: list[Open], pools: list[Open], path: Path) -> Path:
+    """A path no slower than `path`, by pairs of moves to options of `pools`, one of which gives and one takes."""
     pool = _joined(pools)
     for _ in range(EXCHANGES):
         better = _exchange(choices, pool, path)
         if better is None:
             break
-        path = _climb(choices, better, (0.0, 0.0))
+        path = _climb(choices, every, better, (0.0, 0.0))
     return path
 
 
-def exchange_all(choices: Choices, pools: list[tuple[Ints, Ints]], path: Path) -> Path:
+def exchange_all(choices: Choices, every: list[Open], pools: list[Open], path: Path) -> Path:
     """The same by looking at every pair: for two budgets that both bind, and pools that are small."""
     pool = _joined(pools)
     for _ in range(FULL_EXCHANGES):
@@ -81,20 +84,20 @@ def exchange_all(choices: Choices, pools: list[tuple[Ints, Ints]], path: Path) -
         better = _moved(choices, moves, path, [int(saving[one]), int(two)])
         if better.cost >= path.cost:  # neighbours: their crossings were counted apart
             break
-        path = _climb(choices, better, (0.0, 0.0))
+        path = _climb(choices, every, better, (0.0, 0.0))
     return path
 
 
-def _joined(pools: list[tuple[Ints, Ints]]) -> tuple[Ints, Ints, Ints]:
+def _joined(pools: list[Open]) -> tuple[Ints, Ints, Ints]:
     """Owner, home and option of every option of every part."""
-    owner = np.concatenate([np.full(len(home), i) for i, (home, _) in enumerate(pools)])
-    return owner, np.concatenate([home for home, _ in pools]), np.concatenate([option for _, option in pools])
+    owner = np.concatenate([np.full(len(part.home), i) for i, part in enumerate(pools)])
+    return owner, np.concatenate([part.home for part in pools]), np.concatenate([part.option for part in pools])
 
 
-def _climb(choices: Choices, path: Path, prices: tuple[float, float]) -> Path:
+def _climb(choices: Choices, every: list[Open], path: Path, prices: tuple[float, float]) -> Path:
     """Take the move with the largest saving at these prices as long as one saves time and fits."""
     parts = range(len(path.homes))
-    best = [_best_move(choices, path, i, prices) for i in parts]
+    best = [_best_move(choices, every, path, i, prices) for i in parts]
     for _ in range(8 * len(parts)):
         i = min(parts, key=lambda part: best[part].score)
         move = best[i]
@@ -104,35 +107,35 @@ def _climb(choices: Choices, path: Path, prices: tuple[float, float]) -> Path:
         homes[i], options[i] = move.home, move.option
         moved = path_of(choices, homes, options)
         if moved.vram > choices.limits[0] or moved.ram > choices.limits[1]:
-            best[i] = _best_move(choices, path, i, prices)  # the room has shrunk since it was found
+            best[i] = _best_move(choices, every, path, i, prices)  # the room has shrunk since it was found
             continue
         path = moved
         for near in range(max(0, i - 1), min(len(parts), i + 2)):
-            best[near] = _best_move(choices, path, near, prices)
+            best[near] = _best_move(choices, every, path, near, prices)
     return path
 
 
-def _best_move(choices: Choices, path: Path, part: int, prices: tuple[float, float]) -> _Move:
-    """The best change of one part among all its options."""
-    here = (path.homes[part], path.options[part])
+def _best_move(choices: Choices, every: list[Open], path: Path, part: int, prices: tuple[float, float]) -> _Move:
+    """The best change of one part among its options."""
+    here, options = (part, path.homes[part], path.options[part]), every[part]
+    if not len(options.home):
+        return _NONE
     edges = np.zeros(len(choices.homes))
     if part > 0:
         edges += choices.edge[path.homes[part - 1]]
     if part + 1 < len(path.homes):
         edges += choices.edge[:, path.homes[part + 1]]
-    cost = choices.cost[part] + edges[:, None]
-    vram, ram = choices.vram[part], choices.ram[part]
-    change = cost - cost[here]
-    fits = (vram <= choices.limits[0] - path.vram + vram[here]) & (ram <= choices.limits[1] - path.ram + ram[here])
+    change = options.cost + edges[options.home] - (choices.cost[here] + edges[here[1]])
+    vram, ram = options.vram - choices.vram[here], options.ram - choices.ram[here]
+    fits = (vram <= choices.limits[0] - path.vram) & (ram <= choices.limits[1] - path.ram)
     score = change
     if any(prices):
         # Corners of the relaxation are worth exactly their price: among equals, the larger saving.
-        priced = change + prices[0] * (vram - vram[here]) + prices[1] * (ram - ram[here])
-        score = np.maximum(priced, -WORTH * path.cost) + CORNER * change
+        score = np.maximum(change + prices[0] * vram + prices[1] * ram, -WORTH * path.cost) + CORNER * change
     score = np.where(fits & (change < -WORTH * path.cost), score, np.inf)
-    home, option = np.unravel_index(int(score.argmin()), score.shape)
-    value = float(score[home, option])
-    return _Move(int(home), int(option), value if value < 0 else np.inf)
+    best = int(score.argmin())
+    value = float(score[best])
+    return _Move(int(options.home[best]), int(options.option[best]), value) if value < 0 else _NONE
 
 
 def _exchange(choices: Choices, pool: tuple[Ints, Ints, Ints], path: Path) -> Path | None:

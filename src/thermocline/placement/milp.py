@@ -12,8 +12,7 @@ import numpy.typing as npt
 
 from thermocline.errors import UsageError
 from thermocline.placement.choices import Choices
-from thermocline.placement.prices import Path, path_of
-from thermocline.placement.search import Open
+from thermocline.placement.prices import Open, Path, path_of
 
 Ints = npt.NDArray[np.int64]
 

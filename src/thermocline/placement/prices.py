@@ -72,6 +72,17 @@ class Relaxed:
     seen: frozenset[tuple[int, int, int]]
 
 
+@dataclass(frozen=True, slots=True)
+class Open:
+    """A part's options that can still matter: homes, options, seconds, bytes, all (k)."""
+
+    home: Ints
+    option: Ints
+    cost: Floats
+    vram: Floats
+    ram: Floats
+
+
 def relax(choices: Choices) -> Relaxed | None:
     """Find the best prices; None if not even a mixture of options fits the limits."""
     return _Relaxation(choices).solve()

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from thermocline.placement.choices import Choices
 from thermocline.placement.exchange import exchange, exchange_all, improve
-from thermocline.placement.prices import Path, Relaxed, path_of, slack
+from thermocline.placement.prices import Open, Path, Relaxed, path_of, slack
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -25,19 +25,10 @@ ENOUGH = 2e-3
 WORK = 1_500_000
 """Partial placements looked at in one search, over all parts."""
 FEWEST_LABELS = 32
+SCATTER = np.uint64(0x9E3779B97F4A7C15)
+"""An odd number whose multiples lie everywhere (Knuth's, of the golden ratio)."""
 CLOSE = 1e-6
 """A relative gap that needs no search."""
-
-
-@dataclass(frozen=True, slots=True)
-class Open:
-    """A part's options that can still matter: homes, options, seconds, bytes, all (k)."""
-
-    home: Ints
-    option: Ints
-    cost: Floats
-    vram: Floats
-    ram: Floats
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +53,10 @@ def search(choices: Choices, relaxed: Relaxed) -> tuple[Path | None, bool]:
     slacks, after = slack(choices, relaxed)
     best = relaxed.path
     if best is not None:
-        best = improve(choices, relaxed, best)
-        best = exchange(choices, _pool(choices, slacks, relaxed, best, POOL), best)
+        every, _ = open_options(choices, slacks, relaxed, best, most=None)
+        best = improve(choices, every, relaxed, best)
+        pool, _ = open_options(choices, slacks, relaxed, best, most=POOL)
+        best = exchange(choices, every, pool, best)
         if _close(best, relaxed, CLOSE):
             return best, False
     parts, whole = open_options(choices, slacks, relaxed, best)
@@ -74,31 +67,30 @@ def search(choices: Choices, relaxed: Relaxed) -> tuple[Path | None, bool]:
     exact = whole and complete
     if best is None or exact or _close(best, relaxed, ENOUGH):
         return best, exact
-    best = improve(choices, relaxed, best)
-    pool = _pool(choices, slacks, relaxed, best, PAIRED // len(slacks))
-    return exchange_all(choices, pool, best), False
+    every, _ = open_options(choices, slacks, relaxed, best, most=None)
+    best = improve(choices, every, relaxed, best)
+    pool, _ = open_options(choices, slacks, relaxed, best, most=PAIRED // len(slacks))
+    return exchange_all(choices, every, pool, best), False
 
 
 def _close(path: Path, relaxed: Relaxed, gap: float) -> bool:
     return path.cost - relaxed.bound <= gap * path.cost
 
 
-def _pool(choices: Choices, slacks: Floats, relaxed: Relaxed, best: Path, most: int) -> list[tuple[Ints, Ints]]:
-    parts, _ = open_options(choices, slacks, relaxed, best, most)
-    return [(part.home, part.option) for part in parts]
-
-
 def open_options(
-    choices: Choices, slacks: Floats, relaxed: Relaxed, best: Path | None, most: int = OPTIONS
+    choices: Choices, slacks: Floats, relaxed: Relaxed, best: Path | None, most: int | None = OPTIONS
 ) -> tuple[list[Open], bool]:
-    """The options of each part whose slack is within the gap, and whether these are all of them."""
+    """The options of each part whose slack is within the gap, `most` of them, and whether these are all of them.
+
+    All of them are all that a placement better than `best` can use.
+    """
     gap = np.inf if best is None else best.cost - relaxed.bound
     bought = np.zeros(slacks.shape, bool)
     bought[tuple(np.array(sorted(relaxed.seen)).T)] = True
     parts, whole = [], True
     for i, table in enumerate(slacks):
         home, option = np.nonzero(np.isfinite(table) & (table <= gap + 1e-9 * abs(relaxed.bound)))
-        if len(home) > most:
+        if most is not None and len(home) > most:
             order = np.argsort(table[home, option], kind="stable")
             keep = np.union1d(order[:most], np.flatnonzero(bought[i, home, option]))
             home, option, whole = home[keep], option[keep], False
@@ -155,15 +147,27 @@ def _undominated(labels: _Labels, homes: int, roomy: bool) -> Ints:
         if not len(mine):
             continue
         cost, vram, ram = labels.cost[mine], labels.vram[mine], labels.ram[mine]
-        if roomy:
-            order = np.lexsort((cost, vram))
-            running = np.minimum.accumulate(cost[order])
-            first = np.append(True, running[1:] < running[:-1])
-        else:
-            order = np.lexsort((cost, vram, ram))
-            first = np.append(True, (np.diff(vram[order]) != 0) | (np.diff(ram[order]) != 0))
-        keep.append(mine[order[first]])
+        keep.append(mine[_falling(cost, vram) if roomy else _cheapest(cost, vram, ram)])
     return np.sort(np.concatenate(keep)) if keep else np.empty(0, np.int64)
+
+
+def _falling(cost: Floats, vram: Floats) -> Ints:
+    """The labels that are cheaper than all with as much VRAM or less."""
+    order = np.lexsort((cost, vram))
+    running = np.minimum.accumulate(cost[order])
+    found: Ints = order[np.append(True, running[1:] < running[:-1])]
+    return found
+
+
+def _cheapest(cost: Floats, vram: Floats, ram: Floats) -> Ints:
+    """The cheapest label, the first of several, of each pair of bytes."""
+    mixed = vram.astype(np.uint64) * SCATTER ^ ram.astype(np.uint64)  # one number sorts faster than two
+    order = np.argsort(mixed)
+    fresh = np.append(True, (np.diff(vram[order]) != 0) | (np.diff(ram[order]) != 0))
+    starts = np.flatnonzero(fresh)
+    least = np.minimum.reduceat(cost[order], starts)[np.cumsum(fresh) - 1]
+    found: Ints = np.minimum.reduceat(np.where(cost[order] == least, order, len(order)), starts)
+    return found
 
 
 def _traced(choices: Choices, parts: list[Open], trail: list[_Labels]) -> Path:

@@ -8,6 +8,12 @@ from dataclasses import dataclass
 from thermocline.errors import UsageError
 from thermocline.placement.budget import MIB
 
+FLAGS = {
+    "context": "--ctx-size", "prompt": "--prompt-tokens", "output": "--output-tokens", "batch": "--parallel",
+    "ubatch": "--ubatch-size", "first_token_ms": "--latency-target",
+}  # fmt: skip
+"""What a person calls a workload's numbers."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
@@ -33,15 +39,15 @@ class Workload:
         for name, (low, high) in (ranges | {"ubatch": (1, 1 << 16)}).items():
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-                raise UsageError(f"{name} of a workload is {value!r}; allowed: {low} to {high}")
+                raise UsageError(f"{FLAGS[name]} is {value!r}; allowed: {low} to {high}")
         if self.prompt + self.output > self.context:
             raise UsageError(
-                f"a prompt of {self.prompt} and an output of {self.output} tokens do not fit a context of "
-                f"{self.context}; allowed: {self.prompt + self.output} or more"
+                f"{FLAGS['prompt']} {self.prompt} and {FLAGS['output']} {self.output} do not fit a context of "
+                f"{self.context} tokens; use {FLAGS['context']} {self.prompt + self.output} or more"
             )
         target = self.first_token_ms
         if target is not None and not (math.isfinite(target) and target > 0):
-            raise UsageError(f"first_token_ms is {target}; allowed: a positive number of milliseconds")
+            raise UsageError(f"{FLAGS['first_token_ms']} is {target}; allowed: a positive number of milliseconds")
 
     @property
     def position(self) -> int:

@@ -85,4 +85,4 @@ def add_to(path: Path, counted: Activity) -> None:
         OutputError: it could not be written.
         UsageError, FingerprintError, ModelFormatError: what is there by now is of another kind.
     """
-    save_activity(load_activity(path).merge(counted) if path.exists() else counted, path)
+    save_activity(load_activity(path).merge(counted, path=path) if path.exists() else counted, path)
