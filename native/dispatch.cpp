@@ -49,9 +49,18 @@ Kernels with_amx() {
   kernels.name = "amx";
   for (int f = 0; f < kFormats; ++f) {
     if (kAmxKernels.panel[f].dot) kernels.panel[f] = kAmxKernels.panel[f];
-    kernels.pack_across[f] = kAmxKernels.pack_across[f];
   }
   kernels.pair_tokens = kAmxKernels.pair_tokens;
+  return kernels;
+}
+
+Kernels with_rounding_amx() {
+  Kernels kernels = with_amx();
+  kernels.name = "amxbf16";
+  for (int f = 0; f < kFormats; ++f) {
+    if (kAmxKernels.rounded[f].dot) kernels.panel[f] = kAmxKernels.rounded[f];
+    kernels.pack_across[f] = kAmxKernels.pack_across[f];
+  }
   return kernels;
 }
 
@@ -91,14 +100,17 @@ std::vector<Level> levels() {
   static const Kernels vnni = with_vnni();
   static const Kernels bf16 = with_bf16();
   static const Kernels amx = with_amx();
+  static const Kernels rounding_amx = with_rounding_amx();
   const bool has_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
   const AmxFeatures tiles = amx_features();
+  const bool has_amx = has_bf16 && tiles.tile && tiles.bf16 && tiles.int8 && may_use_tiles();
   return {{&baseline, true},
           {&with_avx2, avx2},
           {&vnni, avx2 && __builtin_cpu_supports("avxvnni")},
           {&with_avx512, avx512},
           {&bf16, has_bf16},
-          {&amx, has_bf16 && tiles.tile && tiles.bf16 && may_use_tiles(), true}};
+          {&amx, has_amx},
+          {&rounding_amx, has_amx, true}};
 #else
   return {{&baseline, true}};
 #endif

@@ -12,7 +12,7 @@ namespace thermocline {
 // Names of the levels that this CPU has, weakest first; "baseline" is always there.
 std::vector<std::string> isa_levels();
 
-// The kernels of a level, or for "auto" of the best one but AMX. Throws std::invalid_argument naming the
+// The kernels of a level, or for "auto" of the best one that rounds no block formats. Throws std::invalid_argument naming the
 // levels that there are.
 const Kernels& kernels_for(const std::string& isa);
 

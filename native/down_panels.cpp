@@ -35,8 +35,8 @@ DownPanels::DownPanels(Context& context, Pool& team, const Matrix& down, int64_t
   const int64_t wanted_items = 4 * static_cast<int64_t>(team.size());
   column_parts_ = parts_of(down.cols, kAcrossColumns);
   token_parts_ = std::clamp<int64_t>(parts_of(wanted_items, std::max<int64_t>(column_parts_, 1)), 1,
-                                     parts_of(tokens, 2 * kPairTokens));
-  groups_.reset(parts_of(tokens, kPairTokens), 1);
+                                     parts_of(tokens, 2 * kGroupTokens));
+  groups_.reset(parts_of(tokens, kGroupTokens), 1);
   items_.reset(column_parts_ * token_parts_, 1);
 }
 
@@ -58,8 +58,8 @@ void DownPanels::list(const int32_t* ids, const int32_t* rows, const uint8_t* wa
     sources_[begin + id % kStep] = place;
     rows_[begin + id % kStep] = rows ? rows[i] : ids ? ids[i] : place;
   });
-  wide_size_ = kPairTokens * steps_ * kStep;
-  pairs_ = arena.take<uint16_t>(parts_of(tokens_, kPairTokens) * wide_size_);
+  wide_size_ = kGroupTokens * steps_ * kStep;
+  pairs_ = arena.take<uint16_t>(parts_of(tokens_, kGroupTokens) * wide_size_);
   wide_ = arena.take<float>(wide_size_ * team_.size());
   const PanelKernels& panel = context_.kernels.panel[down_.format];
   panels_size_ = kAcrossColumns / kPanelRows * panel.bytes(steps_ * kStep) + panel.scratch;
@@ -67,7 +67,7 @@ void DownPanels::list(const int32_t* ids, const int32_t* rows, const uint8_t* wa
 }
 
 void DownPanels::pair_group(int worker, int64_t group) {
-  const int64_t t0 = group * kPairTokens, count = std::min<int64_t>(tokens_ - t0, kPairTokens);
+  const int64_t t0 = group * kGroupTokens, count = std::min<int64_t>(tokens_ - t0, kGroupTokens);
   const int64_t width = steps_ * kStep;
   float* wide = wide_ + worker * wide_size_;
   for (int64_t s = 0; s < width; s += kStep) {
@@ -89,7 +89,7 @@ void DownPanels::pair_group(int worker, int64_t group) {
 void DownPanels::add_part(int worker, int64_t item, float* out) {
   const Kernels& kernels = context_.kernels;
   const int64_t c0 = item % column_parts_ * kAcrossColumns, c1 = std::min(c0 + kAcrossColumns, down_.cols);
-  const int64_t size = parts_of(parts_of(tokens_, kPairTokens), token_parts_) * kPairTokens;
+  const int64_t size = parts_of(parts_of(tokens_, kGroupTokens), token_parts_) * kGroupTokens;
   const int64_t t0 = std::min(item / column_parts_ * size, tokens_), t1 = std::min(t0 + size, tokens_);
   if (t0 == t1) return;
   uint8_t* panels = panels_ + worker * panels_size_;

@@ -19,6 +19,28 @@ struct Rows {
   int64_t count = 0;
 };
 
+// Panels of integer formats take every fourth block of 32 columns in one pass.
+constexpr int kIntPasses = 4;
+
+static inline int64_t blocks_of_pass(int64_t pass, int64_t blocks) {
+  return (blocks - pass + kIntPasses - 1) / kIntPasses;
+}
+
+// Where block b lies among `blocks`, pass by pass.
+static inline int64_t place_of_block(int64_t b, int64_t blocks) {
+  int64_t place = b / kIntPasses;
+  for (int64_t pass = 0; pass < b % kIntPasses; ++pass) place += blocks_of_pass(pass, blocks);
+  return place;
+}
+
+constexpr int kGroupTokens = 16;
+
+// A block of 32 columns of kGroupTokens tokens, as Tokens has them; zeros for those that are not there.
+struct alignas(64) TokenBlock {
+  int8_t q[kGroupTokens][32];
+  float d[kGroupTokens], lifts[kGroupTokens];
+};
+
 // Activations of a batch. Integer formats read the quantised form: per block of 32 a float scale `d` and 32
 // signed bytes `q` in [-127, 127]; `sums` holds the sum of every 16 neighbouring bytes. `q_stride` is a whole
 // number of four blocks, the last padded with zeros, so that a kernel may read past `columns`.
@@ -31,13 +53,14 @@ struct Tokens {
   int64_t q_stride;
   // For panels only, each where a panel asks for it: q + 128 and, for each block, d times the sum of q; tiles
   // of kTileTokens tokens column by column; numbers rounded to BF16, with an even number of columns; the same
-  // in groups of kPairTokens tokens, of which 32 columns lie together, pair by pair, the last padded with
-  // zeros.
+  // in groups of kGroupTokens tokens, of which 32 columns lie together, pair by pair, the last padded with
+  // zeros; bytes in such groups, block by block, as panels of integers take them.
   const uint8_t* offset;
   const float* lifts;
   const float* tiles;
   const uint16_t* rounded;
   const uint16_t* pairs;
+  const TokenBlock* blocks;
 };
 
 // The form of tokens that a kernel reads.
@@ -47,12 +70,12 @@ enum TokenForm : unsigned {
   kOffsetBytes = 2,
   kTiled = 4,
   kRounded = 8,
-  kPaired = 16
+  kPaired = 16,
+  kBlocked = 32
 };
 
 constexpr int64_t kPanelRows = 32;
 constexpr int kTileTokens = 12;
-constexpr int kPairTokens = 16;
 constexpr int64_t kPairColumns = 32;
 constexpr int64_t kAcrossColumns = 256;
 // Rows whose panels are made before tokens meet them, where tokens take longer to read than weights.
@@ -148,7 +171,7 @@ struct Kernels {
   PanelKernels panel[kFormats];
   void (*tile_tokens)(const float* x, int64_t x_stride, int64_t count, int64_t columns, float* out);
   void (*round_tokens)(const float* x, int64_t n, uint16_t* out);
-  // Up to kPairTokens tokens as Tokens::pairs has them.
+  // Up to kGroupTokens tokens as Tokens::pairs has them.
   void (*pair_tokens)(const float* x, int64_t x_stride, int64_t count, int64_t columns, uint16_t* out);
   // Panels of columns c0 .. c1 (at most kAcrossColumns, c0 a multiple of them) of a matrix whose rows are
   // summed over: what they meet are tokens with a number for each place of rows.ids, 32 a step, zeros where
@@ -213,9 +236,10 @@ struct Bf16Kernels {
   void (*round_tokens)(const float* x, int64_t n, uint16_t* out);
 };
 extern const Bf16Kernels kAvx512Bf16Kernels;
-// What a CPU with AMX does otherwise than that, where a format has a panel here.
+// What a CPU with AMX does otherwise than that, where a format has a panel here: with the bits of other
+// levels in block formats, or with these rounded to BF16 too.
 struct AmxKernels {
-  PanelKernels panel[kFormats];
+  PanelKernels panel[kFormats], rounded[kFormats];
   decltype(Kernels::pair_tokens) pair_tokens;
   decltype(Kernels::pack_across) pack_across;
 };

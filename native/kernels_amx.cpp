@@ -13,11 +13,23 @@ namespace THERMOCLINE_ISA {
 #include "parts.inl"
 #include "panel.inl"
 #include "panel_amx.inl"
+#include "panel_int.inl"
+#include "panel_amx_int.inl"
 // clang-format on
 
 template <Format F>
-constexpr PanelKernels panel = {kPaired,         kManyPanelRows, kAmxScratch,
-                                amx_panel_bytes, pack_tiles<F>,  amx_panel_dot};
+constexpr PanelKernels rounded = {kPaired,         kManyPanelRows, kAmxScratch,
+                                  amx_panel_bytes, pack_tiles<F>,  amx_panel_dot};
+
+// None in Q6_K, whose scales come twice as often: its sums would wait for tiles as long as vectors take to
+// make them.
+template <Format F>
+constexpr PanelKernels exact = {kBlocked,           kManyPanelRows, 0,
+                                int_panel_bytes<F>, pack_ints<F>,   amx_int_dot<F>};
+template <>
+constexpr PanelKernels exact<kBF16> = rounded<kBF16>;
+template <>
+constexpr PanelKernels exact<kQ6_K> = {};
 
 }  // namespace THERMOCLINE_ISA
 
@@ -25,7 +37,8 @@ constexpr PanelKernels panel = {kPaired,         kManyPanelRows, kAmxScratch,
   {{}, {}, kernel<kBF16>, kernel<kQ8_0>, kernel<kQ4_0>, kernel<kQ4_K>, kernel<kQ5_K>, kernel<kQ6_K>}
 
 constexpr AmxKernels kAmxKernels = {
-    THERMOCLINE_FORMATS(THERMOCLINE_ISA::panel),
+    THERMOCLINE_FORMATS(THERMOCLINE_ISA::exact),
+    THERMOCLINE_FORMATS(THERMOCLINE_ISA::rounded),
     THERMOCLINE_ISA::pair_tokens,
     THERMOCLINE_FORMATS(THERMOCLINE_ISA::pack_across),
 };

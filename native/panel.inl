@@ -53,36 +53,41 @@ static inline void clear(Vec (&sums)[T][kPanelVecs]) {
 }
 
 // Adds up the sums of passes as a tree, pairs of neighbours first, as they come.
-template <int T, int kLevels>
+template <int T, int kLevels, int V = kPanelVecs>
 struct PassTree {
-  Vec waiting[kLevels + 1][T][kPanelVecs];
+  Vec waiting[kLevels + 1][T][V];
 
-  void put(int pass, const Vec (&sums)[T][kPanelVecs]) {
-    Vec now[T][kPanelVecs];
+  void put(int pass, const Vec (&sums)[T][V]) {
+    Vec now[T][V];
     memcpy(now, sums, sizeof now);
     int level = 0;
     for (; pass >> level & 1; ++level) {
       for (int t = 0; t < T; ++t) {
-        for (int v = 0; v < kPanelVecs; ++v) now[t][v] = add(waiting[level][t][v], now[t][v]);
+        for (int v = 0; v < V; ++v) now[t][v] = add(waiting[level][t][v], now[t][v]);
       }
     }
     memcpy(waiting[level], now, sizeof now);
   }
-  const Vec (&total() const)[T][kPanelVecs] { return waiting[kLevels]; }
+  const Vec (&total() const)[T][V] { return waiting[kLevels]; }
 };
 
-// The sums (count, kPanelVecs) of rows r0 .. r1 and tokens t0 .. t0 + count to their places.
+// The sums of up to a vector of rows, r to r1, and tokens t0 .. t0 + count, `stride` vectors apart, to their
+// places.
+static inline void store_rows(const DotJob& job, const Vec* sums, int64_t stride, int64_t r, int64_t r1,
+                              int64_t t0, int64_t count) {
+  const int64_t left = r1 - r;
+  if (left <= 0) return;
+  const __mmask16 mask = static_cast<__mmask16>(left >= kLanes ? 0xFFFF : (1 << left) - 1);
+  const Vec bias = job.bias ? _mm512_maskz_loadu_ps(mask, job.bias + r) : zero();
+  for (int64_t t = 0; t < count; ++t) {
+    float* out = job.out + (t0 + t) * job.out_stride + r;
+    const Vec sum = sums[t * stride], value = job.bias ? add(sum, bias) : sum;
+    _mm512_mask_storeu_ps(out, mask, job.add ? add(_mm512_maskz_loadu_ps(mask, out), value) : value);
+  }
+}
+
+// The sums (count, kPanelVecs) of rows r0 .. r1.
 static inline void store_sums(const DotJob& job, const Vec* sums, int64_t r0, int64_t r1, int64_t t0,
                               int64_t count) {
-  for (int v = 0; v < kPanelVecs; ++v) {
-    const int64_t r = r0 + v * kLanes, left = r1 - r;
-    if (left <= 0) return;
-    const __mmask16 mask = static_cast<__mmask16>(left >= kLanes ? 0xFFFF : (1 << left) - 1);
-    const Vec bias = job.bias ? _mm512_maskz_loadu_ps(mask, job.bias + r) : zero();
-    for (int64_t t = 0; t < count; ++t) {
-      float* out = job.out + (t0 + t) * job.out_stride + r;
-      const Vec sum = sums[t * kPanelVecs + v], value = job.bias ? add(sum, bias) : sum;
-      _mm512_mask_storeu_ps(out, mask, job.add ? add(_mm512_maskz_loadu_ps(mask, out), value) : value);
-    }
-  }
+  for (int v = 0; v < kPanelVecs; ++v) store_rows(job, sums + v, kPanelVecs, r0 + v * kLanes, r1, t0, count);
 }

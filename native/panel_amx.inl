@@ -6,7 +6,7 @@
 constexpr int64_t kRowsOfTile = 16;
 constexpr int64_t kTileBytes = 1024;
 constexpr int64_t kTileStride = 64;
-static_assert(kPanelRows == 2 * kRowsOfTile && kPairTokens == kRowsOfTile);
+static_assert(kPanelRows == 2 * kRowsOfTile && kGroupTokens == kRowsOfTile);
 
 static inline int64_t tile_steps(int64_t columns) { return (columns + kPairColumns - 1) / kPairColumns; }
 
@@ -79,7 +79,7 @@ static void pack_across(const Rows& rows, int64_t steps, int64_t c0, int64_t c1,
   }
 }
 
-// Up to kPairTokens tokens to tiles, a pair of columns of all tokens after the other; zeros for what is not
+// Up to kGroupTokens tokens to tiles, a pair of columns of all tokens after the other; zeros for what is not
 // there.
 static void pair_tokens(const float* x, int64_t x_stride, int64_t count, int64_t columns, uint16_t* out) {
   for (int64_t s = 0; s < tile_steps(columns); ++s, out += kTileBytes / 2) {
@@ -115,11 +115,11 @@ static constexpr TileShapes full_tiles() {
 // wait there in the meantime.
 constexpr int64_t kChunkSteps = 32;
 constexpr int64_t kBlockTokens = 128;
-constexpr int64_t kPairsOfBlock = kBlockTokens / (2 * kPairTokens);
+constexpr int64_t kPairsOfBlock = kBlockTokens / (2 * kGroupTokens);
 
 // Sums of 32 rows and two groups of tokens, tile by tile: of half v of the rows and group g.
 struct alignas(64) TileSums {
-  float at[2][2][kRowsOfTile][kPairTokens];
+  float at[2][2][kRowsOfTile][kGroupTokens];
 };
 
 static constexpr int64_t kAmxScratch = kManyPanelRows / kPanelRows * kPairsOfBlock * sizeof(TileSums);
@@ -178,7 +178,7 @@ static inline void multiply_one(const uint8_t* w, const uint16_t* x, int64_t ste
 // The sums of group g, of `count` tokens from t on, to their places.
 static inline void store_group(const DotJob& job, const TileSums& sums, int g, int64_t r0, int64_t r1,
                                int64_t t, int64_t count) {
-  Vec turned[kPairTokens][kPanelVecs];
+  Vec turned[kGroupTokens][kPanelVecs];
   for (int v = 0; v < kPanelVecs; ++v) {
     __m512i row[16];
     for (int i = 0; i < 16; ++i) row[i] = _mm512_load_si512(sums.at[v][g][i]);
@@ -197,8 +197,8 @@ struct TileWork {
 };
 
 static inline void multiply_panels(const TileWork& work) {
-  const int64_t group = work.steps * kTileBytes / 2, second = work.t1 - work.t - kPairTokens;
-  const uint16_t* x = work.job.tokens.pairs + work.t / kPairTokens * group + work.s0 * kTileBytes / 2;
+  const int64_t group = work.steps * kTileBytes / 2, second = work.t1 - work.t - kGroupTokens;
+  const uint16_t* x = work.job.tokens.pairs + work.t / kGroupTokens * group + work.s0 * kTileBytes / 2;
   const uint8_t* w = work.panel + work.s0 * 2 * kTileBytes;
   const bool first = work.s0 == 0, last = work.s1 == work.steps;
   TileSums* sums = work.sums;
@@ -209,8 +209,8 @@ static inline void multiply_panels(const TileWork& work) {
       multiply_one(w, x, work.s1 - work.s0, first, *sums);
     }
     if (last) {
-      store_group(work.job, *sums, 0, r, work.r1, work.t, second > 0 ? kPairTokens : work.t1 - work.t);
-      if (second > 0) store_group(work.job, *sums, 1, r, work.r1, work.t + kPairTokens, second);
+      store_group(work.job, *sums, 0, r, work.r1, work.t, second > 0 ? kGroupTokens : work.t1 - work.t);
+      if (second > 0) store_group(work.job, *sums, 1, r, work.r1, work.t + kGroupTokens, second);
     }
     if (!first || !last) ++sums;
   }
@@ -227,10 +227,10 @@ static void amx_panel_dot(const DotJob& job, uint8_t* panel, int64_t r0, int64_t
     int64_t s0 = 0;
     do {
       const int64_t s1 = steps - s0 < 2 * kChunkSteps ? steps : s0 + kChunkSteps;
-      for (int64_t t = t0; t < t1; t += 2 * kPairTokens) {
-        const int64_t end = t1 - t < 2 * kPairTokens ? t1 : t + 2 * kPairTokens;
+      for (int64_t t = t0; t < t1; t += 2 * kGroupTokens) {
+        const int64_t end = t1 - t < 2 * kGroupTokens ? t1 : t + 2 * kGroupTokens;
         multiply_panels(
-            {job, panel, r0, r1, steps, s0, s1, t, end, sums + (t - t0) / (2 * kPairTokens) * panels});
+            {job, panel, r0, r1, steps, s0, s1, t, end, sums + (t - t0) / (2 * kGroupTokens) * panels});
       }
       s0 = s1;
     } while (s0 < steps);

@@ -4,7 +4,6 @@
 // A lane of dot_quads.inl sums every fourth block: these are taken in one pass here, so that the sums are the
 // same to the bit.
 
-constexpr int kIntPasses = 4;
 constexpr int64_t kUnitBytes = kPanelVecs * sizeof(Vec);
 
 // Parts of a block with a scale each.
@@ -16,14 +15,6 @@ constexpr int64_t kPanelBlock = (8 + 2 * kHalves<F> + (has_minima(F) ? 1 : 0)) *
 template <Format F>
 static int64_t int_panel_bytes(int64_t columns) {
   return columns / kBlock * kPanelBlock<F>;
-}
-
-// Where block b lies among `blocks`, pass by pass.
-static inline int64_t place_of_block(int64_t b, int64_t blocks) {
-  int64_t place = b / kIntPasses;
-  for (int64_t pass = 0; pass < b % kIntPasses; ++pass)
-    place += (blocks - pass + kIntPasses - 1) / kIntPasses;
-  return place;
 }
 
 // Vector v of a block, of which `units` holds the numbers.

@@ -120,7 +120,7 @@ def rounded_logits(
     tiny: Any, model: Any, transformer: Any, prompt: np.ndarray, rounded: Callable[..., Any] = rounded
 ) -> np.ndarray:
     """Logits of transformers with activations rounded wherever CpuOps does."""
-    floats = rounded is not rounded_to_bf16 or transformer.ops.name != "cpu/amx"
+    floats = rounded is not rounded_to_bf16 or transformer.ops.name != "cpu/amxbf16"
     records = transformer.layers[0].ffn.parts[0].block.records
     exempt = ("down_proj", "fc2", "4h_to_h") if records and floats else ()
     hooks = [
@@ -188,7 +188,7 @@ def test_a_file_computes_with_the_weights_it_holds(
     transformer, model = converted
     exact = tiny.expected_logits(model, prompt)
     error = tiny.relative_error(tiny.logits_of(transformer, prompt), exact)
-    levels = {"bf16": {"cpu/avx512bf16", "cpu/amx"}, "f16": set()}.get(outtype, {"cpu/amx"})
+    levels = {"bf16": {"cpu/avx512bf16", "cpu/amx", "cpu/amxbf16"}, "f16": set()}.get(outtype, {"cpu/amxbf16"})
     multiplies_bf16 = transformer.ops.name in levels
     if isinstance(transformer.ops, ReferenceOps) or (outtype in {"f16", "bf16"} and not multiplies_bf16):
         assert error <= FLOAT_TOLERANCE

@@ -136,7 +136,7 @@ def team(request: pytest.FixtureRequest) -> list[CpuOps]:
 @pytest.fixture
 def vector_levels() -> list[CpuOps]:
     """Every level with vectors of 256 bits or more that multiplies integers, batches too."""
-    return [cpu_ops(isa, 2) for isa in _native.isa_levels() if isa not in ("baseline", "amx")]
+    return [cpu_ops(isa, 2) for isa in _native.isa_levels() if isa not in ("baseline", "amxbf16")]
 
 
 @pytest.fixture
@@ -210,8 +210,9 @@ BATCH = 8
 
 
 def _rounds_tokens(ops: CpuOps, fmt: BlockFormat) -> bool:
-    """AMX also rounds weights in block formats."""
-    return (ops.name in ("cpu/avx512bf16", "cpu/amx") and fmt is BF16) or (ops.name == "cpu/amx" and fmt.block > 1)
+    """The level `amxbf16` also rounds weights in block formats."""
+    rounds_all = ops.name == "cpu/amxbf16"
+    return (fmt is BF16 and (rounds_all or ops.name in ("cpu/avx512bf16", "cpu/amx"))) or (rounds_all and fmt.block > 1)
 
 
 def _summed_magnitudes(w: Any, fmt: BlockFormat) -> Any:
@@ -255,8 +256,8 @@ class LinearBound:
         return _linear_bound(x, w, fmt, rounded=self._rounded(x, fmt))
 
     def of_records(self, h: Any, w: Any, fmt: BlockFormat) -> Any:
-        """Of a down projection over records: float32 whatever their format, but for AMX."""
-        return _linear_bound(h, w, F32, rounded=self._rounded(h, fmt) if self._ops.name == "cpu/amx" else 0)
+        """Of a down projection over records: float32 whatever their format, but for `amxbf16`."""
+        return _linear_bound(h, w, F32, rounded=self._rounded(h, fmt) if self._ops.name == "cpu/amxbf16" else 0)
 
     def _rounded(self, x: Any, fmt: BlockFormat) -> int:
         if len(x) < BATCH or not _rounds_tokens(self._ops, fmt):

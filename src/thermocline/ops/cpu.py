@@ -16,7 +16,7 @@ from thermocline.ops.contract import Activation, ActiveSet, Array, FfnWork, KVLa
 
 LINE = 64
 """Bytes of a cache line, and of the widest vectors: those that cross two lines are read twice."""
-LEVELS = ("baseline", "avx2", "avxvnni", "avx512", "avx512bf16", "amx")
+LEVELS = ("baseline", "avx2", "avxvnni", "avx512", "avx512bf16", "amx", "amxbf16")
 """Every level that kernels exist for, weakest first."""
 
 ACTIVATIONS = {Activation.SILU: 0, Activation.RELU: 1, Activation.RELU2: 2, Activation.GELU: 3}
@@ -27,10 +27,10 @@ class CpuOps:
     """The contract over `thermocline._native`, with its own threads.
 
     Results do not depend on the number of threads, on skipping, nor on which tokens share a batch, bit for bit; with
-    one exception: `avx512bf16` rounds the activations of 8 tokens or more to BF16 before they meet weights in BF16,
-    and so does `amx` before they meet weights in BF16 or in block formats, which it rounds to BF16 as well.
+    one exception: `avx512bf16` and `amx` round the activations of 8 tokens or more to BF16 before they meet weights
+    in BF16, and so does `amxbf16` before they meet weights in BF16 or in block formats, which it rounds to BF16 as well.
     They do depend on the instruction set, but for products in block formats, which are the same at all levels with
-    vectors of 256 bits or more, such batches on `amx` aside. Where a weight is in a block format, activations are
+    vectors of 256 bits or more, such batches on `amxbf16` aside. Where a weight is in a block format, activations are
     else rounded to 8 bits in blocks of 32 before they meet it (except in the down projection of neuron records).
 
     Calls from several Python threads run one after another. Not usable in a forked child.
