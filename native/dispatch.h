@@ -12,8 +12,8 @@ namespace thermocline {
 // Names of the levels that this CPU has, weakest first; "baseline" is always there.
 std::vector<std::string> isa_levels();
 
-// The kernels of a level, or for "auto" of the best one that rounds no block formats. Throws std::invalid_argument naming the
-// levels that there are.
+// The kernels of a level, or for "auto" of the best one that rounds no block formats. Throws
+// std::invalid_argument naming the levels that there are.
 const Kernels& kernels_for(const std::string& isa);
 
 // Instruction set extensions that matter here, and whether this CPU (and its system) has them.
