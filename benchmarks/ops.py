@@ -6,7 +6,8 @@
 Weights come from a ring of buffers far larger than the last level cache, so that every call reads memory; active sets
 are random rows of which none comes twice before all came once. Every op is measured in slices with a probe of the
 read bandwidth between them: the share is the op's median rate over the probe's median. Prefill is compared with
-the best integer or BF16 rate of torch on this machine. Each group of ops is kept under benchmarks/results/ops.
+the best integer or BF16 rate of torch on this machine or, with AMX, of its tiles alone. Each group of ops is kept
+under benchmarks/results/ops.
 """
 
 from __future__ import annotations

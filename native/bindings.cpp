@@ -198,6 +198,10 @@ NB_MODULE(_native, m) {
   bind_tape(m);
   bind_handover(m);
   m.def("read_bandwidth", &bind_read_bandwidth, nb::arg("context"), nb::arg("buffer"));
+  m.def(
+      "tile_rate",
+      [](Context& context, bool bytes) { return run(context, [&] { return tile_rate(context, bytes); }); },
+      nb::arg("context"), nb::arg("int8"));
 }
 
 }  // namespace thermocline

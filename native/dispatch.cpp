@@ -51,6 +51,7 @@ Kernels with_amx() {
     if (kAmxKernels.panel[f].dot) kernels.panel[f] = kAmxKernels.panel[f];
   }
   kernels.pair_tokens = kAmxKernels.pair_tokens;
+  kernels.turn_tiles = kAmxKernels.turn_tiles;
   return kernels;
 }
 

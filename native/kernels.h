@@ -216,6 +216,9 @@ struct Kernels {
   // A value that depends on all bytes, so that reading them cannot be optimised away.
   uint64_t (*checksum)(const uint8_t* data, int64_t n);
   AttendKernels attend = {};
+  // Multiplies tiles, of bytes or of BF16 numbers, `rounds` times and reads no memory; returns the
+  // operations, of which a product and its addition are two. Null where the level has no tiles.
+  int64_t (*turn_tiles)(bool bytes, int64_t rounds) = nullptr;
 };
 
 extern const Kernels kBaselineKernels;
@@ -242,6 +245,7 @@ struct AmxKernels {
   PanelKernels panel[kFormats], rounded[kFormats];
   decltype(Kernels::pair_tokens) pair_tokens;
   decltype(Kernels::pack_across) pack_across;
+  decltype(Kernels::turn_tiles) turn_tiles;
 };
 extern const AmxKernels kAmxKernels;
 #endif

@@ -31,6 +31,26 @@ constexpr PanelKernels exact<kBF16> = rounded<kBF16>;
 template <>
 constexpr PanelKernels exact<kQ6_K> = {};
 
+static int64_t turn_tiles(bool bytes, int64_t rounds) {
+  static constexpr TileShapes kShapes = full_tiles();
+  _tile_loadconfig(&kShapes);
+  for (int64_t i = 0; i < rounds; ++i) {
+    if (bytes) {
+      _tile_dpbssd(0, 4, 6);
+      _tile_dpbssd(1, 4, 7);
+      _tile_dpbssd(2, 5, 6);
+      _tile_dpbssd(3, 5, 7);
+    } else {
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  _tile_release();
+  return rounds * 4 * 2 * kRowsOfTile * kRowsOfTile * (kTileStride / (bytes ? 1 : 2));
+}
+
 }  // namespace THERMOCLINE_ISA
 
 #define THERMOCLINE_FORMATS(kernel) \
@@ -41,6 +61,7 @@ constexpr AmxKernels kAmxKernels = {
     THERMOCLINE_FORMATS(THERMOCLINE_ISA::rounded),
     THERMOCLINE_ISA::pair_tokens,
     THERMOCLINE_FORMATS(THERMOCLINE_ISA::pack_across),
+    THERMOCLINE_ISA::turn_tiles,
 };
 
 }  // namespace thermocline

@@ -39,4 +39,14 @@ ReadProbe read_bandwidth(Context& context, const uint8_t* data, int64_t bytes) {
   return {seconds.count() > 0 ? static_cast<double>(bytes) / seconds.count() : 0.0, total.load()};
 }
 
+double tile_rate(Context& context, bool bytes) {
+  constexpr int64_t kRounds = 20000;
+  if (!context.kernels.turn_tiles) return 0.0;
+  std::atomic<int64_t> operations{0};
+  const auto begin = std::chrono::steady_clock::now();
+  context.pool.run([&](int) { operations.fetch_add(context.kernels.turn_tiles(bytes, kRounds)); });
+  const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
+  return static_cast<double>(operations.load()) / seconds.count();
+}
+
 }  // namespace thermocline

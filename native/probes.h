@@ -1,4 +1,4 @@
-// Passes over bytes: is a matrix sound, how fast is memory.
+// Passes over bytes: is a matrix sound, how fast is memory; and how fast are tiles.
 #pragma once
 
 #include <cstdint>
@@ -18,5 +18,8 @@ struct ReadProbe {
 
 // Reads `bytes` once with all workers.
 ReadProbe read_bandwidth(Context& context, const uint8_t* data, int64_t bytes);
+
+// Operations a second that all workers reach with tiles of bytes, or of BF16 numbers, alone; 0 without tiles.
+double tile_rate(Context& context, bool bytes);
 
 }  // namespace thermocline

@@ -162,6 +162,12 @@ class Reader:
 def read_bandwidth(context: Context, buffer: _Bytes) -> float:
     """Bytes a second at which all threads of `context` together read `buffer` once."""
 
+def tile_rate(context: Context, int8: bool) -> float:
+    """Operations a second of all threads of `context` with AMX's tiles of bytes, or else of BF16, alone.
+
+    A product and its addition are two operations. 0 where the level of `context` has no tiles.
+    """
+
 class HandOver:
     """A worker that computes the cold neurons which a device hands over; wrapped by thermocline.ops.handover."""
 
