@@ -89,4 +89,13 @@ MatrixHandle::MatrixHandle(Input data, int ggml_type, int64_t rows, int64_t cols
   matrix = {data_of<uint8_t>(owner, "data", {rows, bytes}), format, rows, cols, bytes};
 }
 
+const LargestScales* MatrixHandle::largest() const {
+  if (largest_.empty()) {
+    const int64_t minima = has_minima(matrix.format) ? matrix.rows : 0;
+    largest_.assign(static_cast<size_t>(matrix.rows + minima), -1.0f);
+    largest_scales_ = {largest_.data(), largest_.data() + matrix.rows};
+  }
+  return &largest_scales_;
+}
+
 }  // namespace thermocline

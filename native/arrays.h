@@ -9,6 +9,7 @@
 #include <initializer_list>
 #include <string>
 #include <type_traits>
+#include <vector>
 
 #include "matrix.h"
 
@@ -66,8 +67,15 @@ Array array_of(nanobind::handle object, const char* name) {
 struct MatrixHandle {
   MatrixHandle(Input data, int ggml_type, int64_t rows, int64_t cols);
 
+  // What is known of the scales of its rows; made at the first call.
+  const LargestScales* largest() const;
+
   Input owner;
   Matrix matrix;
+
+ private:
+  mutable std::vector<float> largest_;
+  mutable LargestScales largest_scales_{};
 };
 
 }  // namespace thermocline

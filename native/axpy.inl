@@ -14,12 +14,6 @@ static inline void load_unit(const uint8_t* row, int64_t c, Vec (&w)[kUnit<F> / 
   }
 }
 
-// Where column c of a row begins, or its block.
-template <Format F>
-static inline int64_t bytes_of(int64_t c) {
-  return c / kFormatInfo[F].block * kFormatInfo[F].block_bytes;
-}
-
 template <Format F, int R>
 static inline void axpy_one(const RowTile<R>& tile, const float* const (&h)[R], int64_t c0, int64_t c1,
                             float* acc) {
@@ -120,4 +114,24 @@ static void dequantize(const Rows& rows, int64_t r0, int64_t r1, int64_t c0, int
       for (; c < c1; ++c) to[c - c0] = load_one<F>(row, c);
     }
   }
+}
+
+static int32_t add_listed(const ListJob& job, int32_t next, float* acc) {
+  constexpr int kVecs = 8, kColumns = kVecs * kLanes;
+  int32_t end = next;
+  for (int c = 0; c < kListColumns; c += kColumns) {
+    Vec sum[kVecs];
+#pragma GCC unroll 8
+    for (int v = 0; v < kVecs; ++v) sum[v] = load(acc + c + v * kLanes);
+    for (end = next; job.list[end] < job.k1; ++end) {
+      const int64_t k = job.list[end];
+      const Vec factor = splat(job.h[job.positions[k]]);
+      const float* row = job.numbers + (k - job.k0) * kListColumns + c;
+#pragma GCC unroll 8
+      for (int v = 0; v < kVecs; ++v) sum[v] = fma(factor, load(row + v * kLanes), sum[v]);
+    }
+#pragma GCC unroll 8
+    for (int v = 0; v < kVecs; ++v) store(acc + c + v * kLanes, sum[v]);
+  }
+  return end;
 }

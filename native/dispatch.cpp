@@ -32,6 +32,8 @@ Kernels with_vnni() {
     if (!is_integer(static_cast<Format>(f))) continue;
     kernels.dot[f] = kAvxVnniKernels.dot[f];
     kernels.panel[f] = kAvxVnniKernels.panel[f];
+    kernels.add_sums[f] = kAvxVnniKernels.add_sums[f];
+    kernels.finish_sums[f] = kAvxVnniKernels.finish_sums[f];
   }
   return kernels;
 }

@@ -13,8 +13,7 @@ constexpr int64_t kTokenBlock = 32;
 constexpr int64_t kReduceColumns = 512;
 // Narrower pieces of a row would waste the cache lines at their ends.
 constexpr int64_t kFewestColumns = 256;
-// Kernels take four blocks at a time, and a K-quant's must begin where its scales do.
-constexpr int64_t kColumnUnit = 4 * kBlock;
+constexpr int64_t kColumnUnit = 128;
 
 // body(group, begin, end) for the neurons of each cluster; ids ascend.
 template <class Body>
@@ -31,14 +30,17 @@ void for_clusters(const int32_t* ids, int64_t count, Body body) {
   }
 }
 
-int64_t parts_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
-
 }  // namespace
 
-DownRecords::DownRecords(Context& context, Pool& team, const Matrix& down, int64_t tokens, int64_t most)
+DownRecords::DownRecords(Context& context, Pool& team, const Matrix& down, const LargestScales* largest,
+                         int64_t tokens, int64_t most)
     : context_(context), team_(team), down_(down), tokens_(tokens) {
   if (DownPanels::pays(context.kernels, down.format, tokens)) {
     panels_.emplace(context, team, down, tokens);
+    return;
+  }
+  if (is_integer(down.format)) {
+    sums_.emplace(context, team, down, largest, tokens, most);
     return;
   }
   ids_ = context.arena.take<int32_t>(most);
@@ -57,8 +59,7 @@ DownRecords::DownRecords(Context& context, Pool& team, const Matrix& down, int64
                                        parts_of(tokens, kTokenBlock));
     most_ = most;
     fired_ = context.arena.take<int32_t>(tokens * (most + 1));
-    scratch_size_ =
-        (kTileColumns + 2 * kListParts) * kTileRows + (2 * kTileColumns + 1) * parts_of(tokens, token_parts_);
+    scratch_size_ = kTileColumns * kTileRows + (2 * kTileColumns + 1) * parts_of(tokens, token_parts_);
     scratch_ = context.arena.take<float>(scratch_size_ * team.size());
     token_items_.reset(tokens, 1);
   }
@@ -67,6 +68,7 @@ DownRecords::DownRecords(Context& context, Pool& team, const Matrix& down, int64
 void DownRecords::list(const int32_t* ids, const int32_t* rows, const uint8_t* wanted, int64_t count,
                        const float* h, int64_t h_stride) {
   if (panels_) return panels_->list(ids, rows, wanted, count, h, h_stride);
+  if (sums_) return sums_->list(ids, rows, wanted, count, h, h_stride);
   h_ = h;
   h_stride_ = h_stride;
   std::fill(start_, start_ + kGroups + 1, 0);
@@ -92,6 +94,7 @@ void DownRecords::list(const int32_t* ids, const int32_t* rows, const uint8_t* w
 
 void DownRecords::add(int worker, float* out) {
   if (panels_) return panels_->add(worker, out);
+  if (sums_) return sums_->add(worker, out);
   if (tokens_ == 1) return add_one(out);
   token_items_.drain([&](int64_t t, int64_t) { find_fired(t); });
   team_.barrier();
@@ -107,7 +110,7 @@ void DownRecords::add_one(float* out) {
     AxpyJob part = job;
     part.acc = parts_ + group * down_.cols + c0;
     std::fill(part.acc, part.acc + (c1 - c0), 0.0f);
-    context_.kernels.add_scaled[down_.format](part, start_[group], start_[group + 1], c0, c1);
+    context_.kernels.axpy[down_.format](part, start_[group], start_[group + 1], 0, 1, c0, c1);
   });
   team_.barrier();
   reduce_.drain([&](int64_t begin, int64_t end) {
@@ -132,9 +135,7 @@ void DownRecords::add_tile(int worker, int64_t item, float* out) {
   const int64_t size = parts_of(tokens_, token_parts_);
   const int64_t t0 = std::min(item / column_parts_ * size, tokens_), t1 = std::min(t0 + size, tokens_);
   float* numbers = scratch_ + worker * scratch_size_;
-  float* scales = numbers + kTileRows * kTileColumns;
-  const ListTile tile{numbers, scales, scales + kTileRows * kListParts};
-  float* sums = tile.minima + kTileRows * kListParts;
+  float* sums = numbers + kTileRows * kTileColumns;
   float* total = sums + size * kTileColumns;
   auto* next = reinterpret_cast<int32_t*>(total + size * kTileColumns);  // of each token, in its list
   const int64_t floats = (t1 - t0) * kTileColumns;
@@ -146,10 +147,10 @@ void DownRecords::add_tile(int worker, int64_t item, float* out) {
     std::fill(sums, sums + floats, 0.0f);
     for (int64_t k = start_[g]; k < start_[g + 1]; k += kTileRows) {
       const int64_t rows = std::min(kTileRows, start_[g + 1] - k);
-      kernels.unpack[down_.format](down_.at(ids_, k + rows), k, k + rows, c0, c1, tile);
+      kernels.dequantize[down_.format](down_.at(ids_, k + rows), k, k + rows, c0, c1, numbers, kTileColumns);
       for (int64_t t = t0; t < t1; ++t) {
-        const ListJob job{tile, k, k + rows, fired_ + t * (most_ + 1), positions_, h_ + t * h_stride_};
-        next[t - t0] = kernels.add_listed[down_.format](job, next[t - t0], sums + (t - t0) * kTileColumns);
+        const ListJob job{numbers, k, k + rows, fired_ + t * (most_ + 1), positions_, h_ + t * h_stride_};
+        next[t - t0] = kernels.add_listed(job, next[t - t0], sums + (t - t0) * kTileColumns);
       }
     }
     for (int64_t i = 0; i < floats; ++i) total[i] += sums[i];

@@ -1,4 +1,4 @@
-// Down projection over neuron records: a weighted sum of rows in a fixed order.
+// Down projection over neuron records: a weighted sum of rows, of floats in a fixed order.
 #pragma once
 
 #include <cstdint>
@@ -6,6 +6,7 @@
 
 #include "context.h"
 #include "down_panels.h"
+#include "down_sums.h"
 #include "matrix.h"
 
 namespace thermocline {
@@ -17,8 +18,9 @@ constexpr int kClusterShift = 6;
 
 class DownRecords {
  public:
-  // Takes scratch for lists of up to `most` neurons and for the partial sums.
-  DownRecords(Context& context, Pool& team, const Matrix& down, int64_t tokens, int64_t most);
+  // Takes scratch for lists of up to `most` neurons and for the partial sums; `largest` as DownSums has it.
+  DownRecords(Context& context, Pool& team, const Matrix& down, const LargestScales* largest, int64_t tokens,
+              int64_t most);
 
   // Serial: what to add. Neuron i of `count` has the id ids[i] (i if null), its row at rows[i] (at its id if
   // null) and the activations h[t * h_stride + i]; it is left out where `wanted` is given and wanted[i] is 0.
@@ -48,7 +50,9 @@ class DownRecords {
   int64_t most_ = 0;
   int64_t scratch_size_ = 0;
   Items items_, reduce_, token_items_;
-  std::optional<DownPanels> panels_;  // does it all, where it is faster
+  // One of these does it all: where panels are faster, and in the other integer formats.
+  std::optional<DownPanels> panels_;
+  std::optional<DownSums> sums_;
 };
 
 }  // namespace thermocline

@@ -10,8 +10,6 @@ namespace {
 
 constexpr int64_t kStep = kPairColumns;
 
-int64_t parts_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
-
 // Calls body(i, id, begins) for each neuron that is wanted; `begins` says that it is the first of its step.
 template <class Body>
 void for_wanted(const int32_t* ids, const uint8_t* wanted, int64_t count, Body body) {

@@ -52,7 +52,7 @@ class Slice {
         std::max(dot_scratch(context.kernels, block.up->format, block.up->cols, tokens),
                  block.gate ? dot_scratch(context.kernels, block.gate->format, block.gate->cols, tokens) : 0);
     if (block.records) {
-      records_.emplace(context, team, *block.down, tokens, count_);
+      records_.emplace(context, team, *block.down, block.largest, tokens, count_);
     } else {
       scratch_size_ =
           std::max(scratch_size_, dot_scratch(context.kernels, block.down->format, block.down->cols, tokens));

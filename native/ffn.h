@@ -19,6 +19,7 @@ struct FfnBlock {
   const float* up_bias;  // (neurons), or null
   const int32_t* rows;   // of each neuron its row in the matrices (records only), or null: its own number
   int64_t neurons;
+  const LargestScales* largest;  // of the rows of down, kept from call to call; null where rows may change
 };
 
 struct FfnWork {
@@ -29,9 +30,9 @@ struct FfnWork {
 // neuron ids, or is null for all. With `skip` (records only) neurons that are zero for every token cost no
 // more rows. `hidden` (tokens, neurons) receives the activations, unless null.
 //
-// The sum over neurons is cut into kGroups sums by the neuron's id, each taken in ascending order, and these
-// are added in order: the result does not depend on threads, on skipping, on where rows lie, nor on the other
-// tokens of the batch.
+// The sum over neurons is exact in integer formats (DownSums), and else cut into kGroups sums by the neuron's
+// id, each taken in ascending order, which are added in order: the result does not depend on threads, on
+// skipping, on where rows lie, nor on the other tokens of the batch.
 FfnWork ffn(Context& context, const float* x, int64_t tokens, const FfnBlock& block, const int32_t* active,
             int64_t n_active, bool skip, float* out, float* hidden);
 

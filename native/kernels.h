@@ -116,22 +116,63 @@ struct AxpyJob {
 };
 
 constexpr int kListColumns = 128;
-constexpr int kListParts = kListColumns / 16;
 
-// Unpacked rows: of each kListColumns numbers and, of integer formats, for every 16 of them a scale and what
-// a minimum takes off; in the other formats these are not read.
-struct ListTile {
-  float *numbers, *scales, *minima;
-};
-
-// The rows k0 .. k1 that lie in a tile, of those that a token lists, ascending: row k with the factor
-// h[positions[k]].
+// Of rows k0 .. k1, whose kListColumns numbers lie in a tile, those that a token lists, ascending: row k with
+// the factor h[positions[k]].
 struct ListJob {
-  ListTile tile;
+  const float* numbers;
   int64_t k0, k1;
   const int32_t* list;  // ends with a number that is at least k1
   const int32_t* positions;
   const float* h;
+};
+
+// Columns of which weighted sums lie together.
+constexpr int kSumColumns = 4 * kBlock;
+// Factors are whole numbers up to this, as exact as floats are, so that what a sum comes to hardly depends on
+// its unit; they are taken by digits, of a signed byte each.
+constexpr int kLargestFactor = (1 << 22) - 1;
+constexpr int kDigits = 3;
+// As many rows as sums of unsigned bytes times digits have room for.
+constexpr int64_t kMostSumRows = 65536;
+
+// Sums of kSumColumns columns by digit, lowest first, in an order of the level's own; and of the factors of the
+// four blocks and what minima take off, digit d of block i in place 4 * i + d. In Q6_K the second factors are
+// those of the second halves of blocks.
+struct alignas(64) SumStep {
+  int32_t at[kDigits][kSumColumns];
+  int32_t factors[2][16], least[16];
+};
+
+// sums += the rows list[k] (k if null), each with the factor h[positions[row]] (h[row] if null).
+struct SumJob {
+  Rows rows;
+  const int32_t* list;
+  const int32_t* positions;
+  const float* h;
+  double per_factor, per_least;  // units that a factor times a scale, or times a minimum, of 1 comes to
+  SumStep* sums;
+};
+
+// What a sum is multiplied with in the end.
+struct SumUnits {
+  double factor, least;
+};
+
+// The largest magnitude of a row's scales, and of its minima; NaN if there is one among them.
+struct LargestScale {
+  float scale, least;
+};
+
+// The same of many rows; -1 where it is not known yet.
+struct LargestScales {
+  float *scale, *least;
+};
+
+// Factors h[positions[k]] for the places k = list[i] (k and i where null), of rows rows[k] (k if null).
+struct FactorJob {
+  const float* h;
+  const int32_t *positions, *list, *rows;
 };
 
 // What will be read soon: it is fetched meanwhile, so many bytes for each row that is worked on.
@@ -181,15 +222,19 @@ struct Kernels {
   // c0 and c1 are multiples of the block.
   void (*axpy[kFormats])(const AxpyJob& job, int64_t k0, int64_t k1, int64_t t0, int64_t t1, int64_t c0,
                          int64_t c1);
-  // axpy of one token, in which integer formats multiply h with a block's scale first. acc holds zeros
-  // before; c0 is a multiple of 128.
-  void (*add_scaled[kFormats])(const AxpyJob& job, int64_t k0, int64_t k1, int64_t c0, int64_t c1);
-  // Rows k0 .. k1, columns c0 .. c1 (at most kListColumns).
-  void (*unpack[kFormats])(const Rows& rows, int64_t k0, int64_t k1, int64_t c0, int64_t c1,
-                           const ListTile& to);
-  // acc (kListColumns) += the listed rows of a tile, with the operations of add_scaled, from place `next` of
-  // the list on; returns the place of the first row that is not below k1.
-  int32_t (*add_listed[kFormats])(const ListJob& job, int32_t next, float* acc);
+  // acc (kListColumns) += the listed rows of a tile, with the operations of axpy, from place `next` of the
+  // list on; returns the place of the first row that is not below k1.
+  int32_t (*add_listed)(const ListJob& job, int32_t next, float* acc);
+  // The largest magnitude of a factor times the scale of its row, of places i < count; NaN if one is, and less
+  // than 0 if a scale is.
+  float (*largest_factor)(const FactorJob& job, const float* scales, int64_t count);
+  // These are null but for integer formats. Places k0 .. k1 of a job, columns c0 .. c1, of which c0 is a
+  // multiple of kSumColumns.
+  void (*add_sums[kFormats])(const SumJob& job, int64_t k0, int64_t k1, int64_t c0, int64_t c1);
+  LargestScale (*largest_scale[kFormats])(const uint8_t* row, int64_t columns);
+  // out += the sum of `count` parts, `stride` steps apart.
+  void (*finish_sums[kFormats])(const SumStep* parts, int64_t count, int64_t stride, const SumUnits& units,
+                                int64_t columns, float* out);
   // out[(r - r0) * out_stride + c - c0]; c0 and c1 are multiples of the block.
   void (*dequantize[kFormats])(const Rows& rows, int64_t r0, int64_t r1, int64_t c0, int64_t c1, float* out,
                                int64_t out_stride);
@@ -231,6 +276,8 @@ extern const AttendKernels kAvx2Attend, kAvx512Attend;
 struct VnniKernels {
   void (*dot[kFormats])(const DotJob& job, int64_t r0, int64_t r1, int64_t t0, int64_t t1);
   PanelKernels panel[kFormats];
+  decltype(Kernels::add_sums) add_sums;
+  decltype(Kernels::finish_sums) finish_sums;
 };
 extern const VnniKernels kAvxVnniKernels;
 // What a CPU with AVX512-BF16 does otherwise.

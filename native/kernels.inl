@@ -1,5 +1,6 @@
 // All kernels of one instruction set. Included by kernels_<isa>.cpp after THERMOCLINE_ISA is defined and the
-// simd header of the level is included, and THERMOCLINE_INT_DOT names the integer dot products of the level.
+// simd header of the level is included, and THERMOCLINE_INT_DOT and THERMOCLINE_SUMS name its integer dot products
+// and weighted sums.
 // Includes C headers only: templates of the C++ library would be compiled for this instruction set and could
 // be picked by the linker for all the program.
 
@@ -17,10 +18,10 @@ namespace thermocline::THERMOCLINE_ISA {
 #include THERMOCLINE_INT_DOT
 #include "dot.inl"
 #include "axpy.inl"
-#ifdef THERMOCLINE_LANES
-#include "lanes.inl"
-#endif
-#include "scaled.inl"
+#include "sums_unit.inl"
+#include "sums_tile.inl"
+#include THERMOCLINE_SUMS
+#include "sums_finish.inl"
 #ifdef THERMOCLINE_PANELS
 #include "panel.inl"
 #include "panel_int.inl"
@@ -37,6 +38,9 @@ namespace thermocline::THERMOCLINE_ISA {
 #define THERMOCLINE_FORMATS(kernel)                            \
   {kernel<kF32>,  kernel<kF16>,  kernel<kBF16>, kernel<kQ8_0>, \
    kernel<kQ4_0>, kernel<kQ4_K>, kernel<kQ5_K>, kernel<kQ6_K>}
+
+#define THERMOCLINE_INTEGER_FORMATS(kernel) \
+  {nullptr, nullptr, nullptr, kernel<kQ8_0>, kernel<kQ4_0>, kernel<kQ4_K>, kernel<kQ5_K>, kernel<kQ6_K>}
 
 #ifdef THERMOCLINE_PANELS
 template <Format F>
@@ -71,9 +75,11 @@ static constexpr Kernels make_kernels(const char* name) {
       nullptr,
       {},
       THERMOCLINE_FORMATS(axpy),
-      THERMOCLINE_FORMATS(add_scaled),
-      THERMOCLINE_FORMATS(unpack),
-      THERMOCLINE_FORMATS(add_listed),
+      add_listed,
+      largest_factor,
+      THERMOCLINE_INTEGER_FORMATS(add_sums),
+      THERMOCLINE_INTEGER_FORMATS(largest_scale),
+      THERMOCLINE_INTEGER_FORMATS(finish_sums),
       THERMOCLINE_FORMATS(dequantize),
       THERMOCLINE_FORMATS(first_nonfinite),
       activate,
@@ -89,5 +95,6 @@ static constexpr Kernels make_kernels(const char* name) {
 }
 
 #undef THERMOCLINE_FORMATS
+#undef THERMOCLINE_INTEGER_FORMATS
 
 }  // namespace thermocline::THERMOCLINE_ISA

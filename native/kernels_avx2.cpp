@@ -1,7 +1,7 @@
 #define THERMOCLINE_ISA avx2_level
 #define THERMOCLINE_INT_DOT "dot_quads.inl"
+#define THERMOCLINE_SUMS "sums.inl"
 #define THERMOCLINE_PANELS_256
-#define THERMOCLINE_QUADS
 #include "quads_256.h"
 //
 #include "kernels.inl"

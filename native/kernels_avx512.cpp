@@ -1,8 +1,7 @@
 #define THERMOCLINE_ISA avx512_level
 #define THERMOCLINE_INT_DOT "dot_quads.inl"
+#define THERMOCLINE_SUMS "sums.inl"
 #define THERMOCLINE_PANELS
-#define THERMOCLINE_QUADS
-#define THERMOCLINE_LANES
 #include "simd_avx512.h"
 //
 #include "kernels.inl"

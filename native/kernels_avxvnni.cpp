@@ -14,6 +14,9 @@ namespace THERMOCLINE_ISA {
 #include "parts.inl"
 #include "dot_quads.inl"
 #include "dot.inl"
+#include "sums_tile.inl"
+#include "sums.inl"
+#include "sums_finish.inl"
 #include "panel_256.inl"
 // clang-format on
 
@@ -35,6 +38,8 @@ constexpr VnniKernels kAvxVnniKernels = {
      THERMOCLINE_ISA::panel<kQ4_K>,
      THERMOCLINE_ISA::panel<kQ5_K>,
      THERMOCLINE_ISA::panel<kQ6_K>},
+    THERMOCLINE_INTEGER_FORMATS(THERMOCLINE_ISA::add_sums),
+    THERMOCLINE_INTEGER_FORMATS(THERMOCLINE_ISA::finish_sums),
 };
 
 }  // namespace thermocline

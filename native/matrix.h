@@ -17,6 +17,9 @@ struct Matrix {
   Rows at(const int32_t* ids, int64_t count) const { return {data, row_bytes, ids, count}; }
 };
 
+// Pieces of `size` that n takes.
+inline int64_t parts_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
+
 // The format with that ggml number. Throws std::invalid_argument if there is none.
 Format format_of(int ggml_type);
 

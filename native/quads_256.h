@@ -24,6 +24,38 @@ constexpr int kUnsigned = F == kQ8_0 ? (kVnni ? 128 : 0) : offset_of(F);
 
 constexpr int kQuadVecs = 2;
 
+typedef __m256i Int;
+static inline Int load_ints(const int32_t* p) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+}
+static inline void store_ints(int32_t* p, Int v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
+static inline Int add_ints(Int a, Int b) { return _mm256_add_epi32(a, b); }
+static inline Int splat_int(int a) { return _mm256_set1_epi32(a); }
+static inline Int xor_ints(Int a, Int b) { return _mm256_xor_si256(a, b); }
+static inline Int whole_numbers(Vec x) { return _mm256_cvtps_epi32(x); }
+static inline Int low_nibbles(Int v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
+static inline Int high_nibbles(Int v) { return low_nibbles(_mm256_srli_epi16(v, 4)); }
+// Within every 128 bits, as the instructions have it.
+static inline Int low_bytes(Int a, Int b) { return _mm256_unpacklo_epi8(a, b); }
+static inline Int high_bytes(Int a, Int b) { return _mm256_unpackhi_epi8(a, b); }
+static inline Int low_words(Int a, Int b) { return _mm256_unpacklo_epi16(a, b); }
+static inline Int high_words(Int a, Int b) { return _mm256_unpackhi_epi16(a, b); }
+static inline Int turn_bytes(Int v) {
+  const __m128i turn = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  return _mm256_shuffle_epi8(v, _mm256_broadcastsi128_si256(turn));
+}
+static inline Int narrow_ints(Int a, Int b) { return _mm256_packs_epi32(a, b); }
+static inline Int narrow_words(Int a, Int b) { return _mm256_packs_epi16(a, b); }
+template <int i>
+static inline Int repeat_int(Int v) {
+  return _mm256_shuffle_epi32(v, i * 0x55);
+}
+// One of the two lanes of 128 bits in place of both.
+template <int second>
+static inline Int repeat_lanes(Int v) {
+  return _mm256_permute2x128_si256(v, v, second ? 0x11 : 0);
+}
+
 // Two blocks of a row: the first 16 numbers of each, and the second 16.
 struct Quad {
   __m256i first, second;
@@ -85,6 +117,18 @@ template <Format F, int v>
       }
       return quad;
     }
+  }
+}
+
+// The bytes of blocks b + 2 v and b + 2 v + 1 of a row, of a format of nibbles, in the order of the file.
+template <Format F, int v>
+[[gnu::always_inline]] static inline __m256i load_bytes(const uint8_t* row, int64_t b, int64_t last) {
+  constexpr int kBytes = kFormatInfo[F].block_bytes;
+  if constexpr (F == kQ4_0) {
+    const auto at = [&](int i) { return row + (b + i < last ? b + i : last) * kBytes + 2; };
+    return join(load_128(at(2 * v)), load_128(at(2 * v + 1)));
+  } else {
+    return load_256(row + b / 8 * kBytes + 16 + b / 4 % 2 * 64 + v * 32);
   }
 }
 
@@ -170,6 +214,15 @@ static inline __m256i pairs_of(__m256i w, __m256i x) {
 }
 static inline __m256i sums_of_pairs(__m256i pairs) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
 #endif
+
+template <Format F>
+static inline Int add_products(Int before, Int numbers, Int digits) {
+#ifdef THERMOCLINE_VNNI
+  return sums_of<F>(numbers, digits, before);
+#else
+  return _mm256_add_epi32(before, sums_of_pairs(pairs_of<F>(numbers, digits)));
+#endif
+}
 
 // Of both halves of the blocks; numbers of up to five bits leave room for the sum of two pairs.
 template <Format F>

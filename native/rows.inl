@@ -4,6 +4,12 @@ static inline const uint8_t* row_at(const Rows& rows, int64_t r) {
   return rows.base + (rows.ids ? rows.ids[r] : r) * rows.row_bytes;
 }
 
+// Where column c of a row begins, or its block.
+template <Format F>
+static inline int64_t bytes_of(int64_t c) {
+  return c / kFormatInfo[F].block * kFormatInfo[F].block_bytes;
+}
+
 // What a tile reads: R rows, and the rows that are fetched meanwhile: of the tile after it or, where rows are
 // short, of the one after that, for memory answers late.
 constexpr int64_t kAhead = 8192;

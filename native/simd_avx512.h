@@ -86,6 +86,42 @@ static inline Vec load_bf16(const uint8_t* p) {
 static inline void store_f16(uint8_t* p, Vec v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 }
+
+typedef __m512i Int;
+constexpr bool kVnni = true;
+static inline Int load_ints(const int32_t* p) { return _mm512_loadu_si512(p); }
+static inline void store_ints(int32_t* p, Int v) { _mm512_storeu_si512(p, v); }
+static inline Int add_ints(Int a, Int b) { return _mm512_add_epi32(a, b); }
+static inline Int splat_int(int a) { return _mm512_set1_epi32(a); }
+static inline Int xor_ints(Int a, Int b) { return _mm512_xor_si512(a, b); }
+static inline Int whole_numbers(Vec x) { return _mm512_cvtps_epi32(x); }
+static inline Int low_nibbles(Int v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
+static inline Int high_nibbles(Int v) { return low_nibbles(_mm512_srli_epi16(v, 4)); }
+// Within every 128 bits, as the instructions have it.
+static inline Int low_bytes(Int a, Int b) { return _mm512_unpacklo_epi8(a, b); }
+static inline Int high_bytes(Int a, Int b) { return _mm512_unpackhi_epi8(a, b); }
+static inline Int low_words(Int a, Int b) { return _mm512_unpacklo_epi16(a, b); }
+static inline Int high_words(Int a, Int b) { return _mm512_unpackhi_epi16(a, b); }
+static inline Int turn_bytes(Int v) {
+  const __m128i turn = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  return _mm512_shuffle_epi8(v, _mm512_broadcast_i32x4(turn));
+}
+static inline Int narrow_ints(Int a, Int b) { return _mm512_packs_epi32(a, b); }
+static inline Int narrow_words(Int a, Int b) { return _mm512_packs_epi16(a, b); }
+template <int i>
+static inline Int repeat_int(Int v) {
+  return _mm512_shuffle_epi32(v, static_cast<_MM_PERM_ENUM>(i * 0x55));
+}
+// The first lane of 128 bits of each two in place of both, or the second.
+template <int second>
+static inline Int repeat_lanes(Int v) {
+  return _mm512_shuffle_i32x4(v, v, second ? 0xF5 : 0xA0);
+}
+template <Format>
+static inline Int add_products(Int before, Int numbers, Int digits) {
+  return _mm512_dpbusd_epi32(before, numbers, digits);
+}
+
 static inline float scale_of(const uint8_t* p) { return _cvtsh_ss(load_u16(p)); }
 
 // 32 rounded values of x * inverse as bytes, and the sums of both halves.
@@ -204,11 +240,18 @@ template <Format F, int>
 }
 
 // The bytes of blocks b to b + 3 of a row, of a format of nibbles, in the order of the file.
-template <Format F>
-[[gnu::always_inline]] static inline __m512i load_nibbles(const uint8_t* row, int64_t b) {
+template <Format F, int>
+[[gnu::always_inline]] static inline __m512i load_bytes(const uint8_t* row, int64_t b, int64_t last) {
   constexpr int kBytes = kFormatInfo[F].block_bytes;
-  if constexpr (F == kQ4_0) return pick_words<kBytes / 2, 1>(row + b * kBytes);
-  return _mm512_loadu_si512(row + b / 8 * kBytes + 16 + b / 4 % 2 * 64);
+  if constexpr (F == kQ4_0) {
+    const auto part = [&](int i) { return load_128(row + (b + i < last ? b + i : last) * kBytes + 2); };
+    __m512i v = _mm512_castsi128_si512(part(0));
+    v = _mm512_mask_broadcast_i32x4(v, 0x00F0, part(1));
+    v = _mm512_mask_broadcast_i32x4(v, 0x0F00, part(2));
+    return _mm512_mask_broadcast_i32x4(v, 0xF000, part(3));
+  } else {
+    return _mm512_loadu_si512(row + b / 8 * kBytes + 16 + b / 4 % 2 * 64);
+  }
 }
 
 // Scales of four blocks of four rows, in lanes block by block: of all numbers of a block or, in Q6_K, of the

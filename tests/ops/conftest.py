@@ -245,6 +245,18 @@ def _linear_bound(x: Any, w: Any, fmt: BlockFormat, *, rounded: int) -> Any:
     return bound
 
 
+def _factor_bound(h: Any, w: Any) -> Any:
+    """What whole factors are off by (T, 1): half a unit a neuron, times its largest number.
+
+    The unit is a 2^22-th of the largest product of an activation with a scale, of all neurons. A scale times the
+    largest number that is ever stored is at most what a part of its row spans, and 1.3 times that where a K-quant's
+    rounded scale leaves the last numbers unused. What a minimum takes off is rounded in the same way.
+    """
+    span = 1.3 * 2 * np.abs(w).max(axis=0, initial=0)
+    largest = (np.abs(h) * span).max(axis=1, initial=0, keepdims=True)
+    return 2 * 0.5 * largest / (2**22 - 1) * np.count_nonzero(h, axis=1, keepdims=True)
+
+
 class LinearBound:
     """`_linear_bound` for an implementation."""
 
@@ -256,8 +268,10 @@ class LinearBound:
         return _linear_bound(x, w, fmt, rounded=self._rounded(x, fmt))
 
     def of_records(self, h: Any, w: Any, fmt: BlockFormat) -> Any:
-        """Of a down projection over records: float32 whatever their format, but for `amxbf16`."""
-        return _linear_bound(h, w, F32, rounded=self._rounded(h, fmt) if self._ops.name == "cpu/amxbf16" else 0)
+        """Of a down projection over records, w (columns, neurons): in float32 or, for block formats, in whole factors."""
+        if self._ops.name == "cpu/amxbf16" and self._rounded(h, fmt):
+            return _linear_bound(h, w, F32, rounded=self._rounded(h, fmt))
+        return _linear_bound(h, w, F32, rounded=0) + (_factor_bound(h, w) if fmt.block > 1 else 0)
 
     def _rounded(self, x: Any, fmt: BlockFormat) -> int:
         if len(x) < BATCH or not _rounds_tokens(self._ops, fmt):

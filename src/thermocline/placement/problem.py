@@ -23,6 +23,9 @@ from thermocline.placement.workload import Overheads, Workload
 MOVING_BYTES = 1 << 20
 """Of RAM: what records pass through that change places while a model runs."""
 
+SCALE_BYTES = 8
+"""Of a neuron, where the CPU's kernels compute: the largest scale and minimum of its down row, which they keep."""
+
 
 class LayerPlace(NamedTuple):
     """Where one layer lives: `home` of attention and cache, the predictor's tier, depths in clusters.
@@ -118,7 +121,8 @@ class Problem:
                 tokens, n_embd=f.n_embd, n_ff=f.n_ff, n_vocab=f.n_vocab, n_q=f.n_q, gated=f.gated, context=w.context
             )
         scores = 4 * (min(tokens, MOST_TOKENS) + 1) * f.n_ff if self.mode is FfnMode.PREDICTED else 0
-        size = tokens * token + outputs + scratch + scores + f.rope_token * w.context
+        scales = 0 if tier is Tier.VRAM and o.unpacks else SCALE_BYTES * f.n_ff * f.n_layer
+        size = tokens * token + outputs + scratch + scores + scales + f.rope_token * w.context
         if tier is Tier.RAM and self.machine.gpu is not None and not o.unpacks:
             size, token = 2 * size, 2 * token  # its kernels and the device's, which are the same, each have scratch
         demands = [
