@@ -80,8 +80,8 @@ void DownSums::measure(int64_t k0, int64_t k1) {
   for (int64_t k = k0; k < k1; ++k) {
     const int64_t place = kept_ ? row(k) : k;
     if (kept_ && !std::signbit(largest_.scale[place])) continue;
-    const LargestScale found = context_.kernels.largest_scale[down_.format](
-        down_.data + row(k) * down_.row_bytes, down_.cols);
+    const LargestScale found =
+        context_.kernels.largest_scale[down_.format](down_.data + row(k) * down_.row_bytes, down_.cols);
     largest_.scale[place] = found.scale;
     if (has_minima(down_.format)) largest_.least[place] = found.least;
   }
@@ -102,8 +102,8 @@ DownSums::Scale DownSums::scale_of(int64_t t, const int32_t* list, int64_t count
 }
 
 SumJob DownSums::job_of(int64_t t, const int32_t* list, SumStep* sums) const {
-  return {down_.at(rows_, count_),  list, positions_, h_ + t * h_stride_, scales_[t].per_factor,
-          scales_[t].per_least, sums};
+  return {down_.at(rows_, count_), list, positions_, h_ + t * h_stride_, scales_[t].per_factor,
+          scales_[t].per_least,    sums};
 }
 
 void DownSums::add(int worker, float* out) {

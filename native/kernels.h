@@ -136,9 +136,9 @@ constexpr int kDigits = 3;
 // As many rows as sums of unsigned bytes times digits have room for.
 constexpr int64_t kMostSumRows = 65536;
 
-// Sums of kSumColumns columns by digit, lowest first, in an order of the level's own; and of the factors of the
-// four blocks and what minima take off, digit d of block i in place 4 * i + d. In Q6_K the second factors are
-// those of the second halves of blocks.
+// Sums of kSumColumns columns by digit, lowest first, in an order of the level's own; and of the factors of
+// the four blocks and what minima take off, digit d of block i in place 4 * i + d. In Q6_K the second factors
+// are those of the second halves of blocks.
 struct alignas(64) SumStep {
   int32_t at[kDigits][kSumColumns];
   int32_t factors[2][16], least[16];
@@ -225,8 +225,8 @@ struct Kernels {
   // acc (kListColumns) += the listed rows of a tile, with the operations of axpy, from place `next` of the
   // list on; returns the place of the first row that is not below k1.
   int32_t (*add_listed)(const ListJob& job, int32_t next, float* acc);
-  // The largest magnitude of a factor times the scale of its row, of places i < count; NaN if one is, and less
-  // than 0 if a scale is.
+  // The largest magnitude of a factor times the scale of its row, of places i < count; NaN if one is, and
+  // less than 0 if a scale is.
   float (*largest_factor)(const FactorJob& job, const float* scales, int64_t count);
   // These are null but for integer formats. Places k0 .. k1 of a job, columns c0 .. c1, of which c0 is a
   // multiple of kSumColumns.

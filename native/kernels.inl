@@ -1,8 +1,7 @@
 // All kernels of one instruction set. Included by kernels_<isa>.cpp after THERMOCLINE_ISA is defined and the
-// simd header of the level is included, and THERMOCLINE_INT_DOT and THERMOCLINE_SUMS name its integer dot products
-// and weighted sums.
-// Includes C headers only: templates of the C++ library would be compiled for this instruction set and could
-// be picked by the linker for all the program.
+// simd header of the level is included, and THERMOCLINE_INT_DOT and THERMOCLINE_SUMS name its integer dot
+// products and weighted sums. Includes C headers only: templates of the C++ library would be compiled for
+// this instruction set and could be picked by the linker for all the program.
 
 #include <math.h>
 #include <string.h>

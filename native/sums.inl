@@ -59,8 +59,8 @@ template <Format F, int v>
 template <Format F>
 constexpr int kDigitBase = F == kQ8_0 && !kVnni ? 254 : 256;
 
-// The digits of whole numbers, place 4 * i + r of which belongs to row r and block i: byte 4 * d + r of the 128
-// bits of a block is digit d, the lowest first, of row r.
+// The digits of whole numbers, place 4 * i + r of which belongs to row r and block i: byte 4 * d + r of the
+// 128 bits of a block is digit d, the lowest first, of row r.
 template <Format F>
 [[gnu::always_inline]] static inline Int digits_of(Vec factor) {
   if constexpr (kDigitBase<F> == 256) {
@@ -121,8 +121,7 @@ template <Format F, int half, int d, int Q>
     int32_t* place = to->at[d] + (half * 4 + j) * 16 + v * kLanes;
     Int sum = load_ints(place);
 #pragma GCC unroll 2
-    for (int g = 0; g < Q; ++g)
-      sum = add_products<F>(sum, half ? w[g].second[j] : w[g].first[j], digits[g]);
+    for (int g = 0; g < Q; ++g) sum = add_products<F>(sum, half ? w[g].second[j] : w[g].first[j], digits[g]);
     store_ints(place, sum);
   }
 }
