@@ -21,7 +21,7 @@ from thermocline.ops.cuda.sizes import scratch_bytes
 from thermocline.placement.cost import FfnMode
 from thermocline.placement.footprint import Footprint, footprint_of
 from thermocline.placement.ledger import Purpose
-from thermocline.placement.problem import LayerPlace, Placement, Problem
+from thermocline.placement.problem import SCALE_BYTES, LayerPlace, Placement, Problem
 from thermocline.placement.workload import NO_OVERHEADS, Workload
 
 
@@ -88,7 +88,8 @@ def test_scratch_covers_the_workspace() -> None:
     assert scratch >= workspace_bytes(spec, 32, 2, observed=True)
     on_gpu = next(d.nbytes for d in problem.fixed(Tier.VRAM) if d.purpose is Purpose.ACTIVATIONS)
     kernels = scratch_bytes(32, n_embd=64, n_ff=160, n_vocab=f.n_vocab, n_q=f.n_q, gated=f.gated, context=64)
-    assert on_gpu == scratch - 4 * 32 * 160 * (1 + f.gated) + kernels
+    of_cpu = 4 * 32 * 160 * (1 + f.gated) + SCALE_BYTES * 160 * f.n_layer
+    assert on_gpu == scratch - of_cpu + kernels
 
 
 @pytest.mark.parametrize(
