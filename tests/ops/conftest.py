@@ -268,7 +268,7 @@ class LinearBound:
         return _linear_bound(x, w, fmt, rounded=self._rounded(x, fmt))
 
     def of_records(self, h: Any, w: Any, fmt: BlockFormat) -> Any:
-        """Of a down projection over records, w (columns, neurons): in float32 or, for block formats, in whole factors."""
+        """Of a down projection over records, w (columns, neurons): by floats or, in block formats, whole factors."""
         if self._ops.name == "cpu/amxbf16" and self._rounded(h, fmt):
             return _linear_bound(h, w, F32, rounded=self._rounded(h, fmt))
         return _linear_bound(h, w, F32, rounded=0) + (_factor_bound(h, w) if fmt.block > 1 else 0)
