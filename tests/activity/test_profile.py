@@ -192,6 +192,19 @@ def test_a_run_killed_after_every_window_gives_the_same_bits(run: Run, tmp_path:
     assert not journal_of(tmp_path / "x").exists()
 
 
+def test_a_run_killed_early_has_its_first_window(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, same
+) -> None:
+    """However long the interval between two saves is."""
+    whole = run("whole")
+    monkeypatch.setitem(module.profile.__kwdefaults__, "journal_seconds", 1e9)
+    with pytest.raises(KilledError):
+        run(progress=kill_after(2))
+    done = run()
+    assert WINDOW == done.resumed < done.tokens
+    assert same(done.activity, whole.activity)
+
+
 @pytest.mark.parametrize("existing", [Existing.REFUSE, Existing.MERGE])
 def test_a_kill_between_the_result_and_the_end_counts_nothing_twice(
     run: Run, tmp_path: Path, texts: Path, monkeypatch: pytest.MonkeyPatch, same, existing: Existing

@@ -203,6 +203,19 @@ def test_a_run_killed_again_and_again_gives_the_same_bits(run: Run, tmp_path: Pa
     assert not (tmp_path / "x.work").exists()
 
 
+def test_a_run_killed_early_has_its_first_sequence(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long the interval between two saves is."""
+    whole: list[str] = []
+    read: list[str] = []
+    run("whole", progress=lambda step: whole.append(step.doing))
+    monkeypatch.setattr("thermocline.activity.capture.SAVE_SECONDS", 1e9)
+    with pytest.raises(KilledError):
+        run(progress=kill_after(2))
+    assert run(progress=lambda step: read.append(step.doing)).resumed
+    assert read == whole[1:]
+    assert same(tmp_path / "x", tmp_path / "whole")
+
+
 def test_a_kill_between_the_result_and_the_end_trains_nothing_twice(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

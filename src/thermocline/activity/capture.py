@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from thermocline.activity.pace import Pace
 from thermocline.activity.statistics import Floats
 from thermocline.errors import NumericalError, OutputError, printable
 from thermocline.files.workplace import Workplace
@@ -110,7 +110,7 @@ class Capture:
                     os.ftruncate(descriptor, rows * width)
                     os.lseek(descriptor, 0, os.SEEK_END)
                     self._files[layer, name] = descriptor
-            self._saved = time.monotonic()
+            self._pace = Pace(SAVE_SECONDS)
             yield
             self._save()
         self._files.clear()
@@ -124,7 +124,7 @@ class Capture:
         self.sequences += 1
         self.tokens += tokens
         self.checked += tokens if self._checking else 0
-        if time.monotonic() - self._saved >= SAVE_SECONDS:
+        if self._pace.due():
             self._save()
 
     def finish(self) -> None:
@@ -189,7 +189,7 @@ class Capture:
             "checked": self.checked, "done": self.done,
         }  # fmt: skip
         self._place.write_state("capture", state)
-        self._saved = time.monotonic()
+        self._pace.saved()
 
 
 def pack_levels(energy: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from thermocline.activity.accumulator import Accumulator
+from thermocline.activity.pace import Pace
 from thermocline.activity.statistics import Activity, Floats
 from thermocline.activity.store import activity_of, load_activity, save_activity
 from thermocline.activity.texts import Corpus, Reading, Tokenize
@@ -29,7 +30,7 @@ from thermocline.model.observers import Observer
 from thermocline.ops.contract import Array
 
 JOURNAL_SECONDS: Final = 20.0
-"""How much work a killed run loses at most, beside the window it was in."""
+"""How much work a killed run loses at most, beside the window it was in; one that has just begun loses less."""
 
 
 class Existing(StrEnum):
@@ -147,7 +148,7 @@ def profile(
         corpus.shuffled() if tokens else corpus, subject.tokenize, subject.prefix, subject.runner.window, tokens
     )
     accumulator = Accumulator(before or start, subject.down_norms, subject.runner.to_host)
-    resumed, saved = run.tokens, time.perf_counter()
+    resumed, pace = run.tokens, Pace(journal_seconds)
     if before is None:
         _save(accumulator, journal, run)  # a disk that cannot be written to shows at once
     for number, window in enumerate(reading):
@@ -156,12 +157,12 @@ def profile(
         accumulator.begin_sequence()
         subject.runner.run(np.asarray(window.tokens, np.int32), accumulator)
         run.position, run.tokens, run.sequences = number + 1, accumulator.tokens, accumulator.sequences
-        now = time.perf_counter()
         if progress is not None:
-            progress(Progress(reading.share, run.tokens, (run.tokens - resumed) / (now - began)))
-        if now - saved >= journal_seconds:
+            seconds = time.perf_counter() - began
+            progress(Progress(reading.share, run.tokens, (run.tokens - resumed) / seconds))
+        if pace.due():
             _save(accumulator, journal, run)
-            saved = time.perf_counter()
+            pace.saved()
     if not run.tokens:
         journal.unlink(missing_ok=True)
         more = skipped_words(reading.skipped) or "what was read is empty"
