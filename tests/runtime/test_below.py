@@ -22,12 +22,8 @@ RAM = Tier.RAM
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def small(monkeypatch: pytest.MonkeyPatch, own_home: None) -> None:
     """What a run needs beside the model, in the scale of tiny models."""
-    monkeypatch.setenv("THERMOCLINE_HOME", str(tmp_path / "home"))
-    for name, value in (("bandwidth.BUFFER", 1 << 20), ("bandwidth.LARGE_CACHES", 0), ("probe.SECONDS", 0.005)):
-        monkeypatch.setattr(f"thermocline.hardware.{name}", value)
-    monkeypatch.setattr("thermocline.hardware.disk.SCRATCH", 2 << 20)
     bare = Overheads(staging=40_000, reading=0, graphs=0, margin_vram=0, margin_ram=0)
     monkeypatch.setattr("thermocline.runtime.planning.Overheads", lambda: bare)
     monkeypatch.setattr(pieces, "PIECE", 3 << 10)

@@ -34,6 +34,8 @@ from thermocline.placement.ledger import Purpose
 from thermocline.placement.seats import LayerSeat, Seating
 from thermocline.runtime.captured import CapturedStep
 
+pytestmark = pytest.mark.usefixtures("machine_home")
+
 VRAM, RAM = Tier.VRAM, Tier.RAM
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="a fake GPU needs interpreted kernels")
@@ -41,14 +43,6 @@ WAY = CrossingKind.PLAIN if INTERPRETED else CrossingKind.MEMORY
 BUDGET = "10MiB" if INTERPRETED else "3GiB"
 PROMPT, STEPS = [5, 9, 2, 7], [4, 1, 8]
 HERE, THERE = LayerSeat(RAM, 0, 96), LayerSeat(VRAM, 96, 96)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def machine_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What is measured of the machine is not kept for the user."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("THERMOCLINE_HOME", str(tmp_path_factory.mktemp("home")))
-        yield
 
 
 def load(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,16 +32,10 @@ from thermocline.runtime import drift
 from thermocline.runtime.counting import FiringCounts
 from thermocline.runtime.drift import MARGIN
 
+pytestmark = pytest.mark.usefixtures("machine_home")
+
 CODE = "def read(path):\n    with open(path) as file:\n        return file.read()\n\n\ndef write("
 PROSE = "Once upon a time there was an old man who lived by the sea. Every morning he went down to the"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def machine_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Measurements of the machine are made once for these tests, and not kept for the user."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("THERMOCLINE_HOME", str(tmp_path_factory.mktemp("home")))
-        yield
 
 
 @pytest.fixture(autouse=True)
@@ -96,12 +90,8 @@ def test_no_more_bytes_are_moved_than_were_saved_up() -> None:
 
 
 @pytest.fixture
-def records(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def records(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_home: None) -> Path:
     """A model that can leave neurons on disk, with what a run needs beside it in the scale of tiny models."""
-    for name, value in (("bandwidth.BUFFER", 1 << 20), ("bandwidth.LARGE_CACHES", 0), ("probe.SECONDS", 0.005)):
-        monkeypatch.setattr(f"thermocline.hardware.{name}", value)
-    monkeypatch.setattr("thermocline.hardware.disk.SCRATCH", 2 << 20)
-    monkeypatch.setenv("THERMOCLINE_HOME", str(tmp_path / "home"))
     bare = Overheads(staging=2_000, reading=0, graphs=0, margin_vram=0, margin_ram=0)
     monkeypatch.setattr("thermocline.runtime.planning.Overheads", lambda: bare)
     monkeypatch.setattr("thermocline.runtime.planning.LARGEST_CLUSTER", 32)

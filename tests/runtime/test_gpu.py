@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,21 +34,13 @@ from thermocline.ops.handover import Fault
 from thermocline.placement.seats import LayerSeat, Seating
 from thermocline.runtime.captured import CapturedStep
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("machine_home")]
 
 VRAM, RAM = Tier.VRAM, Tier.RAM
 WAYS = [CrossingKind.MEMORY, CrossingKind.CALLS, CrossingKind.PLAIN]
 SHIPPED = Path(thermocline.__file__).parent / "shipped" / "epilimnion.q8_0.gguf"
 CONTEXT, TOKENS = 256, [5, 9, 2, 7]
 POSITIONS = 1000
-
-
-@pytest.fixture(scope="module", autouse=True)
-def machine_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What is measured of the machine is not kept for the user."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("THERMOCLINE_HOME", str(tmp_path_factory.mktemp("home")))
-        yield
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +18,12 @@ from thermocline.placement.budget import parse_budget, size_text
 from thermocline.placement.ledger import Purpose
 from thermocline.placement.plan_file import save_plan
 
+pytestmark = pytest.mark.usefixtures("machine_home")
+
 VRAM, RAM = Tier.VRAM, Tier.RAM
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="a fake GPU needs interpreted kernels")
 BUDGET = "10MiB" if INTERPRETED else "3GiB"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def machine_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What is measured of the machine is not kept for the user."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("THERMOCLINE_HOME", str(tmp_path_factory.mktemp("home")))
-        yield
 
 
 def test_a_gpu_that_holds_more_than_its_budget_gets_a_smaller_plan(

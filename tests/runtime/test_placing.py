@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,19 +36,13 @@ from thermocline.placement.plan_file import save_plan
 from thermocline.runtime import loading
 from thermocline.runtime.split import Account, measured_of, recall, remember, split_report
 
+pytestmark = pytest.mark.usefixtures("machine_home")
+
 VRAM, RAM = Tier.VRAM, Tier.RAM
 WEIGHTS = (Purpose.ATTENTION, Purpose.FFN, Purpose.EMBEDDING, Purpose.OUTPUT, Purpose.PREDICTOR, Purpose.KV)
 MODEL_BYTES = 14_224_896
 """Of all weights of the model that comes with the package."""
 PROMPT = "def read(path):\n    "
-
-
-@pytest.fixture(scope="module", autouse=True)
-def machine_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Measurements of the machine are made once for these tests, and not kept for the user."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("THERMOCLINE_HOME", str(tmp_path_factory.mktemp("home")))
-        yield
 
 
 def greedy(llm: api.LLM, tokens: int = 32) -> tuple[int, ...]:

@@ -193,10 +193,7 @@ def test_a_smaller_context_shrinks_the_default_workload_only(model: Path) -> Non
         api.plan(model, load=LoadSettings(ctx_size=50), machine=PC, prompt=60)
 
 
-def test_this_machine_is_measured(model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("THERMOCLINE_HOME", str(tmp_path / "home"))
-    for name, value in (("bandwidth.BUFFER", 1 << 20), ("bandwidth.LARGE_CACHES", 0), ("probe.SECONDS", 0.005)):
-        monkeypatch.setattr(f"thermocline.hardware.{name}", value)
+def test_this_machine_is_measured(model: Path, own_home: None) -> None:
     told: list[str] = []
     planned = api.plan(model, tell=told.append, ram_budget="1GiB")
     assert planned.plan.budgets == {Tier.RAM: 1 << 30}
