@@ -6,7 +6,9 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,9 +26,38 @@ from thermocline.files.weight import Weight
 from thermocline.model.families import family_of
 from thermocline.text.tokenizer import CHARACTER_OF_BYTE
 
+
+def quicken_interpreter() -> None:
+    """Let Triton's interpreter put its own functions into the language once for a launch.
+
+    It does so again for each call of a function within, which takes a third of the time, and looks each element
+    type up in a table that it makes for that.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    plain = interpreter._get_np_dtype
+    known = cache(plain)
+    patch, language = interpreter._patch_lang, SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
+    inside = SimpleNamespace(restore=lambda: None)
+    launches: list[Any] = []
+
+    def once(_: Any) -> Any:
+        if launches:
+            return inside
+        launches.append(patch(language))
+        return SimpleNamespace(restore=lambda: launches.pop().restore())
+
+    interpreter._patch_lang = once
+    interpreter._get_np_dtype = lambda kind: (known if type(kind.scalar) is tl.dtype else plain)(kind.scalar)
+
+
 if "CUDA_VISIBLE_DEVICES" not in os.environ and not Path("/dev/nvidiactl").exists() and not Path("/dev/kfd").exists():
     # Without a GPU its kernels run in Triton's interpreter, which must be chosen before they are defined.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    quicken_interpreter()
 
 ON_DEVICE = {"test_gpu_kernels.py", "test_hybrid_gpu.py", "test_captured.py", "test_gpu_memory.py"}
 """Files that are about the GPU's kernels: with a GPU they run on it."""
