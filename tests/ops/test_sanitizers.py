@@ -16,10 +16,10 @@ compiled = pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), 
 @compiled
 def test_no_race_in_the_hand_over():
     run = subprocess.run(
-        [ROOT / "scripts" / "sanitize-handover", "thread", "3000"], capture_output=True, text=True, timeout=1800
+        [ROOT / "scripts" / "sanitize-handover", "thread", "10000"], capture_output=True, text=True, timeout=1800
     )
     assert run.returncode == 0, run.stdout + run.stderr
-    assert "3000 crossings, 0 wrong" in run.stdout
+    assert "10000 crossings, 0 wrong" in run.stdout
 
 
 @pytest.mark.slow
