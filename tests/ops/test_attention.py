@@ -150,10 +150,11 @@ def rounded(q):
 
 @pytest.mark.parametrize("parts", ["keys", "values", "both"])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(2, 2, 32), (6, 2, 96), (9, 1, 160), (4, 4, 128)])
-def test_a_cache_in_q8_0_agrees_with_reference(ops, reference, rng, fence, parts, heads, kv_heads, dim):
+def test_a_cache_in_q8_0_agrees_with_reference(ops, reference, rng, fence, fewer, parts, heads, kv_heads, dim):
     """Rounded keys and values are the same to the bit; but for the queries' rounding, which a GPU leaves out, the error
     is that of floats."""
-    for start, tokens, window in [(0, 1, 0), (0, 5, 0), (511, 2, 0), (300, 9, 40), (590, 1, 300), (200, 70, 0)]:
+    cases = [(0, 1, 0), (0, 5, 0), (511, 2, 0), (300, 9, 40), (590, 1, 300), (200, 70, 0)]
+    for start, tokens, window in fewer(cases, [(0, 1, 0), (300, 9, 40), (590, 1, 300), (100, 40, 0)]):
         q, k, v = make_tokens(rng, tokens, heads, kv_heads, dim)
         floats = make_cache(rng, kv_heads, 600, dim, np.float16, np.float16)
         packed = in_bytes(floats)
