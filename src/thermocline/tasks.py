@@ -173,7 +173,7 @@ def train_predictor(
 
     `overrides` are single fields of `TrainSettings`. `activity`, what `profile` wrote, tells where the search for each
     layer's size begins, and from which magnitude on a neuron fires. A second call goes on where one that was killed
-    stopped, unless `restart`.
+    stopped, unless `restart`; with settings that do not bear on what was read, from that.
 
     Raises:
         ThermoclineError: the subclass and the message say what was in the way.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,7 +20,14 @@ from thermocline.activity.capture import Capture
 from thermocline.activity.predictor import load_predictor
 from thermocline.activity.training import Step, Trained
 from thermocline.config import LoadSettings, OpsKind, TrainSettings
-from thermocline.errors import FingerprintError, MissingPackageError, OutputError, ThermoclineError, UsageError
+from thermocline.errors import (
+    FingerprintError,
+    MissingPackageError,
+    NumericalError,
+    OutputError,
+    ThermoclineError,
+    UsageError,
+)
 from thermocline.files.open import open_model
 from thermocline.files.workplace import Workplace
 from thermocline.runtime.profiling import profile_model
@@ -132,7 +140,6 @@ def test_the_share_of_the_model_is_bounded(run: Run) -> None:
 def test_what_is_captured_is_what_the_network_computed(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     seen: dict[str, list[Any]] = {"x": [], "h": []}
     monkeypatch.setattr(Workplace, "remove", lambda self: None)
-    monkeypatch.setattr(Capture, "remove", lambda self, layer: None)
     hidden, inputs, begun = Capture.ffn_hidden, Capture.ffn_input, Capture.begin_sequence
     checking: list[bool] = []
 
@@ -359,21 +366,112 @@ def test_kill_minus_nine_in_a_loop(run: Run, tiny_model: Path, texts: Path, tmp_
     assert sorted(p.name for p in tmp_path.iterdir()) == ["texts", "whole", "x"]
 
 
-def test_an_unfinished_run_of_another_kind_is_refused_and_can_be_forgotten(
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"learning_rate": 0.02}, {"batch": 32}, {"rank": 64}, {"outtype": "f16"},
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("reached", ["layer 1", "layer 2", "the end"])
+def test_other_settings_go_on_with_what_was_read(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], reached: str
+) -> None:
+    def kill(step: Step | None = None, *given: Any, **more: Any) -> None:
+        if not isinstance(step, Step) or step.doing.startswith(reached):
+            raise KilledError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "save_predictor", kill)
+        with pytest.raises(KilledError):
+            run(progress=kill)
+    whole = run("fresh", **changes)
+    notes: list[str] = []
+    done: list[str] = []
+    assert run(**changes, notice=notes.append, progress=lambda step: done.append(step.doing)).resumed
+    assert {line.split(" of ")[0] for line in done} == {"layer 1", "layer 2"}
+    (name, value) = next(iter(changes.items()))
+    (note,) = (note for note in notes if "read before" in note)
+    before = FAST.get(name, getattr(TrainSettings(), name))
+    assert note.startswith(f"goes on with {whole.tokens:,} tokens that were read before, and fits all layers anew: ")
+    assert note.endswith(f": {name.replace('_', '-')} {value}, was {before}")
+    assert same(tmp_path / "x", tmp_path / "fresh")
+
+
+def test_other_settings_go_on_with_a_reading_that_was_cut_short(run: Run, tmp_path: Path) -> None:
+    whole: list[str] = []
+    read: list[str] = []
+    run("fresh", seed=2, progress=lambda step: whole.append(step.doing))
+    with pytest.raises(KilledError):
+        run(progress=kill_after(3))
+    run(seed=2, progress=lambda step: read.append(step.doing))
+    assert read == whole[3:]
+    assert same(tmp_path / "x", tmp_path / "fresh")
+
+
+def test_other_settings_read_again_for_layers_that_had_no_room(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "layers_at_once", lambda folder, wanted, each: 1)
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "save_predictor", lambda *given, **more: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run()
+    run("fresh", seed=2)
+    done: list[str] = []
+    run(seed=2, progress=lambda step: done.append(step.doing))
+    turns = [line for line, before in zip(done, ["", *done], strict=False) if line[:7] != before[:7]]
+    assert [line[:7] for line in turns] == ["layer 2", "reading", "layer 1"]
+    assert same(tmp_path / "x", tmp_path / "fresh")
+
+
+def test_what_was_read_for_a_training_that_diverged_is_kept(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The remedy is a smaller learning rate, and the texts need not be read for that."""
+
+    def diverge(*given: Any) -> None:
+        raise NumericalError("training diverged")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("thermocline.activity.fitting.Fitter.fit", diverge)
+        with pytest.raises(NumericalError):
+            run()
+    done: list[str] = []
+    run(learning_rate=0.001, progress=lambda step: done.append(step.doing))
+    assert done
+    assert not any(line.startswith("reading") for line in done)
+
+
+def test_an_unfinished_run_that_read_something_else_is_refused_and_can_be_forgotten(
     run: Run, texts: Path, tmp_path: Path, tiny_plain: Path
 ) -> None:
     with pytest.raises(KilledError):
         run(progress=kill_after(3))
+    kept = {file.name: file.read_bytes() for file in (tmp_path / "x.work").iterdir()}
     others: list[dict[str, Any]] = [
-        {"paths": [texts / "b"]}, {"seed": 2}, {"outtype": "f16"}, {"energy_recall": 0.5}, {"model": tiny_plain},
+        {"paths": [texts / "b"]}, {"tokens": 100}, {"model": tiny_plain},
         {"load": LoadSettings(ctx_size=WINDOW - 1, threads=1)},
     ]  # fmt: skip
     for other in others:
         with pytest.raises(UsageError, match="--restart"):
             run(**other)
-    run("fresh", seed=2)
-    run(seed=2, restart=True)
+    assert kept == {file.name: file.read_bytes() for file in (tmp_path / "x.work").iterdir()}
+    run("fresh", tokens=100)
+    run(tokens=100, restart=True)
     assert same(tmp_path / "x", tmp_path / "fresh")
+
+
+def test_an_activity_with_another_threshold_is_another_reading(run: Run, tmp_path: Path, texts: Path, tiny_model: Path):
+    for name, threshold in (("low", 0.0), ("high", 0.1)):
+        with open_model(tiny_model) as source:
+            profile_model(source, [texts], tmp_path / name, LOAD, threshold=threshold)
+    with pytest.raises(KilledError):
+        run(progress=kill_after(3))
+    with pytest.raises(UsageError, match="--restart"):
+        run(activity=tmp_path / "high")
+    notes: list[str] = []
+    run(activity=tmp_path / "low", notice=notes.append)
+    assert any(re.search(r"anew: activity \d+, was 0$", note) for note in notes)
 
 
 def test_two_runs_at_once_are_refused(run: Run) -> None:

@@ -31,6 +31,8 @@ CHECK_EVERY: Final = 8
 MOST_CHECKED: Final = 8192
 """Tokens kept for measuring at most; more sharpen nothing."""
 SAVE_SECONDS: Final = 20.0
+STATE: Final = "capture"
+NAMES: Final = ("x", "level", "check", "energy")
 HIGHEST: Final = float(np.finfo(np.float16).max)
 SMALLEST: Final = float(np.finfo(np.float16).smallest_subnormal)
 
@@ -71,10 +73,8 @@ class Capture:
         self._place, self.layers, self._norms = place, tuple(layers), down_norms.astype(np.float32)
         self._threshold, self._to_host = threshold, to_host
         self.n_embd, self.n_ff = n_embd, down_norms.shape[1]
-        self._widths = {
-            "x": 2 * n_embd, "level": -(-self.n_ff // 2), "check": 2 * n_embd, "energy": 2 * self.n_ff
-        }  # fmt: skip
-        state = place.read_state("capture")
+        self._widths = dict(zip(NAMES, (2 * n_embd, -(-self.n_ff // 2), 2 * n_embd, 2 * self.n_ff), strict=True))
+        state = place.read_state(STATE)
         same = state.get("layers") == list(self.layers)
         state = state if same else {}
         self.sequences, self.tokens, self.checked = (
@@ -170,10 +170,14 @@ class Capture:
             view("energy", np.float16, self.checked, self.n_ff),
         )
 
-    def remove(self, layer: int) -> None:
-        """Delete one layer's files."""
-        for name in self._widths:
-            (self._place.folder / f"{layer}.{name}").unlink(missing_ok=True)
+    @staticmethod
+    def remove(place: Workplace) -> None:
+        """Delete all that lies there."""
+        place.forget_state(STATE)
+        with place.explained():
+            for name in NAMES:
+                for path in place.folder.glob(f"*.{name}"):
+                    path.unlink()
 
     def _write(self, layer: int, name: str, rows: npt.NDArray[Any]) -> None:
         left = np.ascontiguousarray(rows).data.cast("B")
@@ -188,7 +192,7 @@ class Capture:
             "layers": list(self.layers), "sequences": self.sequences, "tokens": self.tokens,
             "checked": self.checked, "done": self.done,
         }  # fmt: skip
-        self._place.write_state("capture", state)
+        self._place.write_state(STATE, state)
         self._pace.saved()
 
 

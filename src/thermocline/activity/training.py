@@ -7,8 +7,8 @@ predictor and selected rows of the first matrix are the fewest bytes a token. So
 every neuron.
 
 What is done is kept in OUTPUT.work: the data read so far, every fit of a search, every finished layer. A run that was
-killed goes on from there. Where the disk has not room for the data of all layers at once, the texts are read several
-times, for some layers each.
+killed goes on from there; one with other settings goes on from the data, as far as these do not depend on them. Where
+the disk has not room for the data of all layers at once, the texts are read several times, for some layers each.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from thermocline.activity.calibration import Calibration, Quality, calibrate
-from thermocline.activity.capture import Capture, LayerData, layers_at_once
+from thermocline.activity.capture import STATE, Capture, LayerData, layers_at_once
 from thermocline.activity.predictor import RANK_UNIT, Predictor, in_format, load_predictor, save_predictor
 from thermocline.activity.profile import Runner
 from thermocline.activity.statistics import Activity
@@ -45,6 +45,8 @@ GRID: Final = tuple(RANK_UNIT * k for k in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48
 """Ranks that are tried."""
 SEARCH_SHARE: Final = 1 / 3
 """Share of the steps that a fit of the search takes."""
+_FITTED: Final = "{}.layer.safetensors"
+_SEARCH: Final = "{}.search"
 
 
 class Matrices(Protocol):
@@ -118,12 +120,13 @@ def train(
     activity: Activity | None = None,
     overwrite: bool = False,
     restart: bool = False,
+    notice: Callable[[str], None] | None = None,
     progress: Callable[[Step], None] | None = None,
 ) -> Trained:
     """Train a predictor for every layer on `corpus`, at most `settings.tokens` of it, and write it to `output`.
 
     Raises:
-        UsageError: `output` is there, the text is too short, or an unfinished run was another one.
+        UsageError: `output` is there, the text is too short, or an unfinished run read something else.
         FingerprintError: `activity` is another model's.
         OutputError: something could not be written; what was there before is untouched.
         NumericalError: the model or the training computes NaN.
@@ -131,7 +134,8 @@ def train(
     existing_mode(output)  # a folder of this name shows before the work, not after
     if activity is not None:
         activity.require_model(learner.fingerprint, learner.name)
-    identity = _identity(learner, corpus, settings, activity)
+    reading = _reading(learner, corpus, settings, activity)
+    identity = {**_identity(settings, activity), **reading}
     finished = _finished(output, learner, identity)
     place = Workplace(output, identity)
     if finished is not None and place.folder.exists():  # killed between the last two steps of a run
@@ -141,9 +145,18 @@ def train(
         raise UsageError(
             f"{printable(str(output))} is there already: --overwrite makes it anew, or name another file with -o"
         )
-    with place.occupied(restart=restart):
+
+    def useless(found: Mapping[str, Any]) -> list[Path] | None:
+        if any(found.get(name) != value for name, value in reading.items()):
+            return None
+        read = place.read_state(STATE).get("tokens", 0)
+        if read and notice is not None:
+            notice(_other_settings(read, found, identity))
+        return [*place.folder.glob(_FITTED.format("*")), *place.folder.glob(_SEARCH.format("*") + ".json")]
+
+    with place.occupied(restart=restart, useless=useless):
         run = _Run(learner, corpus, settings, make_fitter, place, activity, progress)
-        with place.kept(run.begun):
+        with place.kept(run.begun, lambda: run.fits):
             predictor = run.go(identity)
             save_predictor(predictor, output, learner.fingerprint, model_name=learner.name)
         place.remove()
@@ -167,10 +180,12 @@ class _Run:
         self._learner, self._corpus, self._settings = learner, corpus, settings
         self._make_fitter, self._place, self._activity, self._progress = make_fitter, place, activity, progress
         self.began = time.perf_counter()
-        self.resumed = bool(place.read_state("capture"))
-        self.tokens = int(place.read_state("capture").get("tokens", 0))
+        self.tokens = int(place.read_state(STATE).get("tokens", 0))
         self.skipped: list[Path] = []
+        self.fits = False
+        """Whether what is read will do, so that a run with other settings can go on with it too."""
         self._n_layer, self._n_ff = learner.down_norms.shape
+        self.resumed = self.begun()
         self._grid = _grid(learner, settings)
 
     def go(self, identity: Mapping[str, Any]) -> Predictor:
@@ -178,9 +193,9 @@ class _Run:
         missing = [layer for layer in range(self._n_layer) if not self._checkpoint(layer).exists()]
         while missing:
             capture = self._read(missing)
+            self.fits = True
             for layer in [layer for layer in capture.layers if layer in missing]:
                 self._fit(layer, capture.data(layer))
-                capture.remove(layer)
                 missing.remove(layer)
         layers, thresholds, told = [], [], []
         for layer in range(self._n_layer):
@@ -196,16 +211,17 @@ class _Run:
     def begun(self) -> bool:
         """Whether there is anything that a second start need not do."""
         fitted = any(self._checkpoint(layer).exists() for layer in range(self._n_layer))
-        return fitted or bool(self._place.read_state("capture"))
+        return fitted or bool(self._place.read_state(STATE))
 
     def _checkpoint(self, layer: int) -> Path:
-        return self._place.folder / f"{layer}.layer.safetensors"
+        return self._place.folder / _FITTED.format(layer)
 
     def _read(self, missing: Sequence[int]) -> Capture:
         """The data of as many of the missing layers as the disk holds; of those that were begun, if there are."""
         learner, runner = self._learner, self._learner.runner
-        begun = self._place.read_state("capture").get("layers", [])
+        begun = self._place.read_state(STATE).get("layers", [])
         if not set(begun) & set(missing):
+            Capture.remove(self._place)
             tokens = min(self._settings.tokens or self._corpus.nbytes, self._corpus.nbytes)
             need = Capture.bytes_per_layer(learner.n_embd, self._n_ff, tokens, runner.window)
             begun = list(missing[: layers_at_once(self._place.folder, missing, need)])
@@ -242,7 +258,7 @@ class _Run:
         """One layer, to its checkpoint."""
         learner, settings = self._learner, self._settings
         fitter = self._make_fitter(data, learner.first_rows(layer), self._n_ff, settings)
-        tried: dict[str, Any] = self._place.read_state(f"{layer}.search")
+        tried: dict[str, Any] = self._place.read_state(_SEARCH.format(layer))
         rank = settings.rank or self._search(layer, data, fitter, tried)
         made, found = self._measured(layer, rank, data, fitter, 1.0)
         cost = _cost(made, found.quality.selected, learner.first_bytes[layer])
@@ -275,7 +291,7 @@ class _Run:
                     "rank": rank, "bytes": made.fc1.nbytes + made.fc2.nbytes, "selected": found.quality.selected,
                     "read": _cost(made, found.quality.selected, self._learner.first_bytes[layer]),
                 }  # fmt: skip
-                self._place.write_state(f"{layer}.search", tried)
+                self._place.write_state(_SEARCH.format(layer), tried)
             return float(tried[str(rank)]["read"])
 
         place = self._first_guess(layer)
@@ -342,16 +358,31 @@ def _grid(learner: Learner, settings: TrainSettings) -> tuple[int, ...]:
     return grid
 
 
-def _identity(learner: Learner, corpus: Corpus, settings: TrainSettings, activity: Activity | None) -> dict[str, Any]:
-    """What makes a run what it is."""
-    known = {name: getattr(settings, name) for name in settings.__slots__}
+def _reading(learner: Learner, corpus: Corpus, settings: TrainSettings, activity: Activity | None) -> dict[str, Any]:
+    """All that the data depend on."""
     return {
-        **{name: value if isinstance(value, int | float) else str(value) for name, value in known.items()},
         "model": learner.fingerprint,
         "texts": corpus.digest,
         "window": learner.runner.window,
-        "activity": 0 if activity is None else activity.tokens,
+        "tokens": settings.tokens,
+        "threshold": 0.0 if activity is None else activity.threshold,
     }
+
+
+def _identity(settings: TrainSettings, activity: Activity | None) -> dict[str, Any]:
+    """What makes a run what it is, beside its data."""
+    known = {name: getattr(settings, name) for name in settings.__slots__}
+    values = {name: value if isinstance(value, int | float) else str(value) for name, value in known.items()}
+    return {**values, "activity": 0 if activity is None else activity.tokens}
+
+
+def _other_settings(read: int, found: Mapping[str, Any], identity: Mapping[str, Any]) -> str:
+    changed = [
+        f"{name.replace('_', '-')} {value}, was {found.get(name)}"
+        for name, value in identity.items()
+        if found.get(name) != value
+    ]
+    return f"goes on with {read:,} tokens that were read before, and fits all layers anew: {'; '.join(changed)}"
 
 
 def _finished(output: Path, learner: Learner, identity: Mapping[str, Any]) -> Predictor | None:

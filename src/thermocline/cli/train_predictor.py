@@ -36,7 +36,7 @@ def train_predictor(
     Each layer's is as large as pays: a larger one has fewer neurons computed in vain, but is itself more to read. Its
     threshold is set on text kept apart, so that the wanted recall is reached. Training needs torch: pip install
     'thermocline[train]'. What is read is kept in OUTPUT.work until the end; an interrupted run goes on from there when
-    its command is repeated.
+    its command is repeated; with another learning rate, batch or the like it fits anew what was read.
 
     A predictor named M.predictor.safetensors beside M.gguf is found by itself; mode auto uses it once `thermocline
     audit` has passed it.

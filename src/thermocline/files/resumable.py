@@ -92,7 +92,7 @@ def resumable_write(path: Path, size: int, resume: Resume) -> Iterator[Resumable
     temporary = place.folder / "file"
     with explained(path):
         require_space(path, size - (temporary.stat().st_size if temporary.is_file() else 0))
-    with place.occupied(restart=resume.restart, over=lambda: not temporary.exists()):
+    with place.occupied(restart=resume.restart, useless=lambda found: None if temporary.exists() else place.files()):
         if not temporary.exists():
             place.forget_state(STATE)
         descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -120,7 +120,7 @@ def was_put_in_place(path: Path, head: bytes, size: int, resume: Resume) -> bool
     place = Workplace(path, resume.identity)
     if resume.restart or not place.folder.is_dir() or (place.folder / "file").exists():
         return False
-    with place.occupied(over=lambda: True):
+    with place.occupied(useless=lambda found: place.files()):
         state = place.read_state(STATE)
         done = bool(state.get("whole")) and _is(path, head, size)
         if done:

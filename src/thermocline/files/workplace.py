@@ -5,15 +5,18 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from thermocline.errors import HardwareError, ModelFormatError, OutputError, ThermoclineError, UsageError, printable
 from thermocline.files.atomic import atomic_write
 from thermocline.files.strict_json import parse_object
+
+RUN: Final = "run"
+"""The state that tells whose work it is. It comes first and goes last, so that nothing passes for another run's."""
+Useless = Callable[[Mapping[str, Any]], Iterable[Path] | None]
 
 
 class Workplace:
@@ -24,10 +27,11 @@ class Workplace:
         self._identity = json.loads(json.dumps(identity))
 
     @contextmanager
-    def occupied(self, *, restart: bool = False, over: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    def occupied(self, *, restart: bool = False, useless: Useless = lambda found: None) -> Iterator[None]:
         """Make the folder, or go on in the one that is there; `restart` empties it first.
 
-        `over` tells whether the run that is kept there has nothing left to go on with, so that another may begin.
+        `useless` hears the identity of a run with other inputs or settings and tells which of its files this one
+        cannot use: they are removed. None: all is to be left as it is.
 
         Raises:
             UsageError: another run is at work in it, or it is of a run with other inputs or settings.
@@ -41,26 +45,34 @@ class Workplace:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise UsageError(f"another run is at work in {printable(str(self.folder))}; let it finish") from None
-            if restart:
-                self._empty()
-            found = self.read_state("run")
-            if found and found != self._identity and over():
-                self._empty()
-                found = {}
-            if found and found != self._identity:
-                raise UsageError(
-                    f"an unfinished run with other inputs or settings is kept in "
-                    f"{printable(str(self.folder))}: repeat its command to finish it, or give --restart to forget it"
-                )
-            try:
-                self.write_state("run", self._identity)
-            except OutputError:
-                if not found:
-                    self.remove()  # nothing was done in it
-                raise
+            self._take_over(restart=restart, useless=useless)
             yield
         finally:
             os.close(descriptor)
+
+    def _take_over(self, *, restart: bool, useless: Useless) -> None:
+        found = {} if restart else self.read_state(RUN)
+        if found == self._identity:
+            return
+        gone = useless(found) if found else self.files()
+        if gone is None:
+            raise UsageError(
+                f"an unfinished run with other inputs or settings is kept in "
+                f"{printable(str(self.folder))}: repeat its command to finish it, or give --restart to forget it"
+            )
+        with self.explained():
+            for file in gone:
+                file.unlink(missing_ok=True)
+        try:
+            self.write_state(RUN, self._identity)
+        except OutputError:
+            with suppress(OSError):
+                self.folder.rmdir()  # if nothing is kept in it
+            raise
+
+    def files(self) -> list[Path]:
+        """All that is there; what tells whose it is comes last."""
+        return sorted(self.folder.iterdir(), key=lambda file: file.name == f"{RUN}.json")
 
     def read_state(self, name: str) -> dict[str, Any]:
         """What was written down under `name`; empty if nothing was.
@@ -88,11 +100,11 @@ class Workplace:
             (self.folder / f"{name}.json").unlink(missing_ok=True)
 
     @contextmanager
-    def kept(self, begun: Callable[[], bool]) -> Iterator[None]:
+    def kept(self, begun: Callable[[], bool], other: Callable[[], bool] = lambda: False) -> Iterator[None]:
         """Where the block fails, keep what a second start can go on with, and say so.
 
         Everything is removed where nothing was `begun`, or where the same command would fail alike: what it was given
-        is wrong, so that the next one will be another.
+        is wrong, so that the next one will be another. `other` tells whether that one could go on with it.
 
         Raises:
             OutputError: the block did; the message tells what is kept.
@@ -100,7 +112,7 @@ class Workplace:
         try:
             yield
         except BaseException as error:
-            if self._fails_alike(error) or not begun():
+            if not begun() or (self._fails_alike(error) and not other()):
                 self.remove()
                 raise
             if isinstance(error, OutputError):
@@ -116,7 +128,10 @@ class Workplace:
 
     def remove(self) -> None:
         """Remove the folder with all that is in it."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        with suppress(OSError):
+            for file in self.files():
+                file.unlink()
+            self.folder.rmdir()
 
     @contextmanager
     def explained(self) -> Iterator[None]:
@@ -130,7 +145,3 @@ class Workplace:
         except OSError as error:
             where = printable(str(self.folder))
             raise OutputError(f"{where}: cannot be written: {error.strerror or error}") from error
-
-    def _empty(self) -> None:
-        for entry in self.folder.iterdir():
-            entry.unlink()

@@ -74,6 +74,7 @@ def train_predictor(
             activity=counted,
             overwrite=overwrite,
             restart=restart,
+            notice=notice,
             progress=progress,
         )
 
