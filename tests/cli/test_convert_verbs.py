@@ -214,7 +214,8 @@ def test_predictors_go_out_and_come_in(command, model, predictor) -> None:
         assert set(state) == {"fc1.weight", "fc2.weight"}
         assert (state["fc1.weight"].numpy() == to_float(layer.fc1)).all()
         assert (state["fc2.weight"].numpy() == to_float(layer.fc2)).all()
-    assert json.loads(Path("folder/config.json").read_text()) == {"sparse_threshold": 0.25}
+    told = {"sparse_threshold": 0.25, "thermocline.model": fingerprint}
+    assert json.loads(Path("folder/config.json").read_text()) == told
     assert command("predictor", "import", "folder", "-m", model, "-o", "q.safetensors").code == 0
     again = load_predictor("q.safetensors", fingerprint)
     assert again.thresholds == found.thresholds
@@ -232,7 +233,7 @@ def test_layers_with_thresholds_of_their_own_are_scaled_to_one(command, model, o
         fingerprint, found = source.fingerprint, oracle(source)
     save_predictor(replace(found, thresholds=(0.5, 2.0)), "p.safetensors", fingerprint)
     assert command("predictor", "export", "p.safetensors", "-o", "folder").code == 0
-    assert json.loads(Path("folder/config.json").read_text()) == {"sparse_threshold": 0.5}
+    assert json.loads(Path("folder/config.json").read_text())["sparse_threshold"] == 0.5
     scaled = torch.load("folder/model_1.pt", weights_only=True)["fc2.weight"].numpy()
     np.testing.assert_allclose(scaled, to_float(found.layers[1].fc2) * 0.25)
     for thresholds in ((0.5, -0.5), (0.0, 1.0), (1.0, 0.0)):
@@ -244,7 +245,7 @@ def test_layers_with_thresholds_of_their_own_are_scaled_to_one(command, model, o
         assert not Path("other").exists()
     save_predictor(replace(found, thresholds=(0.5, -0.5)), "p.safetensors", fingerprint)
     assert command("predictor", "export", "p.safetensors", "-o", "other", "--predictor-threshold", "-0.1").code == 0
-    assert json.loads(Path("other/config.json").read_text()) == {"sparse_threshold": -0.1}
+    assert json.loads(Path("other/config.json").read_text())["sparse_threshold"] == -0.1
 
 
 FC1, FC2 = torch.ones(32, WIDTH), torch.ones(NEURONS, 32)
@@ -254,6 +255,9 @@ PREDICTORS: dict[str, tuple[Any, str]] = {
     "a bias": ([{"fc1.weight": FC1, "fc1.bias": FC1[:, 0], "fc2.weight": FC2}] * 2, "and no others"),
     "transposed": ([{"fc1.weight": FC1.T.contiguous(), "fc2.weight": FC2}] * 2, "allowed: one rank"),
     "width": ([{"fc1.weight": torch.ones(32, 63), "fc2.weight": FC2}] * 2, "goes from 63 inputs to 96 neurons"),
+    "neurons": ([{"fc1.weight": FC1, "fc2.weight": FC2[1:]}] * 2, "to 95 neurons; the model has 64 and 96"),
+    "one layer's neurons": ([{"fc1.weight": FC1, "fc2.weight": FC2[i:]} for i in range(2)], "to 95 neurons; layer 0"),
+    "a layer too few": ([{"fc1.weight": FC1, "fc2.weight": FC2}], "1 layers; the model has 2"),
     "a layer too many": ([{"fc1.weight": FC1, "fc2.weight": FC2}] * 3, "3 layers; the model has 2"),
     "nan": ([{"fc1.weight": FC1 * float("nan"), "fc2.weight": FC2}] * 2, "NaN"),
 }
@@ -270,6 +274,47 @@ def test_predictors_that_are_refused(command, model, name: str) -> None:
         assert one_line(done.err)
         assert not Path("owned").exists()
         assert not Path("out").exists()
+
+
+def test_a_folder_that_was_exported_for_another_model_is_refused(command, model, predictor, tiny_plain) -> None:
+    """Of the same sizes, and called tiny as well."""
+    assert command("predictor", "export", predictor, "-o", "folder").code == 0
+    own, other = GgufFile.open(model).fingerprint[:12], GgufFile.open(tiny_plain).fingerprint[:12]
+    for call in (("predictor", "import", "folder", "-m", tiny_plain), ("convert", tiny_plain, "--predictor", "folder")):
+        done = command(*call, "-o", "out")
+        assert done.code == 1
+        assert f"error: folder: belongs to the model {own}, not to tiny ({other}); give the folder that" in done.err
+        assert one_line(done.err)
+        assert not Path("out").exists()
+
+
+def test_folders_by_other_numbers_than_the_models_are_refused(command, model, activity) -> None:
+    """PowerInfer's folders do not say whose neurons they number; an ordered model has numbers of its own."""
+    write_layers("folder", [{"fc1.weight": FC1, "fc2.weight": FC2}] * 2, "model")
+    write_layers("activation", [torch.ones(NEURONS)] * 2)
+    assert command("convert", model, "--activity", activity, "-o", "ordered.gguf").code == 0
+    for call in (
+        ("predictor", "import", "folder", "-m", "ordered.gguf"),
+        ("convert", "ordered.gguf", "--predictor", "folder"),
+        ("activity", "import", "activation", "-m", "ordered.gguf"),
+    ):
+        done = command(*call, "-o", "out")
+        assert done.code == 2
+        assert "whose neurons were put in another order: give it with the model that this one was" in done.err
+        assert one_line(done.err)
+        assert not Path("out").exists()
+
+
+def test_what_was_exported_for_an_ordered_model_comes_back_to_it(command, model, activity, predictor) -> None:
+    line = ("convert", model, "--activity", activity, "--predictor", predictor, "-o", "ordered.gguf")
+    assert command(*line).code == 0
+    assert command("predictor", "export", "ordered.gguf", "-o", "folder").code == 0
+    assert command("predictor", "import", "folder", "-m", "ordered.gguf", "-o", "back.safetensors").code == 0
+    back = load_predictor("back.safetensors", GgufFile.open("ordered.gguf").fingerprint)
+    for i, layer in enumerate(back.layers):
+        inside = GgufFile.open("ordered.gguf").weights[f"blk.{i}.fc2.weight"]
+        assert (to_float(layer.fc2) == to_float(inside)).all()
+    assert command("predictor", "import", "folder", "-m", model, "-o", "x").code == 1
 
 
 def test_a_bare_pickle_is_refused(command, model) -> None:
@@ -310,7 +355,9 @@ def test_wrong_lines_are_told_in_one_line(command, model, arguments, code, probl
     assert sorted(p.name for p in Path.cwd().iterdir()) == ["m.gguf"]
 
 
-def test_what_is_another_models_is_told_by_file_and_fingerprint(command, model, activity, tiny_plain, tmp_path) -> None:
+def test_what_is_another_models_is_told_by_file_and_fingerprint(
+    command, model, activity, predictor, tiny_plain, tmp_path
+) -> None:
     """Both models are called tiny."""
     command("activity", "order", activity, "-o", "order")
     command("profile", "-m", tiny_plain, "--text", "code.py", "-o", "other", *CALL)
@@ -320,6 +367,12 @@ def test_what_is_another_models_is_told_by_file_and_fingerprint(command, model, 
         (["plan", "-m", tiny_plain, "--activity", "a"], "a"),
         (["plan", "-m", tiny_plain, "--activity", "order"], "order"),
         (["activity", "merge", "a", "other", "-o", "x"], "other"),
+        (["convert", tiny_plain, "--predictor", "p.safetensors", "-o", "x"], "p.safetensors"),
+        (["run", "-m", tiny_plain, "-p", "x", "--predictor", "p.safetensors", *CALL], "p.safetensors"),
+        (["perplexity", "-m", tiny_plain, "--text", "code.py", "--predictor", "p.safetensors", *CALL], "p.safetensors"),
+        (["audit", "-m", tiny_plain, "--text", "code.py", "--predictor", "p.safetensors", *CALL], "p.safetensors"),
+        (["report", "other", "--predictor", "p.safetensors", "-o", "x"], "p.safetensors"),
+        (["plan", "-m", tiny_plain, "--predictor", "p.safetensors", "--mode", "predicted"], "p.safetensors"),
     ):
         done = command(*arguments)
         assert (done.code, done.out) == (1, "")

@@ -198,6 +198,9 @@ def test_written_predictors_are_torchs_and_come_back(fmt: BlockFormat, tmp_path:
     wanted = predictor(12, fmt=fmt)
     write_predictor_folder(tmp_path / "p", wanted)
     assert json.loads((tmp_path / "p" / "config.json").read_text()) == {"sparse_threshold": 0.25}
+    assert read_predictor_folder(tmp_path / "p").model == ""
+    write_predictor_folder(tmp_path / "q", wanted, model="1f" * 32)
+    assert read_predictor_folder(tmp_path / "q").model == "1f" * 32
     found = read_predictor_folder(tmp_path / "p", n_layer=12).predictor
     assert found.threshold == 0.25
     assert [layer.rank for layer in found.layers] == [32, 64] * 6
@@ -269,6 +272,7 @@ PREDICTORS: dict[str, tuple[Callable[[Path], object], str]] = {
     "threshold-text": (config('{"sparse_threshold": "0.5"}'), 'sparse_threshold: found the string "0.5"'),
     "threshold-nan": (config('{"sparse_threshold": NaN}'), "found NaN, which is not JSON"),
     "threshold-far": (config('{"sparse_threshold": 1e9}'), "allowed: a finite number in -1e+06 to 1e+06"),
+    "model-number": (config('{"thermocline.model": 7}'), "thermocline.model: found 7"),
     "config-list": (config("[]"), "is a JSON list"),
 }
 

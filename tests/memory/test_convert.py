@@ -20,7 +20,7 @@ from thermocline.config import CacheType, Mode
 from thermocline.errors import ModelFormatError, UsageError
 from thermocline.files.formats import F16, F32, Q4_0, Q8_0
 from thermocline.files.gguf import GgufFile
-from thermocline.files.gguf_writer import NewTensor, write_gguf
+from thermocline.files.gguf_writer import write_gguf
 from thermocline.files.metadata import Metadata
 from thermocline.files.powerinfer import PredictorLayer
 from thermocline.files.quantize import from_float, to_float
@@ -86,11 +86,16 @@ def stored(make_source: Callable[..., Any], tmp_path: Path) -> GgufFile:
         "powerinfer.sparse_threshold": np.float32(0.5),
         "some.float64": np.float64(0.1),
     }
-    predictor = np.arange(96, dtype=np.float16).view(np.uint8)
+    n_ff, n_embd = source.weights["blk.0.ffn_up.weight"].shape
+    shapes = {"fc1": (3, n_embd), "fc2": (n_ff, 3)}
+    predictor = [
+        from_float(f"blk.{i}.{name}.weight", np.full(shape, i + 1, np.float32), F16)
+        for i in range(2)
+        for name, shape in shapes.items()
+    ]
     factors = from_float("rope_freqs.weight", np.full((1, 16), 2, dtype=np.float32), F32)
-    extra = [NewTensor("blk.0.fc1.weight", F16, (3, 32), lambda: predictor), factors]
     path = tmp_path / "stored.gguf"
-    write_gguf(path, header, [*source.weights.values(), *extra])
+    write_gguf(path, header, [*source.weights.values(), *predictor, factors])
     return GgufFile.open(path)
 
 

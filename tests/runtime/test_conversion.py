@@ -20,13 +20,15 @@ from thermocline.activity.applied import applied_order
 from thermocline.activity.inside import predictor_inside
 from thermocline.activity.predictor import save_predictor
 from thermocline.config import LoadSettings
-from thermocline.errors import FingerprintError, OutputError, ThermoclineError, UsageError
+from thermocline.errors import FingerprintError, ModelFormatError, OutputError, ThermoclineError, UsageError
 from thermocline.files.companion import companion
+from thermocline.files.formats import F16
 from thermocline.files.gguf import GgufFile
 from thermocline.files.gguf_writer import write_gguf
 from thermocline.files.open import open_model
 from thermocline.files.powerinfer import PowerinferPredictor
 from thermocline.files.powerinfer_folder import write_predictor_folder
+from thermocline.files.quantize import from_float
 from thermocline.files.sidecar import SidecarKind
 from thermocline.model.families import family_of
 
@@ -156,6 +158,33 @@ def test_a_folder_of_powerinfers_predictors_goes_inside(model: Path, oracle: Any
     assert says(tmp_path / "out.gguf", mode="predicted") == says(model)
     convert(model, tmp_path / "low.gguf", predictor=tmp_path / "folder", threshold=-1.0)
     assert predictor_inside(GgufFile.open(tmp_path / "low.gguf")).thresholds == (-1.0, -1.0)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ((1, 64, 96), "found 2 of 2 layers; missing: fc1 of layer 1, fc2 of layer 1"),
+        ((3, 64, 96), "found 6 of 2 layers"),
+        ((2, 96, 96), "goes from 96 inputs to 96 neurons; the model has 64 and 96"),
+        ((2, 64, 128), "goes from 64 inputs to 128 neurons; the model has 64 and 96"),
+    ],
+)
+@pytest.mark.parametrize("outtype", ["auto", "f16"])
+def test_a_predictor_of_another_network_inside_is_not_carried_on(
+    model: Path, tmp_path: Path, outtype: str, sizes: tuple[int, int, int], words: str
+) -> None:
+    n_layer, n_embd, n_ff = sizes
+    wrong = [
+        from_float(f"blk.{i}.{name}.weight", np.ones(shape, np.float32), F16)
+        for i in range(n_layer)
+        for name, shape in (("fc1", (32, n_embd)), ("fc2", (n_ff, 32)))
+    ]
+    source = GgufFile.open(model)
+    write_gguf(tmp_path / "wrong.gguf", source.typed_metadata(), [*source.weights.values(), *wrong])
+    with pytest.raises(ModelFormatError) as caught:
+        convert(tmp_path / "wrong.gguf", tmp_path / "out.gguf", outtype=outtype)
+    assert words in str(caught.value)
+    assert not (tmp_path / "out.gguf").exists()
 
 
 def test_standard_and_dense_models_keep_the_layout_of_other_engines(

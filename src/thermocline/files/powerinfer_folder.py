@@ -27,6 +27,8 @@ from thermocline.files.torch_pickle import Array, read_tensor_pt, write_tensor_p
 from thermocline.files.weight import Weight
 
 CONFIG: Final = "config.json"
+MODEL_KEY: Final = "thermocline.model"
+"""In config.json, whose it is; PowerInfer passes over what it does not know there."""
 _MAX_CONFIG: Final = 1 << 20
 _FORMATS: Final = {np.dtype("<f4"): F32, np.dtype("<f2"): F16}
 _PARTS: Final = {"fc1.weight", "fc2.weight"}
@@ -55,10 +57,14 @@ class ActivationFolder:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PredictorFolder:
-    """The predictors of a folder; `warnings` names files of it that were not read."""
+    """The predictors of a folder; `warnings` names files of it that were not read.
+
+    `model` is the fingerprint of the model that they are for; empty where the folder does not say it.
+    """
 
     predictor: PowerinferPredictor
     warnings: tuple[str, ...] = ()
+    model: str = ""
 
 
 def read_activation_folder(
@@ -119,20 +125,22 @@ def read_predictor_folder(path: Path | str, *, n_layer: int | None = None) -> Pr
     """
     path = Path(path)
     files, warnings = layer_files(path, "model", n_layer=n_layer, known=(CONFIG,))
-    predictor = PowerinferPredictor(tuple(map(_predictor_layer, files)), _threshold(path / CONFIG))
+    config = _config(path / CONFIG)
+    threshold = config.number("sparse_threshold", *THRESHOLDS, 0.0)
+    predictor = PowerinferPredictor(tuple(map(_predictor_layer, files)), threshold)
     first = predictor.layers[0]
     for file, layer in zip(files, predictor.layers, strict=True):
         found, wanted = (layer.fc1.columns, layer.fc2.rows), (first.fc1.columns, first.fc2.rows)
         if found != wanted:
             problem = f"goes from {found[0]} inputs to {found[1]} neurons; layer 0 from {wanted[0]} to {wanted[1]}"
             raise ModelFormatError(file, "shape", problem)
-    return PredictorFolder(predictor, warnings)
+    return PredictorFolder(predictor, warnings, config.text(MODEL_KEY, "", limit=64))
 
 
-def write_predictor_folder(path: Path | str, predictor: PowerinferPredictor) -> None:
+def write_predictor_folder(path: Path | str, predictor: PowerinferPredictor, *, model: str = "") -> None:
     """Write a new folder that PowerInfer's converters take, whole or not at all.
 
-    Matrices in F16 stay so; all others become float32.
+    Matrices in F16 stay so; all others become float32. `model` is the fingerprint of the model that it is for.
 
     Raises:
         OutputError: the folder is there and not empty, or cannot be written, or the threshold is not a number.
@@ -146,7 +154,8 @@ def write_predictor_folder(path: Path | str, predictor: PowerinferPredictor) -> 
             named = {"fc1.weight": _array(layer.fc1), "fc2.weight": _array(layer.fc2)}
             write_tensor_pt(folder / f"model_{index}.pt", named)
         with atomic_write(folder / CONFIG) as file:
-            file.write(json.dumps({"sparse_threshold": predictor.threshold}).encode() + b"\n")
+            config = {"sparse_threshold": predictor.threshold} | ({MODEL_KEY: model} if model else {})
+            file.write(json.dumps(config).encode() + b"\n")
 
 
 def _counts(file: Path) -> Array:
@@ -189,11 +198,8 @@ def _array(weight: Weight) -> Array:
     return data.view(np.float16 if fmt is F16 else np.float32)
 
 
-def _threshold(path: Path) -> float:
-    if not path.exists():
-        return 0.0
-    config = Metadata(path, parse_object(read_small(path, _MAX_CONFIG), path, "content"))
-    return config.number("sparse_threshold", *THRESHOLDS, 0.0)
+def _config(path: Path) -> Metadata:
+    return Metadata(path, parse_object(read_small(path, _MAX_CONFIG), path, "content") if path.exists() else {})
 
 
 def _listed(names: Iterable[str]) -> str:

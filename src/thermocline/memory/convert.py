@@ -100,8 +100,9 @@ def convert(
     metadata["general.quantization_version"] = np.uint32(2)
     metadata |= order_metadata(source, layout.spec, order) | counts_metadata(source, order, activity)
     tensors: tuple[NewTensor, ...] = layout.tensors
-    if predictor is None and isinstance(source, GgufFile) and (fmt is not None or order is not None):
-        predictor = predictor_inside(source)
+    if predictor is None and isinstance(source, GgufFile):
+        inside = predictor_inside(source)  # one of another network is not carried on
+        predictor = inside if fmt is not None or order is not None else None
     if predictor is not None:
         predictor.require_fits(source.path, layout.spec)
         metadata = without_predictor(metadata) | predictor_metadata(predictor, measured=fmt is None)

@@ -18,7 +18,6 @@ from thermocline.errors import ThermoclineError, UsageError, printable
 from thermocline.files.companion import companion
 from thermocline.files.gguf import GgufFile
 from thermocline.files.open import open_model
-from thermocline.files.powerinfer_folder import read_predictor_folder
 from thermocline.files.resumable import may_be_ours, require_new
 from thermocline.files.sidecar import SidecarKind, read_sidecar
 from thermocline.files.source import ModelSource
@@ -30,6 +29,7 @@ from thermocline.memory.reblock import Reblocked
 from thermocline.model.families import family_of
 from thermocline.model.spec import ModelSpec
 from thermocline.model.tensors import has_records
+from thermocline.runtime.powerinfer import predictor_of_folder
 
 AUTO = "auto"
 """Outtype that keeps each tensor's format."""
@@ -210,8 +210,7 @@ def _predictor(source: ModelSource, spec: ModelSpec, wanted: Wanted) -> Predicto
     """The predictor that was named; else, where its thresholds matter, the one inside the model."""
     found = None
     if wanted.predictor is not None and Path(wanted.predictor).is_dir():
-        folder = read_predictor_folder(wanted.predictor, n_layer=spec.n_layer)
-        found = Predictor.of_powerinfer(folder.predictor)
+        found, _ = predictor_of_folder(wanted.predictor, source, spec)
     elif wanted.predictor is not None:
         found = load_predictor(wanted.predictor, source.fingerprint, model_name=spec.name)
     elif isinstance(source, GgufFile) and (wanted.powerinfer or wanted.threshold is not None):

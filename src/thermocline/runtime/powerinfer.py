@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
+from thermocline.activity.applied import applied_order
 from thermocline.activity.inside import for_powerinfer, predictor_inside
 from thermocline.activity.predictor import Predictor, predictor_of, save_predictor
 from thermocline.activity.statistics import Activity
 from thermocline.activity.store import find_activity, save_activity
-from thermocline.errors import ModelFormatError, UsageError, printable
+from thermocline.errors import FingerprintError, ModelFormatError, UsageError, printable
 from thermocline.files.gguf import GgufFile
 from thermocline.files.open import open_model
 from thermocline.files.powerinfer_folder import (
@@ -20,8 +21,10 @@ from thermocline.files.powerinfer_folder import (
     write_activation_folder,
     write_predictor_folder,
 )
-from thermocline.files.sidecar import SidecarKind, read_sidecar
+from thermocline.files.sidecar import SidecarKind, named, read_sidecar
+from thermocline.files.source import ModelSource
 from thermocline.model.families import family_of
+from thermocline.model.spec import ModelSpec
 
 SOLVED = 256
 """PowerInfer's solver takes neurons in groups of so many."""
@@ -45,13 +48,15 @@ def import_activity(
     The files do not say how many `tokens` were read; 0 takes the largest count for it.
 
     Raises:
-        UsageError: fewer tokens than a neuron fired, or `output` is there and not to be replaced.
+        UsageError: fewer tokens than a neuron fired, the model's neurons were put in another order, or `output` is
+            there and not to be replaced.
         ModelFormatError: the folder is not of this model's layers and neurons, or holds anything but whole numbers.
         OutputError: the file could not be written.
     """
     path, folder = _new(output, force=force), Path(folder)
     with open_model(model) as source:
         spec, fingerprint = family_of(source).spec(source), source.fingerprint
+        _require_own_numbers(folder, source, spec, "what is counted there serves this one too")
     found = read_activation_folder(folder, n_layer=spec.n_layer, n_ff=spec.n_ff)
     counts = np.stack([np.asarray(layer) for layer in found.counts])
     fired = counts.astype(np.int64)
@@ -88,18 +93,35 @@ def import_predictor(model: str | Path, folder: str | Path, output: str | Path, 
 
     Raises:
         UsageError: `output` is there and not to be replaced.
-        ModelFormatError: the folder is not of this model's layers and sizes, or holds anything but matrices.
-        NumericalError: a number is NaN or infinite.
+        UsageError, FingerprintError, ModelFormatError, NumericalError: as `predictor_of_folder`.
         OutputError: the file could not be written.
     """
     path = _new(output, force=force)
     with open_model(model) as source:
         spec, fingerprint = family_of(source).spec(source), source.fingerprint
+        predictor, warnings = predictor_of_folder(folder, source, spec)
+    save_predictor(predictor, path, fingerprint, model_name=spec.name)
+    return Exchanged(path, spec.n_layer, spec.n_ff, warnings)
+
+
+def predictor_of_folder(folder: str | Path, source: ModelSource, spec: ModelSpec) -> tuple[Predictor, tuple[str, ...]]:
+    """The predictor of a model in one of PowerInfer's folders, and names of files that were not read.
+
+    Raises:
+        UsageError: the folder does not say whose it is, and the model's neurons were put in another order.
+        FingerprintError: it says that it is another model's.
+        ModelFormatError: it is not of this model's layers and sizes, or holds anything but matrices.
+        NumericalError: a number is NaN or infinite.
+    """
     found = read_predictor_folder(folder, n_layer=spec.n_layer)
     predictor = Predictor.of_powerinfer(found.predictor)
     predictor.require_fits(folder, spec)
-    save_predictor(predictor, path, fingerprint, model_name=spec.name)
-    return Exchanged(path, spec.n_layer, spec.n_ff, found.warnings)
+    if not found.model:
+        _require_own_numbers(Path(folder), source, spec, "convert that one with --predictor")
+    elif found.model != source.fingerprint:
+        remedy = "give the folder that was exported for this model, or train a predictor"
+        raise FingerprintError(folder, found.model[:12], named(spec.name, source.fingerprint), remedy)
+    return predictor, found.warnings
 
 
 def export_predictor(predictor_file: str | Path, folder: str | Path, *, threshold: float | None = None) -> Exchanged:
@@ -112,20 +134,33 @@ def export_predictor(predictor_file: str | Path, folder: str | Path, *, threshol
         ModelFormatError: the file holds no predictor.
         OutputError: the folder is there and not empty, or cannot be written.
     """
-    predictor = _predictor(Path(predictor_file))
+    predictor, model = _predictor(Path(predictor_file))
     if threshold is not None:
         predictor = predictor.with_threshold(threshold)
-    write_predictor_folder(folder, for_powerinfer(predictor))
+    write_predictor_folder(folder, for_powerinfer(predictor), model=model)
     return Exchanged(Path(folder), len(predictor.layers), predictor.layers[0].fc2.rows, ())
 
 
-def _predictor(path: Path) -> Predictor:
+def _predictor(path: Path) -> tuple[Predictor, str]:
+    """A predictor, and the fingerprint of its model."""
     if path.suffix == ".safetensors":
-        return predictor_of(read_sidecar(path, SidecarKind.PREDICTOR))
-    inside = predictor_inside(GgufFile.open(path))
+        sidecar = read_sidecar(path, SidecarKind.PREDICTOR)
+        return predictor_of(sidecar), sidecar.model_fingerprint
+    file = GgufFile.open(path)
+    inside = predictor_inside(file)
     if inside is None:
         raise UsageError(f"{printable(str(path))} has no predictor inside")
-    return inside
+    return inside, file.fingerprint
+
+
+def _require_own_numbers(folder: Path, source: ModelSource, spec: ModelSpec, remedy: str) -> None:
+    """Refuse what numbers neurons as the published model does, where the file has put them in another order."""
+    if applied_order(source.metadata, spec) is not None:
+        raise UsageError(
+            f"{printable(str(folder))}: does not say which of {spec.n_ff} neurons is which in "
+            f"{printable(str(source.path))}, whose neurons were put in another order: give it with the model that "
+            f"this one was converted from; {remedy}"
+        )
 
 
 def _new(path: str | Path, *, force: bool) -> Path:
