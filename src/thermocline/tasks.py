@@ -239,10 +239,12 @@ def report(
     predictor: str | Path | None = None,
     pictures: str | Path | None = None,
     plan: str | Path | None = None,
+    notice: Callable[[str], None] | None = None,
 ) -> list[Path]:
     """Draw an activity: one self-contained page `output`, and single pictures (SVG) in the folder `pictures`.
 
-    `plan` is drawn over the activity's heat map. Returns the files that were written.
+    `predictor` is drawn too; without, the one that lies beside the activity, or `notice` hears why not. `plan` is drawn
+    over the activity's heat map. Returns the files that were written.
 
     Raises:
         FingerprintError: the predictor belongs to another model than the activity.
@@ -254,7 +256,7 @@ def report(
     def more(activity: Activity) -> list[Picture]:
         return [] if placed is None else [placement_picture(placed, activity, str(plan))]
 
-    return write_report(path, output, predictor=predictor, pictures=pictures, more=more)
+    return write_report(path, output, predictor=predictor, pictures=pictures, more=more, notice=notice)
 
 
 def plan(

@@ -86,6 +86,29 @@ def test_a_report_without_a_predictor(saved: Path, tmp_path: Path) -> None:
     assert Page((tmp_path / "r.html").read_text()).figures == [*ALWAYS, "sizes", "locality"]
 
 
+def test_the_predictor_beside_an_activity_is_drawn_with_it(saved: Path, tmp_path: Path) -> None:
+    beside = write_predictor(tmp_path / "x.predictor.safetensors", {"layers": LAYERS})
+    report(saved, tmp_path / "r.html")
+    assert Page((tmp_path / "r.html").read_text()).figures == [
+        *ALWAYS,
+        "sizes",
+        "locality",
+        "predictor",
+        "predictor_rank",
+    ]
+    (tmp_path / "other").mkdir()
+    report(saved, tmp_path / "r.html", predictor=write_predictor(tmp_path / "other" / "p", {"note": "named"}))
+    assert "named" in (tmp_path / "r.html").read_text()
+    assert "predictor_rank" not in (tmp_path / "r.html").read_text()
+    write_predictor(beside, {"layers": LAYERS}, OTHER)
+    told: list[str] = []
+    report(saved, tmp_path / "r.html", notice=told.append)
+    assert Page((tmp_path / "r.html").read_text()).figures == [*ALWAYS, "sizes", "locality"]
+    (line,) = told
+    assert line.startswith("no predictor is drawn: ")
+    assert "x.predictor.safetensors: belongs to the model" in line
+
+
 def test_pictures_are_files_of_their_own(saved: Path, tmp_path: Path) -> None:
     predictor = write_predictor(tmp_path / "p", {"layers": LAYERS})
     written = report(saved, None, predictor=predictor, pictures=tmp_path / "deep" / "pictures")

@@ -11,8 +11,9 @@ from thermocline.activity.drawing import NAMESPACE, percent
 from thermocline.activity.pictures import Picture, activity_pictures, predictor_pictures
 from thermocline.activity.statistics import Activity
 from thermocline.activity.store import find_activity
-from thermocline.errors import OutputError, printable
+from thermocline.errors import OutputError, ThermoclineError, printable
 from thermocline.files.atomic import atomic_write
+from thermocline.files.companion import companion
 from thermocline.files.sidecar import Sidecar, SidecarKind, read_sidecar
 
 STYLE: Final = """
@@ -65,10 +66,12 @@ def write_report(
     predictor: Path | str | None = None,
     pictures: Path | str | None = None,
     more: Callable[[Activity], Sequence[Picture]] | None = None,
+    notice: Callable[[str], None] | None = None,
 ) -> list[Path]:
     """Draw the activity in `path` as a page `output` and as single files in the folder `pictures`; what was written.
 
-    `more` draws further pictures of the activity, shown after its own.
+    `predictor` is drawn too; without, the one that lies beside, or `notice` hears why not. `more` draws further
+    pictures of the activity, shown after its own.
 
     Raises:
         ModelFormatError: a file is not what it should be.
@@ -76,9 +79,7 @@ def write_report(
         OutputError: something could not be written.
     """
     activity = find_activity(path)
-    sidecar = None if predictor is None else read_sidecar(predictor, SidecarKind.PREDICTOR, verify=False)
-    if sidecar is not None:
-        sidecar.require_model(activity.model_fingerprint, activity.model_name)
+    sidecar = _beside(path, activity, notice) if predictor is None else _predictor(predictor, activity)
     drawn = [*activity_pictures(activity), *(() if more is None else more(activity))]
     predicted = [] if sidecar is None else predictor_pictures(sidecar.info)
     written = []
@@ -92,6 +93,27 @@ def write_report(
             raise OutputError(f"{printable(str(folder))}: cannot be made: {error.strerror}") from error
         written += [_write(folder / f"{picture.name}.svg", picture.svg + "\n") for picture in [*drawn, *predicted]]
     return written
+
+
+def _predictor(path: Path | str, activity: Activity) -> Sidecar:
+    sidecar = read_sidecar(path, SidecarKind.PREDICTOR, verify=False)
+    sidecar.require_model(activity.model_fingerprint, activity.model_name)
+    return sidecar
+
+
+def _beside(path: Path | str, activity: Activity, notice: Callable[[str], None] | None) -> Sidecar | None:
+    """The predictor of the model that an activity lies beside, if it is of use."""
+    path = Path(path)
+    model = path.with_name(path.name.removesuffix(f".{SidecarKind.ACTIVITY}.safetensors"))
+    beside = companion(model, SidecarKind.PREDICTOR)
+    if not beside.is_file():
+        return None
+    try:
+        return _predictor(beside, activity)
+    except ThermoclineError as error:
+        if notice is not None:
+            notice(f"no predictor is drawn: {error}")
+        return None
 
 
 def page(activity: Activity, drawn: Sequence[Picture], predictor: Sidecar | None, predicted: Sequence[Picture]) -> str:
