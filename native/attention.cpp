@@ -219,7 +219,7 @@ class Attention {
         continue;
       }
       for (int64_t at = 0; at < kStep * ahead.row_bytes; at += kLine)
-        __builtin_prefetch(ahead.data + at, 0, 0);
+        __builtin_prefetch(ahead.data + at, 0, 2);
       context_.kernels.dot[format](dots, k, end, 0, queries);
     }
   }

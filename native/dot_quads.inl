@@ -30,6 +30,7 @@ template <Format F, int R, int T, bool Fetch>
                                                    int64_t n, float (&out)[T][R]) {
   RowTile<4> four;
   four.scattered = tile.scattered;
+  four.far = tile.far;
   for (int i = 0; i < 4; ++i) {
     four.now[i] = tile.now[i % R];
     four.next[i] = tile.next[i % R];

@@ -183,7 +183,7 @@ struct Ahead {
 
 // Fetches bytes from .. to of what is ahead, each line of 64 once: all that begin there.
 static inline void fetch(const Ahead& ahead, int64_t from, int64_t to) {
-  for (int64_t at = (from + 63) / 64 * 64; at < to; at += 64) __builtin_prefetch(ahead.data + at, 0, 0);
+  for (int64_t at = (from + 63) / 64 * 64; at < to; at += 64) __builtin_prefetch(ahead.data + at, 0, 2);
 }
 
 // For the few queries of a decode step, which meet every key and value of the cache once.

@@ -14,12 +14,23 @@ static inline int64_t bytes_of(int64_t c) {
 // short, of the one after that, for memory answers late.
 constexpr int64_t kAhead = 8192;
 
+// Where all rows are wanted, what lies so much further is brought to the second cache: it has room for more
+// lines on their way than the first one, whose prefetches then find them there.
+constexpr int64_t kFarAhead = 16384;
+
 template <int R>
 struct RowTile {
   const uint8_t* now[R];
   const uint8_t* next[R];
   bool scattered;  // the next rows are not neighbours
+  int64_t far;     // bytes from them to what is fetched for later
 };
+
+// kFarAhead if all rows are wanted as far as that from row r on, else 0.
+static inline int64_t far_from(const Rows& rows, int64_t r, int64_t limit) {
+  const int64_t end = r + 2 * kFarAhead / rows.row_bytes;
+  return !rows.ids || (end < limit && rows.ids[end] - rows.ids[r] == end - r) ? kFarAhead : 0;
+}
 
 template <int R>
 static inline RowTile<R> row_tile(const Rows& rows, int64_t r, int64_t end) {
@@ -31,6 +42,7 @@ static inline RowTile<R> row_tile(const Rows& rows, int64_t r, int64_t end) {
     tile.next[i] = row_at(rows, next < limit ? next : r + i);
   }
   tile.scattered = tile.next[R - 1] != tile.next[0] + (R - 1) * rows.row_bytes;
+  tile.far = far_from(rows, r, limit);
   return tile;
 }
 
@@ -60,7 +72,10 @@ static inline void for_steps(const RowTile<R>& tile, int64_t offset, int64_t ste
     const uint8_t* ahead = tile.next[r] + offset;
     for (const int64_t end = steps * (r + 1) / R; s < end; ++s) {
 #pragma GCC unroll 16
-      for (int i = 0; i < R * kStepBytes; i += kLine) __builtin_prefetch(ahead + i);
+      for (int i = 0; i < R * kStepBytes; i += kLine) {
+        __builtin_prefetch(ahead + tile.far + i, 0, 2);
+        __builtin_prefetch(ahead + i);
+      }
       ahead += R * kStepBytes;
       step(s);
     }

@@ -26,6 +26,7 @@ static inline SumTile<R> sum_tile(const SumJob& job, int64_t k, int64_t end, int
     tile.factor[i] = factor_of(h, job.per_factor);
     tile.least[i] = factor_of(h, job.per_least);
   }
+  tile.rows.far = job.list ? 0 : far_from(job.rows, k, limit);
   tile.rows.scattered = tile.rows.next[R - 1] != tile.rows.next[0] + (R - 1) * job.rows.row_bytes;
   return tile;
 }
