@@ -140,10 +140,10 @@ FfnBlock block_of(const MatrixHandle* gate, const MatrixHandle& up, const Matrix
   require(records ? d.rows == u.rows && d.cols == u.cols : d.cols == u.rows && d.rows == u.cols, "down",
           "does not have the shape that up asks for");
   require(!rows || records, "rows", "are of neuron records only");
-  require(!records || !is_integer(d.format) || d.rows <= kMostSumRows, "down",
-          "has more than 65,536 neurons of an integer format");
   const int32_t* places = rows ? data_of<int32_t>(*rows, "rows", {kAny}) : nullptr;
   const int64_t neurons = rows ? length(*rows, 0) : u.rows;
+  require(!records || !is_integer(d.format) || neurons <= kMostSumRows, "down",
+          "has more than 65,536 neurons of an integer format");
   const float* bias = up_bias ? data_of<float>(*up_bias, "up_bias", {neurons}) : nullptr;
   return {gate ? &gate->matrix : nullptr,
           &u,

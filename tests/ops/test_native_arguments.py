@@ -155,3 +155,15 @@ def test_tiles_have_a_rate_where_they_are(isa):
     context = _native.Context(1, isa)
     for int8 in (True, False):
         assert (_native.tile_rate(context, int8) > 0) == isa.startswith("amx")
+
+
+def test_only_the_neurons_of_a_block_are_limited_not_the_rows_it_lies_among(context):
+    """Sums of whole numbers have room for 65,536 rows; slots of records may be many more."""
+    count = 65_537
+    many = _native.Matrix(np.zeros((count, 34), np.uint8), 8, count, 32)
+    x, out = floats(1, 32), floats(1, 32)
+    block = {"gate": None, "up": many, "down": many, "records": True, "activation": 1, "both": False, "threshold": 0.0}
+    rows = np.array([count - 1], np.int32)
+    _native.ffn(context, x, **block, up_bias=None, rows=rows, active=None, out=out, skip_zeros=True, hidden=None)
+    with pytest.raises(ValueError, match="down has more than 65,536 neurons"):
+        _native.ffn(context, x, **block, up_bias=None, rows=None, active=None, out=out, skip_zeros=True, hidden=None)
