@@ -164,6 +164,6 @@ def test_only_the_neurons_of_a_block_are_limited_not_the_rows_it_lies_among(cont
     x, out = floats(1, 32), floats(1, 32)
     block = {"gate": None, "up": many, "down": many, "records": True, "activation": 1, "both": False, "threshold": 0.0}
     rows = np.array([count - 1], np.int32)
-    _native.ffn(context, x, **block, up_bias=None, rows=rows, active=None, out=out, skip_zeros=True, hidden=None)
+    context.ffn(x, **block, up_bias=None, rows=rows, active=None, out=out, skip_zeros=True, hidden=None)
     with pytest.raises(ValueError, match="down has more than 65,536 neurons"):
-        _native.ffn(context, x, **block, up_bias=None, rows=None, active=None, out=out, skip_zeros=True, hidden=None)
+        context.ffn(x, **block, up_bias=None, rows=None, active=None, out=out, skip_zeros=True, hidden=None)

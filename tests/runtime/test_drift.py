@@ -110,7 +110,7 @@ def test_what_is_on_disk_is_read_ahead_or_changes_places(records: Path, device: 
     more: dict[str, Any] = {"device": device, "threads": 1, "ctx_size": 64, "ubatch": 8}
     settings: dict[str, Any] = {"prompt": 8, "output": 8}
     if device == "emulated":
-        more["vram_budget"] = settings["vram_budget"] = "50KB"
+        more["vram_budget"] = settings["vram_budget"] = "56KB"
         settings["emulated"] = True
     talk = ("hello", "the cat", "the cat", "hello", "hello")
     with LLM.load(records, **more) as llm:
