@@ -28,8 +28,9 @@ struct RowTile {
 
 // kFarAhead if all rows are wanted as far as that from row r on, else 0.
 static inline int64_t far_from(const Rows& rows, int64_t r, int64_t limit) {
+  if (!rows.ids) return kFarAhead;
   const int64_t end = r + 2 * kFarAhead / rows.row_bytes;
-  return !rows.ids || (end < limit && rows.ids[end] - rows.ids[r] == end - r) ? kFarAhead : 0;
+  return end < limit && rows.ids[end] - rows.ids[r] == end - r ? kFarAhead : 0;
 }
 
 template <int R>
