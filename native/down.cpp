@@ -13,7 +13,7 @@ constexpr int64_t kTokenBlock = 32;
 constexpr int64_t kReduceColumns = 512;
 // Narrower pieces of a row would waste the cache lines at their ends.
 constexpr int64_t kFewestColumns = 256;
-constexpr int64_t kColumnUnit = 128;
+constexpr int64_t kColumnUnit = 128;  // a step of the kernels
 
 // body(group, begin, end) for the neurons of each cluster; ids ascend.
 template <class Body>

@@ -65,12 +65,15 @@ void DownSums::list(const int32_t* ids, const int32_t* rows, const uint8_t* want
     positions_ = listed_positions_;
   }
   measured_ = kept_;
-  if (tokens_ == 1 && kept_) scales_[0] = scale_of(0, nullptr, count_, measured_);
+  if (tokens_ == 1 && kept_) {
+    scales_[0] = scale_of(0, nullptr, count_);
+    measured_ = scales_[0].known;
+  }
   if (tokens_ > 1) {
     for (int64_t k = 0; measured_ && k < count_; ++k) measured_ = !std::signbit(largest_.scale[row(k)]);
   }
-  measure_items_.reset(count_, row_grain(count_, down_.row_bytes, 1, team_.size()));
   const int64_t grain = row_grain(count_, down_.row_bytes, 1, team_.size());
+  measure_items_.reset(count_, grain);
   streams_.reset(count_, parts_of(grain, kRowUnit) * kRowUnit, true);
   token_items_.reset(tokens_, 1);
   items_.reset(tokens_ == 1 ? steps_ : column_parts_ * token_parts_, 1);
@@ -87,18 +90,18 @@ void DownSums::measure(int64_t k0, int64_t k1) {
   }
 }
 
-DownSums::Scale DownSums::scale_of(int64_t t, const int32_t* list, int64_t count, bool& measured) const {
+DownSums::Scale DownSums::scale_of(int64_t t, const int32_t* list, int64_t count) const {
   const float* h = h_ + t * h_stride_;
   const FactorJob job{h, positions_, list, kept_ ? rows_ : nullptr};
   const float factor = context_.kernels.largest_factor(job, largest_.scale, count);
   const float least =
       has_minima(down_.format) ? context_.kernels.largest_factor(job, largest_.least, count) : 0.0f;
-  if (std::signbit(factor)) measured = false;
   const auto per = [](double most) { return most > 0 ? kLargestFactor / most : 0.0; };
   return {per(factor),
           per(least),
           {double{factor} / kLargestFactor, double{least} / kLargestFactor},
-          std::isfinite(factor) && std::isfinite(least)};
+          std::isfinite(factor) && std::isfinite(least),
+          !std::signbit(factor)};
 }
 
 SumJob DownSums::job_of(int64_t t, const int32_t* list, SumStep* sums) const {
@@ -110,8 +113,7 @@ void DownSums::add(int worker, float* out) {
   if (!measured_) {
     measure_items_.drain([&](int64_t k0, int64_t k1) { measure(k0, k1); });
     team_.barrier([&] {
-      bool measured = true;
-      if (tokens_ == 1) scales_[0] = scale_of(0, nullptr, count_, measured);
+      if (tokens_ == 1) scales_[0] = scale_of(0, nullptr, count_);
     });
   }
   if (tokens_ == 1) return add_one(worker, out);
@@ -143,8 +145,7 @@ void DownSums::begin_token(int64_t t) {
     fired[count] = static_cast<int32_t>(k);
     count += h[positions_ ? positions_[k] : k] != 0.0f;
   }
-  bool measured = true;
-  scales_[t] = scale_of(t, fired, count, measured);
+  scales_[t] = scale_of(t, fired, count);
   fired[count] = static_cast<int32_t>(count_);
 }
 
@@ -158,8 +159,8 @@ void DownSums::add_tile(int worker, int64_t item, float* out) {
   for (int64_t end = kTileRows; end < count_ + kTileRows; end += kTileRows) {
     for (int64_t t = t0; t < t1; ++t) {
       const int32_t* fired = fired_ + t * (most_ + 1);
-      const int64_t begin = next[t - t0];
       int64_t& k = next[t - t0];
+      const int64_t begin = k;
       while (fired[k] < std::min(end, count_)) ++k;
       if (begin == k || !scales_[t].finite) continue;
       const SumJob job = job_of(t, fired, sums + (t - t0) * kTileSteps);

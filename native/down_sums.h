@@ -28,13 +28,12 @@ class DownSums {
   struct Scale {
     double per_factor, per_least;
     SumUnits units;
-    bool finite;
+    bool finite, known;  // known: of every row its largest scale is
   };
 
   int64_t row(int64_t place) const { return rows_ ? rows_[place] : place; }
   void measure(int64_t k0, int64_t k1);
-  // `measured` becomes false if a row is unknown.
-  Scale scale_of(int64_t t, const int32_t* list, int64_t count, bool& measured) const;
+  Scale scale_of(int64_t t, const int32_t* list, int64_t count) const;
   SumJob job_of(int64_t t, const int32_t* list, SumStep* sums) const;
   void add_one(int worker, float* out);
   void begin_token(int64_t t);

@@ -144,7 +144,8 @@ struct alignas(64) SumStep {
   int32_t factors[2][16], least[16];
 };
 
-// sums += the rows list[k] (k if null), each with the factor h[positions[row]] (h[row] if null).
+// sums += the rows at places list[k] (k if null), each with the factor h[positions[place]] (h[place] if
+// null).
 struct SumJob {
   Rows rows;
   const int32_t* list;

@@ -59,7 +59,10 @@ def test_everything_is_measured_once(quick: Path, monkeypatch: pytest.MonkeyPatc
     assert sorted(path.name for path in quick.iterdir()) == ["machine.json"]
     monkeypatch.setattr(probe, "_measured", None)  # what is kept is not measured again
     told.clear()
-    assert probe_machine(tell=told.append)[1] == first
+    again, kept = probe_machine(tell=told.append)
+    here, _ = probe_machine()
+    assert (kept, again.fingerprint) == (first, here.fingerprint)
+    assert replace(again, memory=here.memory) == here  # but for what is free at the moment
     assert not told
 
 

@@ -41,7 +41,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="a fake GPU needs interpreted kernels")
 WAY = CrossingKind.PLAIN if INTERPRETED else CrossingKind.MEMORY
 BUDGET = "10MiB" if INTERPRETED else "3GiB"
-PROMPT, STEPS = [5, 9, 2, 7], [4, 1]
+PROMPT, STEPS = [5, 9, 2, 7], [4, 1, 8]
 HERE, THERE = LayerSeat(RAM, 0, 96), LayerSeat(VRAM, 96, 96)
 
 
