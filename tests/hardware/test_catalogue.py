@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from thermocline.errors import HardwareError, UsageError
 from thermocline.hardware.catalogue import COMPUTERS, CPUS, DISKS, GPUS, MEMORIES, REACHED, machine
-from thermocline.hardware.machine import Machine, Processor, ReadCurve
+from thermocline.hardware.machine import Machine, Processor, ReadCurve, Shares
 
 
 def test_the_papers_computers_have_the_papers_bandwidths() -> None:
@@ -31,6 +31,10 @@ def test_every_pair_makes_a_machine(gpu: str, cpu: str) -> None:
     assert found.gpu is not None
     assert found.gpu.bandwidth > found.cpu.bandwidth > 0
     assert 1e9 < found.link < 64e9
+    shares = found.shares
+    drawn = found.cpu.bandwidth * shares.ram_beside_link + found.link * shares.link_beside_ram
+    assert drawn == pytest.approx(found.cpu.bandwidth)  # all that the memory has
+    assert shares.ram_beside_link < shares.vram_beside_link < 1
     assert "public" in found.source
 
 
@@ -108,3 +112,9 @@ def test_impossible_processors_are_refused(change: dict[str, float]) -> None:
     Processor(**sound)  # type: ignore[arg-type]
     with pytest.raises(HardwareError):
         Processor(**(sound | change))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("share", [0.0, -0.1, 1.1, math.nan])
+def test_impossible_shares_are_refused(share: float) -> None:
+    with pytest.raises(HardwareError, match="ram_beside_link"):
+        Shares(ram_beside_link=share)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +15,9 @@ import pytest
 import thermocline
 from thermocline.config import DeviceKind, LoadSettings, TrainDevice, TrainSettings
 from thermocline.errors import HardwareError, UsageError
-from thermocline.hardware.gpu import find_gpus, own_bytes
+from thermocline.hardware import gpu as measuring
+from thermocline.hardware.bandwidth import Load
+from thermocline.hardware.gpu import GpuSpeed, find_gpus, measure_gpu, own_bytes
 from thermocline.hardware.gpu_choice import choose_gpu
 from thermocline.runtime.training import one_gpu
 
@@ -161,3 +165,62 @@ def test_what_this_process_holds(library: Library, monkeypatch: pytest.MonkeyPat
 def test_nothing_is_known_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert own_bytes() == 0
+
+
+# --- what is measured -------------------------------------------------------------------------------------------------
+
+
+class Stream:
+    """A stream of a device that is the host: it notes which loads run in it."""
+
+    def __init__(self, _: Any) -> None:
+        self.waited = 0
+
+    def synchronize(self) -> None:
+        self.waited += 1
+
+
+class Torch:
+    """torch, as if the host were a GPU."""
+
+    def __init__(self) -> None:
+        self.real = pytest.importorskip("torch")
+        self.cuda = SimpleNamespace(
+            is_available=lambda: True, is_initialized=lambda: True, mem_get_info=lambda _: (1 << 30, 1 << 31),
+            synchronize=lambda _: None, empty_cache=lambda: None, Stream=Stream, stream=self.within,
+        )  # fmt: skip
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.real, name)
+
+    def device(self, *_: Any) -> Any:
+        return self.real.device("cpu")
+
+    @contextmanager
+    def within(self, stream: Stream) -> Iterator[None]:
+        yield
+
+    def ones(self, *size: Any, **more: Any) -> Any:
+        array = self.real.ones(*size, **more)
+        array.pin_memory = lambda: array
+        return array
+
+
+def test_every_two_that_work_at_once_are_measured_beside_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", Torch())
+    for name, value in (("BUFFER", 1 << 19), ("ROW", 1 << 10), ("SIDE", 32)):
+        monkeypatch.setattr(measuring, name, value)
+    calls = {"rate": 0, "once": 0}
+
+    def count(name: str) -> float:
+        calls[name] += 1
+        return 5e9
+
+    found = measure_gpu(0, Load(rate=lambda: count("rate"), once=lambda: count("once")))
+    assert found is not None
+    assert found.ram_beside_vram == found.ram_beside_link == 5e9
+    assert calls["rate"] == 2  # beside VRAM and beside the link
+    assert calls["once"] >= 2  # and these beside RAM
+    assert all(value > 0 for name, value in asdict(found).items() if name != "context")
+    assert found.sparse <= 1
+    assert GpuSpeed(**asdict(found)) == found

@@ -17,6 +17,12 @@ from thermocline.hardware.gpu import Gpu, GpuSpeed, find_gpus
 from thermocline.hardware.probe import MemorySpeed, Probe, emulated, machine_of, probe_machine
 from thermocline.hardware.survey import examine
 
+CARD = Gpu(index=0, name="card", total=1 << 33, free=0, pcie=4, lanes=16, driver="1")
+FAST = GpuSpeed(
+    vram=1e12, link=2e10, vram_beside_ram=9e11, ram_beside_vram=9e9, link_beside_ram=1e10, ram_beside_link=7e9,
+    vram_beside_link=8e11, link_beside_vram=2.1e10, flops=1e14, launch=3e-6, crossing=1e-5, sparse=0.6,
+)  # fmt: skip
+
 
 @pytest.fixture(autouse=True)
 def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -39,8 +45,8 @@ def known() -> Probe:
     )  # fmt: skip
     return Probe(
         measured=1.0, memory=MemorySpeed(by_threads=((1, 1e10), (2, 2e10)), beside_device=8e9, sparse=0.7), flops=1e11,
-        launch=1e-6, handover=1e-5, disks=(speed, replace(speed, device=find_disk(Path("/tmp")).device)), gpus=(),
-        gpu_speeds=(), unmeasured=("x",),
+        launch=1e-6, handover=1e-5, disks=(speed, replace(speed, device=find_disk(Path("/tmp")).device)), gpus=(CARD,),
+        gpu_speeds=(FAST,), unmeasured=("x",),
     )  # fmt: skip
 
 
@@ -98,10 +104,13 @@ def test_another_machine_measures_anew(monkeypatch: pytest.MonkeyPatch) -> None:
         lambda k: k["probe"]["disks"][0].update(random=[]),
         lambda k: k["probe"].update(disks=3),
         lambda k: k["probe"].update(gpus=[{"index": 0}]),
+        lambda k: k["probe"]["gpu_speeds"][0].update(ram_beside_link=0.0),
+        lambda k: k["probe"]["gpu_speeds"][0].pop("vram_beside_ram"),
     ],
 )
 def test_a_damaged_file_is_not_trusted(quick: Path, monkeypatch: pytest.MonkeyPatch, known, damage) -> None:
     monkeypatch.setattr(probe, "_measured", lambda *_: replace(known, measured=known.measured + 1))
+    monkeypatch.setattr(probe, "find_gpus", lambda: (CARD,))
     remember(examine().fingerprint, {"version": probe.VERSION, "probe": known.as_dict()})
     assert probe_machine()[1] == known
     kept = json.loads((quick / "machine.json").read_text())
@@ -152,12 +161,23 @@ def test_machines_for_placement(tmp_path: Path) -> None:
     assert split.gpu.capacity == 1 << 20
     assert split.crossing == found.handover
     assert split.gpu.sparse == plain.cpu.sparse == found.memory.sparse
-    card = Gpu(index=0, name="card", total=1 << 33, free=0, pcie=4, lanes=16, driver="1")
-    fast = GpuSpeed(vram=1e12, link=2e10, link_busy=1e10, flops=1e14, launch=3e-6, crossing=1e-5, sparse=0.6)
-    with_gpu = machine_of(survey, replace(found, gpus=(card,), gpu_speeds=(fast,)))
+    best = found.memory.best
+    fast = replace(FAST, ram_beside_vram=0.9 * best, ram_beside_link=0.7 * best)
+    with_gpu = machine_of(survey, replace(found, gpus=(CARD,), gpu_speeds=(fast,)), tmp_path)
     assert with_gpu.gpu is not None
-    assert (with_gpu.gpu.bandwidth, with_gpu.gpu.sparse) == (1e12, 0.6)
-    assert machine_of(survey, replace(found, gpus=(card,), gpu_speeds=(None,))).gpu is None
+    assert (with_gpu.gpu.bandwidth, with_gpu.gpu.bandwidth_busy, with_gpu.gpu.sparse) == (1e12, 9e11, 0.6)
+    assert with_gpu.cpu.bandwidth_busy == 0.9 * best
+    shares = with_gpu.shares
+    assert shares.ram_beside_link == pytest.approx(0.7)
+    assert (shares.link_beside_ram, shares.vram_beside_link, shares.link_beside_vram) == (0.5, 0.8, 1.0)
+    assert (shares.ram_beside_disk, shares.disk_beside_ram) == (
+        here.shares.ram_beside_disk,
+        here.shares.disk_beside_ram,
+    )
+    (reads,) = found.disks
+    alone = here.disk.curve.bandwidth(64 << 10)
+    assert shares.disk_beside_ram == min(1.0, reads.beside_ram / alone)
+    assert machine_of(survey, replace(found, gpus=(CARD,), gpu_speeds=(None,))).gpu is None
 
 
 def test_disks_are_found_by_their_mounts(tmp_path: Path) -> None:

@@ -12,9 +12,18 @@ from hypothesis import strategies as st
 from thermocline.config import Mode
 from thermocline.errors import HardwareError, UsageError
 from thermocline.files.formats import F16
-from thermocline.hardware.machine import Corrections, Disk, Machine, Processor, ReadCurve, Tier
+from thermocline.hardware.machine import Corrections, Disk, Machine, Processor, ReadCurve, Shares, Tier
 from thermocline.memory.reads import Way, merged
-from thermocline.placement.cost import ATTENTION_KERNELS, FFN_KERNELS, PREDICTOR_KERNELS, CostModel, FfnMode, ffn_mode
+from thermocline.placement.cost import (
+    ATTENTION_KERNELS,
+    FFN_KERNELS,
+    PREDICTOR_KERNELS,
+    STAGED,
+    CostModel,
+    FfnMode,
+    ffn_mode,
+    together,
+)
 from thermocline.placement.footprint import Footprint
 from thermocline.placement.workload import Workload
 
@@ -182,6 +191,52 @@ def test_prefill_streams_cold_weights_where_the_cpu_is_slower() -> None:
     assert float(time.hot) == pytest.approx(3 * ROW * 768 / 20e9)
     assert float(time.cold) == 0
     assert not bool(cost.layer(cost.decode, 0, Tier.VRAM, Tier.VRAM, 2, 8).streamed)
+
+
+def test_prompts_stream_at_what_the_link_and_the_ram_leave_each_other() -> None:
+    slow, work = replace(CPU, flops=1e10), Workload(context=2048, prompt=512, output=64)
+
+    def sent(ram: float, **shares: float) -> float:
+        machine = replace(MACHINE, cpu=replace(slow, bandwidth=ram, bandwidth_busy=ram), shares=Shares(**shares))
+        cost = priced(FfnMode.DENSE, machine=machine, workload=work)
+        time = cost.layer(cost.phases[1], 0, Tier.VRAM, Tier.VRAM, 2, 8)
+        assert bool(time.streamed)
+        return float(time.hot)
+
+    nbytes = 3 * ROW * 768
+    assert sent(40e9, link_beside_ram=0.5) == pytest.approx(nbytes / 10e9)
+    assert sent(40e9, ram_beside_link=0.25) == pytest.approx(nbytes * STAGED / 10e9)
+    assert sent(20e9) == pytest.approx(nbytes * STAGED / 20e9)
+    computed = 3 * ROW * N_FF / 400e9 + FFN_KERNELS * 3e-6
+    beside = sent(40e9, vram_beside_link=0.5, link_beside_vram=0.8)
+    assert beside == pytest.approx(nbytes / 20e9 + 0.2 * 2 * computed)
+
+
+def test_what_is_read_from_disk_and_what_is_computed_slow_each_other() -> None:
+    curve = ReadCurve(((1024, 1e9), (1 << 20, 1e9)))
+    machine = replace(MACHINE, disk=Disk(name="d", curve=curve))
+    shared = replace(machine, shares=Shares(ram_beside_disk=0.5, disk_beside_ram=0.8))
+    plain, cost = (priced(FfnMode.DENSE, machine=m) for m in (machine, shared))
+    at, launches = (0, Tier.RAM, Tier.RAM, 0, 4), FFN_KERNELS * 2e-6
+    alone, beside = (float(c.layer(c.decode, *at).cold) for c in (plain, cost))
+    computed, read = 3 * ROW * N_FF / 40e9, 3 * ROW * 512 / 1e9
+    assert alone == pytest.approx(read + launches)
+    assert beside == pytest.approx(read + computed / 0.5 * 0.2 + launches)
+    for c in (plain, cost):
+        assert float(c.layer(c.decode, 0, Tier.RAM, Tier.RAM, 0, 8).cold) == pytest.approx(computed + launches)
+    assert cost.attention(cost.decode, 0, Tier.DISK) > plain.attention(plain.decode, 0, Tier.DISK)
+    assert cost.head(Tier.DISK) > plain.head(Tier.DISK)
+
+
+@given(*[st.floats(0, 10)] * 2, *[st.floats(0.05, 1)] * 2)
+def test_two_at_once_take_at_least_the_longer_and_at_most_both(a: float, b: float, left: float, right: float) -> None:
+    both = float(together(a, b, left, right))
+    assert max(a, b) <= both + 1e-9
+    assert both <= a + b + 1e-9
+    assert both == pytest.approx(float(together(b, a, right, left)))
+    assert float(together(a, b, 1, 1)) == pytest.approx(max(a, b))
+    assert float(together(a, 0.0, left, right)) == pytest.approx(a)
+    assert float(together(a + 1, b, left, right)) >= both - 1e-9
 
 
 def test_a_long_prompt_leaves_the_predictor_out() -> None:

@@ -46,7 +46,7 @@ def doctor(
         versions = {"thermocline": thermocline.__version__, "python": platform.python_version()}
         write_json(found | {"probe": probe.as_dict()} | versions)
     else:
-        print_tables(facts(_rows(survey, probe)), *_disk_tables(probe))
+        print_tables(facts(_rows(survey, probe)), *_both_at_once(probe), *_disk_tables(probe))
     return 0
 
 
@@ -90,7 +90,7 @@ def _gpu_rows(probe: Probe) -> list[tuple[str, str]]:
             rows += [
                 ("VRAM", f"{speed.vram / 1e9:.0f} GB/s; products {speed.flops / 1e12:.1f} tera-operations/s"),
                 ("rows apart", f"{speed.sparse:.0%} of that, where they are copied"),
-                ("link", f"{speed.link / 1e9:.1f} GB/s, {speed.link_busy / 1e9:.1f} while the CPU reads memory"),
+                ("link", f"{speed.link / 1e9:.1f} GB/s from pinned memory"),
                 ("GPU costs", f"{speed.launch * 1e6:.1f} µs a launch, {speed.crossing * 1e6:.1f} µs a crossing"),
             ]
     return rows
@@ -101,10 +101,29 @@ def _disk_rows(probe: Probe) -> list[tuple[str, str]]:
     for disk in probe.disks:
         way = "direct reads" if disk.direct else "no direct reads here: these went through the page cache"
         rows.append((f"disk {disk.name}", f"{disk.filesystem}, {way}; {disk.sequential / 1e6:.0f} MB/s in sequence"))
-        if disk.beside_ram and disk.ram_beside:
-            beside = f"{disk.ram_beside / 1e9:.1f} GB/s of memory"
-            rows.append(("both at once", f"{disk.beside_ram / 1e6:.0f} MB/s in reads of 64 KiB, and {beside}"))
     return rows
+
+
+def _both_at_once(probe: Probe) -> list[Table]:
+    """What is left of each of two bandwidths while the other is used too."""
+    ram, pairs = ("RAM", probe.memory.best), []
+    for gpu, speed in zip(probe.gpus, probe.gpu_speeds, strict=True):
+        if speed is not None:
+            vram, link = (f"VRAM of {gpu.name}", speed.vram), (f"link to {gpu.name}", speed.link)
+            pairs += [
+                (ram, speed.ram_beside_vram, vram, speed.vram_beside_ram),
+                (ram, speed.ram_beside_link, link, speed.link_beside_ram),
+                (vram, speed.vram_beside_link, link, speed.link_beside_vram),
+            ]
+    for disk in probe.disks:
+        if disk.beside_ram and disk.ram_beside:
+            reads = (f"{disk.name}, reads of 64 KiB", disk.disk.curve.bandwidth(64 << 10))
+            pairs.append((ram, disk.ram_beside, reads, disk.beside_ram))
+    table = Table("of", "alone", "while using", "is left", title="two at once")
+    for (one, alone), left, (other, apart), right in pairs:
+        table.add_row(one, _rate(alone), other, _rate(left))
+        table.add_row(other, _rate(apart), one, _rate(right))
+    return [table] if pairs else []
 
 
 def _disk_tables(probe: Probe) -> list[Table]:
@@ -120,6 +139,10 @@ def _disk_tables(probe: Probe) -> list[Table]:
             table.add_row(size_of(size), *(f"{rates[size, depth] / 1e6:.0f}" for depth in depths))
         tables.append(table)
     return tables
+
+
+def _rate(rate: float) -> str:
+    return f"{rate / 1e9:.1f} GB/s" if rate >= 1e9 else f"{rate / 1e6:.0f} MB/s"
 
 
 def _threads(count: int) -> str:

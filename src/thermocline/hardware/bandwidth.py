@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +36,28 @@ class Bandwidth:
     measured: float
 
 
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Something that moves bytes: `rate` measures how many a second, `once` does it for some milliseconds at most."""
+
+    rate: Callable[[], float]
+    once: Callable[[], object]
+
+
+def together(one: Load, other: Load) -> tuple[float, float]:
+    """Bytes/s of each of two loads while the other is kept up in another thread."""
+    return _beside(other, one), _beside(one, other)
+
+
+def memory_load(buffer: Buffer, threads: int, seconds: float) -> Load:
+    """Reading `buffer` with so many threads, which may run on any core."""
+    context = _native.Context(threads, "auto", False)
+    return Load(
+        rate=lambda: best_rate(buffer, threads, seconds, pin=False),
+        once=lambda: _native.read_bandwidth(context, buffer),
+    )
+
+
 def measure_bandwidth(threads: int, cache: int = 0, seconds: float = SECONDS) -> Bandwidth:
     """Read a buffer that no cache holds for a while; the best pass counts.
 
@@ -60,3 +84,25 @@ def best_rate(buffer: Buffer, threads: int, seconds: float, *, pin: bool = True)
         best = max(best, _native.read_bandwidth(context, buffer))
         if time.perf_counter() >= end:
             return best
+
+
+def _beside(other: Load, one: Load) -> float:
+    """What `one` reaches while `other` runs again and again."""
+    stop, started = threading.Event(), threading.Event()
+
+    def loop() -> None:
+        try:
+            while not stop.is_set():
+                other.once()
+                started.set()
+        finally:
+            started.set()
+
+    thread = threading.Thread(target=loop, daemon=True)
+    thread.start()
+    started.wait(10)
+    try:
+        return one.rate()
+    finally:
+        stop.set()
+        thread.join()

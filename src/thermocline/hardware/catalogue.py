@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 
 from thermocline.errors import UsageError, printable
-from thermocline.hardware.machine import Disk, Machine, Processor, ReadCurve
+from thermocline.hardware.machine import Disk, Machine, Processor, ReadCurve, Shares
 
 GIB = 1 << 30
 
@@ -155,13 +155,18 @@ def machine(name: str) -> Machine:
     gpu = GPUS[parts["gpu"]] if "gpu" in parts else None
     memory = parts.get("memory", cpu.memory)
     capacity = int(parts["size"].removesuffix("gib")) * GIB if "size" in parts else DEFAULT_RAM
+    ram = _cpu(cpu, memory, capacity)
+    card = None if gpu is None else _gpu(gpu)
+    disk = _disk(*DISKS[parts["disk"]]) if "disk" in parts else None
+    link = PCIE_LANE[gpu.pcie] * gpu.lanes * 1e9 * REACHED.link if gpu else 1.0
     return Machine(
         name=wanted,
-        cpu=_cpu(cpu, memory, capacity),
-        gpu=None if gpu is None else _gpu(gpu),
-        disk=_disk(*DISKS[parts["disk"]]) if "disk" in parts else None,
-        link=PCIE_LANE[gpu.pcie] * gpu.lanes * 1e9 * REACHED.link if gpu else 1.0,
+        cpu=ram,
+        gpu=card,
+        disk=disk,
+        link=link,
         crossing=REACHED.crossing if gpu else 0.0,
+        shares=_shares(ram, card, disk, link),
         source="public figures of the catalogue",
     )
 
@@ -214,6 +219,27 @@ def _gpu(gpu: Gpu) -> Processor:
         flops=gpu.tflops * 1e12 * REACHED.gemm_gpu,
         launch=REACHED.launch_gpu,
         sparse=REACHED.sparse_vram,
+    )
+
+
+def _shares(cpu: Processor, gpu: Processor | None, disk: Disk | None, link: float) -> Shares:
+    """What draws on one memory at once is taken to get as much of it as it asks for in proportion."""
+
+    def beside(other: float, memory: float) -> float:
+        return memory / (memory + other)
+
+    ram_link, vram_link, ram_disk = 1.0, 1.0, 1.0
+    if gpu is not None:
+        ram_link, vram_link = beside(link, cpu.bandwidth), beside(link, gpu.bandwidth)
+    if disk is not None:
+        ram_disk = beside(disk.curve.points[-1][1], cpu.bandwidth)
+    return Shares(
+        ram_beside_link=ram_link,
+        link_beside_ram=ram_link,
+        vram_beside_link=vram_link,
+        link_beside_vram=vram_link,
+        ram_beside_disk=ram_disk,
+        disk_beside_ram=ram_disk,
     )
 
 

@@ -13,10 +13,14 @@ from importlib import import_module
 from itertools import takewhile
 from typing import Any
 
+from thermocline.hardware.bandwidth import Load, together
+
 FIELDS = ("index", "name", "memory.total", "memory.free", "pcie.link.gen.max", "pcie.link.width.max", "driver_version",
           "uuid")  # fmt: skip
 MIB = 1 << 20
 BUFFER = 1 << 28
+ROW, SIDE = 8192, 4096
+"""Bytes of a row that is copied, and rows and columns of a matrix that is multiplied."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,14 +40,19 @@ class Gpu:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GpuSpeed:
     """Measured: bytes/s of VRAM and of the link from pinned memory, flops of half products, seconds of a launch and of
-    handing a vector there and back. `link_busy` is the link while the CPU reads memory. `context` is bytes of VRAM that
-    the driver keeps for a process, 0 where that is unknown. `sparse` is the rate at which rows that lie apart are
-    copied, as a share of that of neighbours.
+    handing a vector there and back. `one_beside_another` are bytes/s of one while another is used as fast as it goes
+    too, RAM by all of the CPU's threads. `context` is bytes of VRAM that the driver keeps for a process, 0 where that
+    is unknown. `sparse` is the rate at which rows that lie apart are copied, as a share of that of neighbours.
     """
 
     vram: float
     link: float
-    link_busy: float
+    vram_beside_ram: float
+    ram_beside_vram: float
+    link_beside_ram: float
+    ram_beside_link: float
+    vram_beside_link: float
+    link_beside_vram: float
     flops: float
     launch: float
     crossing: float
@@ -94,8 +103,8 @@ def own_bytes(index: int = 0, process: int | None = None) -> int:
     return int(found[0] or 0) if found else 0
 
 
-def measure_gpu(index: int, beside: Callable[[Callable[[], float]], float]) -> GpuSpeed | None:
-    """Measure with torch; None where torch with CUDA is missing. `beside` runs a measurement while the CPU reads."""
+def measure_gpu(index: int, memory: Load) -> GpuSpeed | None:
+    """Measure with torch; None where torch with CUDA is missing. `memory` is all of the CPU's threads reading RAM."""
     try:
         torch: Any = import_module("torch")
         if not torch.cuda.is_available():
@@ -107,33 +116,36 @@ def measure_gpu(index: int, beside: Callable[[Callable[[], float]], float]) -> G
     device = torch.device("cuda", index)
     context = max(0, before - int(torch.cuda.mem_get_info(device)[0]))
     try:
-        return _measured(torch, device, context, beside)
+        return _measured(torch, device, context, memory)
     finally:
         torch.cuda.empty_cache()  # the model is to have it
         getattr(torch._C, "_host_emptyCache", lambda: None)()  # and what was pinned
 
 
-def _measured(torch: Any, device: Any, context: int, beside: Callable[[Callable[[], float]], float]) -> GpuSpeed:
+def _measured(torch: Any, device: Any, context: int, memory: Load) -> GpuSpeed:
     big = torch.ones(BUFFER, dtype=torch.uint8, device=device)
-    host = torch.ones(BUFFER, dtype=torch.uint8).pin_memory()
-    rows, copied = big.view(-1, 8192), torch.empty((BUFFER // 8192 // 8, 8192), dtype=torch.uint8, device=device)
+    host, there = torch.ones(BUFFER, dtype=torch.uint8).pin_memory(), torch.empty_like(big)
+    rows, copied = big.view(-1, ROW), there.view(-1, ROW)[: BUFFER // ROW // 8]
     ordered = torch.arange(len(copied), device=device)
     apart = torch.randperm(len(rows), device=device)[: len(copied)].sort().values
-    square = torch.ones((4096, 4096), dtype=torch.float16, device=device)
+    square = torch.ones((SIDE, SIDE), dtype=torch.float16, device=device)
     small, small_host = torch.ones(4096, device=device), torch.ones(4096).pin_memory()
+    torch.cuda.synchronize(device)
+    alone = torch.cuda.Stream(device)
 
-    def seconds(call: Callable[[], Any], repeats: int) -> float:
+    def seconds(call: Callable[[], Any], repeats: int, stream: Any = alone) -> float:
         times = []
-        for _ in range(repeats):
-            torch.cuda.synchronize(device)
-            began = time.perf_counter()
-            call()
-            torch.cuda.synchronize(device)
-            times.append(time.perf_counter() - began)
+        with torch.cuda.stream(stream):
+            for _ in range(repeats):
+                began = time.perf_counter()
+                call()
+                stream.synchronize()
+                times.append(time.perf_counter() - began)
         return min(times) if repeats < 50 else statistics.median(times)
 
-    def link() -> float:
-        return BUFFER / seconds(lambda: big.copy_(host, non_blocking=True), 5)
+    def load(call: Callable[[], Any], repeats: int) -> Load:
+        own = torch.cuda.Stream(device)  # so that what runs beside it is not waited for
+        return Load(rate=lambda: BUFFER / seconds(call, repeats, own), once=lambda: seconds(call, 1, own))
 
     def picked(which: Any) -> float:
         return seconds(lambda: torch.index_select(rows, 0, which, out=copied), 10)
@@ -146,13 +158,23 @@ def _measured(torch: Any, device: Any, context: int, beside: Callable[[Callable[
         small.copy_(small_host, non_blocking=True)
         small_host.copy_(small, non_blocking=True)
 
-    for call in (many, there_and_back, lambda: square @ square, lambda: picked(apart)):
+    vram = load(lambda: big.view(torch.int64).sum(), 10)
+    link = load(lambda: there.copy_(host, non_blocking=True), 5)
+    for call in (many, there_and_back, lambda: square @ square, lambda: picked(apart), vram.once):
         seconds(call, 3)  # the first calls compile and allocate
+    vram_beside_ram, ram_beside_vram = together(vram, memory)
+    link_beside_ram, ram_beside_link = together(link, memory)
+    vram_beside_link, link_beside_vram = together(vram, link)
     return GpuSpeed(
-        vram=BUFFER / seconds(lambda: big.view(torch.int64).sum(), 10),
-        link=link(),
-        link_busy=beside(link),
-        flops=2 * 4096**3 / seconds(lambda: square @ square, 10),
+        vram=vram.rate(),
+        link=link.rate(),
+        vram_beside_ram=vram_beside_ram,
+        ram_beside_vram=ram_beside_vram,
+        link_beside_ram=link_beside_ram,
+        ram_beside_link=ram_beside_link,
+        vram_beside_link=vram_beside_link,
+        link_beside_vram=link_beside_vram,
+        flops=2 * SIDE**3 / seconds(lambda: square @ square, 10),
         launch=seconds(many, 20) / 100,
         crossing=seconds(there_and_back, 200) / 2,
         context=context,

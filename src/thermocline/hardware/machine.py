@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from bisect import bisect_right
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 
 import numpy as np
@@ -27,9 +27,9 @@ class Processor:
     """A memory and what computes beside it.
 
     `capacity` in bytes. `bandwidth` in bytes/s that kernels reach while the other side is idle,
-    `bandwidth_busy` while it works. `flops` in floating-point operations/s of matrix products over many tokens.
-    `launch` in seconds to start one kernel. `sparse` is the share of the bandwidth that kernels reach over rows that
-    lie apart, as those of the few neurons that fire.
+    `bandwidth_busy` while that reads its own memory. `flops` in floating-point operations/s of matrix products over
+    many tokens. `launch` in seconds to start one kernel. `sparse` is the share of the bandwidth that kernels reach over
+    rows that lie apart, as those of the few neurons that fire.
 
     Raises:
         HardwareError: a figure is not a positive number, the busy bandwidth exceeds the idle one, or a share exceeds 1.
@@ -124,6 +124,30 @@ class Disk:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Shares:
+    """What is left of a bandwidth while something else moves bytes as fast as it goes, from 0 to 1: `ram_beside_link`
+    is RAM's while the link is full. 1 where nothing was measured.
+
+    Raises:
+        HardwareError: not above 0, or more than 1.
+    """
+
+    ram_beside_link: float = 1.0
+    link_beside_ram: float = 1.0
+    vram_beside_link: float = 1.0
+    link_beside_vram: float = 1.0
+    ram_beside_disk: float = 1.0
+    disk_beside_ram: float = 1.0
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            _positive("shares", f.name, value)
+            if value > 1:
+                raise HardwareError(f"shares: {f.name} is {value}; wanted is a share, from 0 to 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Corrections:
     """How many times longer parts of a decode step took than the machine's figures say; 1 where nothing was measured.
 
@@ -157,8 +181,8 @@ class Machine:
     """One computer. `gpu` may be an emulated device; None means that everything runs on the CPU.
 
     `link` is bytes/s from RAM to VRAM through pinned memory; `crossing` is the seconds that handing a small
-    vector to the other side costs, waiting included. `source` says where the figures come from, `corrections` how far
-    off a run found what they predict.
+    vector to the other side costs, waiting included. `shares` are what is left of bandwidths beside others. `source`
+    says where the figures come from, `corrections` how far off a run found what they predict.
 
     Raises:
         HardwareError: a figure is not a usable number.
@@ -171,6 +195,7 @@ class Machine:
     link: float = 1.0
     crossing: float = 0.0
     source: str = "measured"
+    shares: Shares = field(default_factory=Shares)
     corrections: Corrections = UNCORRECTED
 
     def __post_init__(self) -> None:

@@ -15,11 +15,11 @@ import numpy as np
 
 from thermocline import _native
 from thermocline.errors import HardwareError, OutputError, UsageError, printable
-from thermocline.hardware.bandwidth import best_rate, read_buffer
+from thermocline.hardware.bandwidth import Load, best_rate, memory_load, read_buffer, together
 from thermocline.hardware.cache import home, recall, remember
 from thermocline.hardware.disk import DiskSpeed, find_disk, measure_disk, random_rate
 from thermocline.hardware.gpu import Gpu, GpuSpeed, find_gpus, measure_gpu
-from thermocline.hardware.machine import Machine, Processor
+from thermocline.hardware.machine import Machine, Processor, Shares
 from thermocline.hardware.reader import Reader
 from thermocline.hardware.survey import Survey, examine
 
@@ -32,7 +32,7 @@ BESIDE_SIZE = 64 << 10
 """Bytes of the reads that run beside memory's."""
 SPARSE_ROW, SPARSE_SETS = 4096, 10
 """Elements of a row, in half precision, and how many sets of neurons share a layer's: one fires at a time."""
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,15 +114,31 @@ def probe_machine(
 def machine_of(survey: Survey, probe: Probe, disk: Path | None = None) -> Machine:
     """This machine as placement sees it; with the disk of the path `disk`, if that was measured."""
     memory, speed = probe.memory, None if disk is None else probe.disk_of(disk)
-    gpu, link, crossing = None, 1.0, 0.0
-    if probe.gpus and probe.gpu_speeds[0] is not None:
-        card, fast = probe.gpus[0], probe.gpu_speeds[0]
+    gpu, link, crossing, busy, shares = None, 1.0, 0.0, memory.best, Shares()
+    if speed is not None and speed.beside_ram and speed.ram_beside:
+        shares = Shares(
+            ram_beside_disk=_share(speed.ram_beside, memory.best),
+            disk_beside_ram=_share(speed.beside_ram, speed.disk.curve.bandwidth(BESIDE_SIZE)),
+        )
+    if probe.gpus and (fast := probe.gpu_speeds[0]) is not None:
+        card = probe.gpus[0]
         gpu = Processor(
-            name=card.name, capacity=card.total, bandwidth=fast.vram, bandwidth_busy=fast.vram, flops=fast.flops,
-            launch=fast.launch, sparse=fast.sparse,
-        )  # fmt: skip
-        link, crossing = fast.link, fast.crossing
-    busy = memory.best if speed is None else speed.ram_beside or memory.best
+            name=card.name,
+            capacity=card.total,
+            bandwidth=fast.vram,
+            bandwidth_busy=min(fast.vram_beside_ram, fast.vram),
+            flops=fast.flops,
+            launch=fast.launch,
+            sparse=fast.sparse,
+        )
+        link, crossing, busy = fast.link, fast.crossing, fast.ram_beside_vram
+        shares = replace(
+            shares,
+            ram_beside_link=_share(fast.ram_beside_link, memory.best),
+            link_beside_ram=_share(fast.link_beside_ram, fast.link),
+            vram_beside_link=_share(fast.vram_beside_link, fast.vram),
+            link_beside_vram=_share(fast.link_beside_vram, fast.link),
+        )
     return Machine(
         name=survey.cores.model,
         cpu=Processor(
@@ -138,6 +154,7 @@ def machine_of(survey: Survey, probe: Probe, disk: Path | None = None) -> Machin
         disk=None if speed is None else speed.disk,
         link=link,
         crossing=crossing,
+        shares=shares,
     )
 
 
@@ -157,6 +174,11 @@ def emulated(machine: Machine, probe: Probe, capacity: int) -> Machine:
     return replace(machine, cpu=cpu, gpu=device, link=machine.cpu.bandwidth, crossing=probe.handover)
 
 
+def _share(beside: float, alone: float) -> float:
+    """What is left of a bandwidth; more than all of it is noise."""
+    return min(beside / alone, 1.0)
+
+
 def _measured(survey: Survey, say: Callable[[str], None]) -> Probe:
     threads = survey.cores.threads
     say("measuring memory")
@@ -164,13 +186,13 @@ def _measured(survey: Survey, say: Callable[[str], None]) -> Probe:
     counts = sorted({1, *(1 << i for i in range(1, threads.bit_length()) if 1 << i < threads), threads})
     by_threads = tuple((count, best_rate(buffer, count, SECONDS)) for count in counts)
     half = max(1, threads // 2)
-    beside = _while_reading(buffer, half, lambda: best_rate(buffer, half, SECONDS, pin=False))
+    beside, _ = together(memory_load(buffer, half, SECONDS), memory_load(buffer, half, SECONDS))
     sparse = min(1.0, sparse_rate(buffer, threads) / by_threads[-1][1])
     say("measuring arithmetic and hand-overs")
     gpus = _without_free(find_gpus())
     if gpus:
         say("measuring the GPU")
-    speeds = tuple(measure_gpu(g.index, lambda call: _while_reading(buffer, threads, call)) for g in gpus)
+    speeds = tuple(measure_gpu(gpu.index, memory_load(buffer, threads, SECONDS)) for gpu in gpus)
     slow = [gpu.name for gpu, speed in zip(gpus, speeds, strict=True) if speed is None]
     return Probe(
         measured=time.time(),
@@ -190,12 +212,10 @@ def _with_disk(probe: Probe, survey: Survey, place: Path, say: Callable[[str], N
     threads = survey.cores.threads
 
     def beside(reader: Reader) -> tuple[float, float]:
-        buffer = read_buffer(0)
-        disk = _while_reading(buffer, threads, lambda: random_rate(reader, BESIDE_SIZE, SECONDS))
-        ram = _while_busy(
-            lambda: random_rate(reader, BESIDE_SIZE, 0.02), lambda: best_rate(buffer, threads, SECONDS, pin=False)
+        disk = Load(
+            rate=lambda: random_rate(reader, BESIDE_SIZE, SECONDS), once=lambda: random_rate(reader, BESIDE_SIZE, 0.02)
         )
-        return disk, ram
+        return together(disk, memory_load(read_buffer(0), threads, SECONDS))
 
     say(f"measuring the disk of {place}")
     try:
@@ -205,31 +225,6 @@ def _with_disk(probe: Probe, survey: Survey, place: Path, say: Callable[[str], N
     except (HardwareError, OSError) as error:
         return replace(probe, unmeasured=tuple(dict.fromkeys((*probe.unmeasured, f"disk: {error}"))))
     return replace(probe, disks=(*probe.disks, speed))
-
-
-def _while_reading(buffer: np.ndarray[Any, np.dtype[np.uint8]], threads: int, call: Callable[[], float]) -> float:
-    """What `call` measures while `threads` threads read memory."""
-    context = _native.Context(threads, "auto", False)
-    return _while_busy(lambda: _native.read_bandwidth(context, buffer), call)
-
-
-def _while_busy(other: Callable[[], float], call: Callable[[], float]) -> float:
-    """What `call` measures while `other` runs again and again in another thread."""
-    stop, started = threading.Event(), threading.Event()
-
-    def loop() -> None:
-        while not stop.is_set():
-            other()
-            started.set()
-
-    thread = threading.Thread(target=loop, daemon=True)
-    thread.start()
-    started.wait(10)
-    try:
-        return call()
-    finally:
-        stop.set()
-        thread.join()
 
 
 def sparse_rate(buffer: np.ndarray[Any, np.dtype[np.uint8]], threads: int) -> float:
@@ -324,6 +319,7 @@ def _restored(kept: dict[str, Any] | None) -> Probe | None:
         )
         rates = [rate for _, rate in probe.memory.by_threads]
         rates += [probe.flops, probe.memory.beside_device, probe.memory.sparse]
+        rates += [rate for s in probe.gpu_speeds if s is not None for rate in asdict(replace(s, context=1)).values()]
         usable = (
             len(probe.gpus) == len(probe.gpu_speeds) and memory["by_threads"] and all(0 < rate < 1e18 for rate in rates)
         )

@@ -2,9 +2,10 @@
 
 Times are the larger of bytes over bandwidth and operations over rate (the roofline), summed where things follow one
 another and maximised where the two sides overlap. Reading happens at the bandwidth measured while the other side
-works wherever both do, and more slowly over rows that lie apart than over whole matrices. Neuron records are counted
-by clusters, and a side's share of a layer is a difference of two prefix sums: any depth is priced in constant time, and
-whole tables of depths at once.
+works wherever both do, and more slowly over rows that lie apart than over whole matrices. What is read from disk or
+sent over the link slows what is computed meanwhile, and is slowed by it, for as long as both last (`together`). Neuron
+records are counted by clusters, and a side's share of a layer is a difference of two prefix sums: any depth is priced
+in constant time, and whole tables of depths at once.
 """
 
 from __future__ import annotations
@@ -42,6 +43,9 @@ ACTIVATION_BYTES = 4
 
 NEIGHBOURS = 4
 """Rows before one that must be taken too for it to be read as fast as a matrix is."""
+
+STAGED = 2
+"""Times that a byte on its way to the link passes RAM before: it is read, and written to a pinned buffer."""
 
 LARGEST_CLUSTER, SMALLEST_CLUSTER = 256, 64
 SCANNED_TOKENS = 4
@@ -186,7 +190,7 @@ class CostModel:
         if (warm < last).any():
             reads, runs = self._reads(phase)
             disk, run = reads[layer, warm], runs[layer, warm]
-        cold = np.maximum(computed, disk) + works_cold * FFN_KERNELS * self.machine.cpu.launch
+        cold = self._while_reading(computed, disk) + works_cold * FFN_KERNELS * self.machine.cpu.launch
         vram = np.zeros(hot.shape)
         if gpu is not None and table.gpu is not None and table.gpu_busy is not None:
             read = np.where(both, table.gpu_busy[layer, hot], table.gpu[layer, hot])
@@ -207,8 +211,13 @@ class CostModel:
         nbytes = f.attention[layer] + f.kv_token * seen * phase.sequences
         computed = _roofline(side, nbytes, flops) + ATTENTION_KERNELS * side.launch
         if home is Tier.DISK:
-            computed = max(computed, self._streaming(f.attention[layer]))
+            computed = float(self._while_reading(computed, self._streaming(f.attention[layer])))
         return computed * self._corrections(phase).attention(home)
+
+    def _while_reading(self, computed: npt.ArrayLike, disk: npt.ArrayLike) -> Floats:
+        """Seconds of what the CPU computes while it is read from disk."""
+        shares = self.machine.shares
+        return together(computed, disk, shares.ram_beside_disk, shares.disk_beside_ram)
 
     def _streaming(self, nbytes: int) -> float:
         """Seconds to read a matrix from disk from end to end."""
@@ -232,7 +241,7 @@ class CostModel:
         flops = 2.0 * f.n_vocab * f.n_embd * batch
         time = _roofline(side, f.head, flops) + HEAD_KERNELS * side.launch
         if tier is Tier.DISK:
-            time = max(time, self._streaming(f.head))
+            time = float(self._while_reading(time, self._streaming(f.head)))
         if tier is Tier.VRAM:
             time += self.machine.crossing + f.n_vocab * ACTIVATION_BYTES * batch / self.machine.link
         return time * self.decode.weight * self.machine.corrections.rest
@@ -357,13 +366,18 @@ class CostModel:
 
     def _streamed(self, phase: Phase, layer: int, home: Tier, hot: Ints, split: LayerTime) -> LayerTime:
         """The split, or sending the cold records to the GPU in pieces while it computes, where that is faster."""
-        gpu, table, f = self.machine.gpu, self._tables[phase.name], self.footprint
+        gpu, table, f, machine = self.machine.gpu, self._tables[phase.name], self.footprint, self.machine
         if gpu is None or table.gpu_dense is None:
             return split
+        shares = machine.shares
+        # The CPU's threads fill pinned buffers with the next piece while one is on its way.
+        copied = STAGED / (machine.cpu.bandwidth * shares.ram_beside_link)
+        a_byte = max(1 / (machine.link * shares.link_beside_ram), copied)
         bytes_sent = self.record_bytes[layer] * (f.n_ff - self.bounds[hot]).astype(np.float64)
         whole = f.n_ff * self.record_bytes[layer] / gpu.bandwidth
         computed = max(table.gpu_dense, whole) + FFN_KERNELS * gpu.launch
-        stream = np.maximum(np.maximum(bytes_sent / self.machine.link, split.disk), computed)
+        sent = together(bytes_sent * a_byte, computed, shares.link_beside_vram, shares.vram_beside_link)
+        stream = np.maximum(sent, split.disk)
         crossing = np.full_like(stream, 0.0 if home is Tier.VRAM else 2 * self._crossing(phase))
         faster = (hot < self.clusters) & (stream + crossing < np.maximum(split.hot, split.cold) + split.crossing)
         return split._replace(
@@ -396,6 +410,18 @@ class _Table:
     gpu: Floats | None
     gpu_busy: Floats | None
     gpu_dense: float | None
+
+
+def together(one: npt.ArrayLike, other: npt.ArrayLike, one_beside: float, other_beside: float) -> Floats:
+    """Seconds of two things at once that take so many alone, each at a share of its speed while both last.
+
+    Never more than one after the other.
+    """
+    one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
+    first = np.minimum(one / one_beside, other / other_beside)
+    rest = np.maximum(one - first * one_beside, other - first * other_beside)
+    both: Floats = np.minimum(first + rest, one + other)
+    return both
 
 
 def _computed_by(tier: Tier) -> Tier:
