@@ -41,7 +41,6 @@ NOT_YET: dict[tuple[str, ...], str] = {
     ("--batch-size", "-b"): "prompts are computed in passes of --ubatch-size (-ub) tokens",
     ("--threads-batch", "-tb"): "prompt and answer use the same --threads (-t)",
     ("--flash-attn", "-fa"): "there is one implementation of attention",
-    ("--no-mmap",): "files are always mapped, and read at once when memory holds them; --mlock keeps them there",
     ("--override-tensor", "-ot"): "every tensor stays in the CPU's memory",
     ("--grammar", "--grammar-file"): "constrained output is not implemented",
     ("--json-schema", "-j"): "constrained output is not implemented",
@@ -131,7 +130,7 @@ def _flags(kind: type[Any]) -> list[inspect.Parameter]:
             hint, default = tuple[str, ...], ()
         names = NAMES.get(field.name, (f"--{field.name.replace('_', '-')}",))
         help_text = f"{docs[field.name]} {_extra_help(field.name)}".rstrip()
-        about = Parameter(name=names, negative=(), help=help_text, group=group, **extra)
+        about = Parameter(name=names, help=help_text, group=group, **({"negative": ()} | extra))
         flags.append(_keyword(field.name, Annotated[hint, about], default))
     return flags
 
@@ -203,6 +202,7 @@ def _bias(text: str) -> tuple[int, float]:
 
 SPECIAL: dict[str, dict[str, Any]] = {
     "mode": {"converter": _mode, "n_tokens": 1},
+    "mmap": {"negative": "--no-mmap"},
     "device": {"converter": device_name, "n_tokens": 1},
     "train_on": {"converter": device_name, "n_tokens": 1},
     "predictor_threshold": {"allow_leading_hyphen": True},

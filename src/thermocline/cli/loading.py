@@ -38,7 +38,7 @@ class ReadingBar:
             if time.monotonic() - self._began < PATIENCE or done == total:
                 return
             self._bar = _bar(total)
-        self._bar.update(self._bar.task_ids[0], completed=done)
+        self._bar.update(self._bar.task_ids[0], completed=done, total=total)
 
     def close(self) -> None:
         """Take the bar away."""

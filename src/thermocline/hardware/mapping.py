@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import mmap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from thermocline import _native
 from thermocline.errors import HardwareError, printable
@@ -40,6 +42,21 @@ class Mapping(mmap.mmap):
         number, self._number = self._number, -1
         if number >= 0:
             _native.forget_mapping(number)
+
+
+def mapping_below(view: npt.NDArray[Any]) -> Mapping | None:
+    """The mapping that an array is a view on; None for arrays made in memory."""
+    base: object = view
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if isinstance(base, memoryview):
+        base = base.obj
+    return base if isinstance(base, Mapping) else None
+
+
+def mappings_below(views: Iterable[npt.NDArray[Any]]) -> tuple[Mapping, ...]:
+    """The mappings that the arrays are views on, each once, in the order of their first view."""
+    return tuple({id(m): m for view in views if (m := mapping_below(view)) is not None and view.nbytes}.values())
 
 
 @contextlib.contextmanager

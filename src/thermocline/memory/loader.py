@@ -15,15 +15,18 @@ from thermocline.config import Mode
 from thermocline.errors import UsageError
 from thermocline.files.weight import Weight
 from thermocline.hardware.machine import Tier
+from thermocline.hardware.mapping import mappings_below, sheltered
+from thermocline.memory import huge_pages
 from thermocline.memory.allocator import Flushed, Slot
 from thermocline.memory.arena import Memory
 from thermocline.memory.checks import check_finite, first_bytes
+from thermocline.memory.huge_pages import Progress
 from thermocline.memory.movable import Movable
 from thermocline.memory.neuron_loading import NeuronLoading
 from thermocline.memory.neuron_store import NeuronStore
 from thermocline.memory.queueing import Account, Later, Orders, held
 from thermocline.memory.reblock import Reblocked
-from thermocline.memory.residence import Reading, lock, settle, touch
+from thermocline.memory.residence import lock, settle, touch
 from thermocline.model.families import family_of
 from thermocline.model.layer import Layer, LayerPredictor
 from thermocline.model.network import Transformer, resolve_mode
@@ -39,7 +42,7 @@ from thermocline.placement.seats import Seats, all_in
 class LoadReport:
     """What loading did. `mapped_bytes` stay in the file's mapping, `resident_bytes` were made anew.
 
-    The predictor's are counted apart.
+    The predictor's are counted apart. `own_bytes` of the mapping were replaced by huge pages of our own.
     """
 
     mapped_bytes: int
@@ -47,6 +50,7 @@ class LoadReport:
     reblocked: tuple[Reblocked, ...]
     seconds: float
     predictor_bytes: int = 0
+    own_bytes: int = 0
 
     @property
     def worst_reblocked(self) -> Reblocked | None:
@@ -63,7 +67,8 @@ def load_transformer(
     predictor: Predictor | None = None,
     check: bool = False,
     mlock: bool = False,
-    progress: Reading | None = None,
+    mapped: bool = True,
+    progress: Progress | None = None,
     seats: Seats | None = None,
     order: Orders | None = None,
     store: NeuronStore | None = None,
@@ -75,8 +80,9 @@ def load_transformer(
     `n_ctx` is the longest context that will be run, 0 the model's own. Norms and biases are always looked at
     for NaN and infinity, and so are predictors, and down projections while they are transposed; `check` looks at
     every weight. With a `predictor`, the mode may be predicted, or changed to it later. Mapped weights are read in
-    their order, which `progress` is told about, and with `mlock` kept in memory. `order` (n_layer, n_ff) is each
-    layer's neurons, hottest first: layers whose records are cut are cut in this order, the others stay as they are.
+    their order, which `progress` is told about, and with `mlock` kept in memory. They stay the file's if
+    `mapped`, else they are copied to huge pages. `order` (n_layer, n_ff) is each layer's neurons, hottest first: layers
+    whose records are cut are cut in this order, the others stay as they are.
     `store` answers for neurons that `seats` leaves on disk. With `movable`, which is filled, neurons can change places
     later on. `sent_from` are for each layer the tokens of a step from which its neurons in RAM are sent to VRAM to be
     computed there, 0 for never; without, they never are.
@@ -86,7 +92,7 @@ def load_transformer(
         UnsupportedModelError: it asks for what is not implemented.
         NumericalError: weights are not finite.
         UsageError: the network cannot run in that mode, or cannot be cut as the seats say.
-        HardwareError: the system does not allow so much memory to be locked.
+        HardwareError: the system does not allow so much memory to be locked, or has no room for a copy.
         BudgetError, AllocationError: a tier has no room; nothing is left in any.
     """
     began = time.perf_counter()
@@ -116,10 +122,14 @@ def load_transformer(
         loading.flushed = account.allocator.flush(progress if budgeted else None)
         transformer = build()
         loading.ffn.give_lanes()
-        if store is not None:
-            settle(source.path, loading.flushed.host_bytes)
+        held = loading.flushed.host_bytes
+        if not mapped:
+            with sheltered(mappings_below(held)):
+                loading.own_bytes = huge_pages.copy(held, progress)
+        if store is not None or (budgeted and loading.own_bytes):
+            settle(source.path, held)
         if mlock:
-            lock(loading.flushed.host_bytes)
+            lock(held)
     except BaseException:
         memory.close()
         raise
@@ -134,6 +144,7 @@ class _Loading:
     ffn: NeuronLoading
     n_ctx: int
     predictor_bytes: int = 0
+    own_bytes: int = 0
     flushed: Flushed = field(default_factory=Flushed)
     predictors: list[Later[LayerPredictor]] = field(default_factory=list)
     ropes: dict[Tier, Array] = field(default_factory=dict)
@@ -242,5 +253,10 @@ class _Loading:
             for sizes in (self.flushed.mapped, self.flushed.copied)
         )
         return LoadReport(
-            mapped, copied + self.account.vector_bytes, tuple(self.ffn.reblocked), seconds, self.predictor_bytes
+            mapped,
+            copied + self.account.vector_bytes,
+            tuple(self.ffn.reblocked),
+            seconds,
+            self.predictor_bytes,
+            self.own_bytes,
         )

@@ -7,27 +7,23 @@ import errno
 import mmap
 import os
 import resource
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
 from thermocline.errors import HardwareError, ModelFormatError
 from thermocline.files.weight import Bytes, Weight
-from thermocline.hardware.mapping import Mapping
+from thermocline.hardware.mapping import mapping_below, mappings_below
 from thermocline.hardware.memory import find_memory
-
-Reading = Callable[[int, int], None]
-"""Told how many bytes of how many are in memory by now."""
+from thermocline.memory.huge_pages import HUGE_PAGE, PIECE, Progress
 
 POPULATE_READ = 22
 """MADV_POPULATE_READ of Linux 5.14, which Python does not name: map the pages, and read them where they are not."""
-HUGE_PAGE = 2 << 20
-PIECE = 16 * HUGE_PAGE
 GIB = 1 << 30
 
 
-def touch(path: Path, weights: Iterable[Weight], progress: Reading | None = None) -> None:
+def touch(path: Path, weights: Iterable[Weight], progress: Progress | None = None) -> None:
     """Read the mapped weights in the order they have in their files, unless memory cannot hold them all.
 
     One call for many pages reads a file many times faster than the page faults of the first token, and lets the
@@ -36,7 +32,11 @@ def touch(path: Path, weights: Iterable[Weight], progress: Reading | None = None
     Raises:
         ModelFormatError: the file cannot be read; without this, the process would die when it meets the bytes.
     """
-    ranges = [(mapping, *_extent(mapping, views)) for mapping, views in _mappings(weights)]
+    views = [weight.data for weight in weights]
+    ranges = [
+        (mapping, *_extent(mapping, [view for view in views if mapping_below(view) is mapping]))
+        for mapping in mappings_below(views)
+    ]
     total, done = sum(stop - start for _, start, stop in ranges), 0
     if total > find_memory().available:
         return
@@ -98,25 +98,6 @@ def lock(arrays: Iterable[Bytes]) -> None:
                 f"{size:.2f} GiB of weights cannot be locked in memory: {os.strerror(ctypes.get_errno())} ({allowed}); "
                 "raise it with `ulimit -l`, or leave out --mlock"
             )
-
-
-def mappings_of(weights: Iterable[Weight]) -> tuple[Mapping, ...]:
-    """The mappings that the weights are views on."""
-    return tuple(mapping for mapping, _ in _mappings(weights))
-
-
-def _mappings(weights: Iterable[Weight]) -> list[tuple[Mapping, list[Bytes]]]:
-    """The mappings that the weights are views on, in their order; weights made in memory have none."""
-    found: dict[int, tuple[Mapping, list[Bytes]]] = {}
-    for weight in weights:
-        base: object = weight.data
-        while isinstance(base, np.ndarray):
-            base = base.base
-        if isinstance(base, memoryview):
-            base = base.obj
-        if isinstance(base, Mapping) and weight.data.nbytes:
-            found.setdefault(id(base), (base, []))[1].append(weight.data)
-    return list(found.values())
 
 
 def _extent(mapping: mmap.mmap, views: list[Bytes]) -> tuple[int, int]:

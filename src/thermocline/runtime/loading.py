@@ -17,13 +17,14 @@ from thermocline.files.source import ModelSource
 from thermocline.hardware.cores import find_cores
 from thermocline.hardware.gpu_choice import choose_gpu
 from thermocline.hardware.machine import Tier
+from thermocline.hardware.mapping import mappings_below
 from thermocline.hardware.memory import find_memory
 from thermocline.memory.arena import Make, make_array
 from thermocline.memory.checks import first_bytes
+from thermocline.memory.huge_pages import Progress
 from thermocline.memory.kv_cache import KVCache, kv_bytes
 from thermocline.memory.loader import LoadReport, load_transformer
 from thermocline.memory.movable import Movable
-from thermocline.memory.residence import Reading, mappings_of
 from thermocline.model.families import family_of
 from thermocline.model.network import Transformer
 from thermocline.model.spec import ModelSpec
@@ -86,7 +87,7 @@ class LoadedModel:
 def load_model(
     source: ModelSource,
     settings: LoadSettings,
-    progress: Reading | None = None,
+    progress: Progress | None = None,
     *,
     make: Make = make_array,
     tell: Callable[[str], None] | None = None,
@@ -138,6 +139,7 @@ def load_model(
             mode=prediction.mode,
             predictor=prediction.predictor,
             mlock=settings.mlock,
+            mapped=settings.mmap,
             progress=progress,
             seats=placing.below.seats,
             order=None if placing.order is None else placing.order.order,
@@ -181,7 +183,7 @@ def load_model(
         smaller, why = _smaller(settings, budget, over)
         return load_model(source, smaller, progress, make=make, tell=tell, shrunk=why)
     traffic = traffic_of(spec, weights, settings.cache_type_k, settings.cache_type_v, report.predictor_bytes, plan)
-    files = mappings_of([*weights.values(), *prediction.weights])
+    files = mappings_below(weight.data for weight in [*weights.values(), *prediction.weights])
     engine = Engine(sequence, traffic, tokenizer.size, transformer.mode, plan, watch, placing.below, files)
     said = [*source.warnings, *tokenizer.warnings, *prediction.notices, *placing.notices, *notices]
     # What a plan's making has to say of the predictor was said before.

@@ -1,0 +1,113 @@
+"""Mapped weights in huge pages of memory, at the addresses at which their file is mapped.
+
+Most file systems keep files in pages of 4 KiB, of which every token needs many thousands. What a model is computed
+with can be copied into memory of the process's own, in huge pages, and that memory takes the place of the file's:
+views stay valid, and nothing depends on the file any more.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import mmap
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from thermocline.errors import HardwareError
+from thermocline.files.weight import Bytes
+from thermocline.hardware.cores import find_cores
+from thermocline.hardware.mapping import mapping_below
+from thermocline.hardware.memory import find_memory
+
+Progress = Callable[[int, int], None]
+"""Told how many bytes of how many are done."""
+
+HUGE_PAGE = 2 << 20
+PIECE = 16 * HUGE_PAGE
+GIB = 1 << 30
+THREADS = 8
+"""Most of them that copy; more only wait for the memory."""
+
+MOVE, TO_A_PLACE = 1, 2
+"""MREMAP_MAYMOVE and MREMAP_FIXED of Linux, which Python does not name."""
+FAILED = ctypes.c_void_p(-1).value
+
+
+def copy(views: Sequence[Bytes], progress: Progress | None = None) -> int:
+    """Put memory of the process's own in the place of the mapped files that these are views on; bytes copied.
+
+    Huge pages are copied whole, with what else they hold; the beginning and the end of a file, less than one, are not.
+    The caller sees to it that nobody writes to the views, and that the files are whole (`sheltered`).
+
+    Raises:
+        HardwareError: memory has no room for the copy; the views are as they were.
+    """
+    pieces = [
+        (start, min(start + PIECE, stop)) for first, stop in _ranges(views) for start in range(first, stop, PIECE)
+    ]
+    total, done, memory = sum(stop - start for start, stop in pieces), 0, find_memory()
+    room = min(memory.available, memory.usable)
+    if total > room:
+        raise HardwareError(
+            f"{total / GIB:.2f} GiB of weights cannot be copied: {room / GIB:.2f} GiB of memory are free; "
+            "leave out --no-mmap"
+        )
+    with ThreadPoolExecutor(min(THREADS, find_cores().threads), "huge pages") as pool:
+        for moved in pool.map(_replace, pieces):
+            done += moved
+            if progress is not None:
+                progress(done, total)
+    return done
+
+
+def _ranges(views: Sequence[Bytes]) -> Iterator[tuple[int, int]]:
+    """Addresses of whole huge pages that hold bytes of the views, and only bytes of the mappings below them."""
+    pages = sorted(pair for view in views if (pair := _pages(view)) is not None)
+    while pages:
+        start, stop = pages.pop(0)
+        while pages and pages[0][0] <= stop:
+            stop = max(stop, pages.pop(0)[1])
+        yield start, stop
+
+
+def _pages(view: Bytes) -> tuple[int, int] | None:
+    """The huge pages that a view on a mapped file touches, as far as the mapping covers them; None without any."""
+    mapping = mapping_below(view)
+    if mapping is None or not view.nbytes:
+        return None
+    origin = np.frombuffer(mapping, np.uint8).ctypes.data
+    first, last = -(-origin // HUGE_PAGE), (origin + len(mapping)) // HUGE_PAGE
+    start = max(first, view.ctypes.data // HUGE_PAGE)
+    stop = min(last, -(-(view.ctypes.data + view.nbytes) // HUGE_PAGE))
+    return (start * HUGE_PAGE, stop * HUGE_PAGE) if start < stop else None
+
+
+def _replace(piece: tuple[int, int]) -> int:
+    """Copy a piece of the address space and put the copy in its place; bytes copied, 0 if there is no memory."""
+    start, stop = piece
+    size = stop - start
+    libc = _libc()
+    whole = libc.mmap(None, size + HUGE_PAGE, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANON, -1, 0)
+    if whole == FAILED:
+        return 0
+    made = -(-whole // HUGE_PAGE) * HUGE_PAGE
+    libc.madvise(made, size, mmap.MADV_HUGEPAGE)
+    ctypes.memmove(made, start, size)
+    libc.mprotect(made, size, mmap.PROT_READ)
+    moved: bool = libc.mremap(made, size, size, MOVE | TO_A_PLACE, start) != FAILED
+    libc.munmap(whole, made - whole)
+    libc.munmap(made + size * moved, whole + HUGE_PAGE - made + size * (not moved))
+    return size * moved
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    """The C library with the calls' true types: addresses are wider than ctypes' int."""
+    libc, address, size, number = ctypes.CDLL(None), ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    libc.mmap.restype, libc.mmap.argtypes = address, [address, size, number, number, number, ctypes.c_long]
+    libc.mremap.restype, libc.mremap.argtypes = address, [address, size, size, number, address]
+    libc.munmap.argtypes = [address, size]
+    libc.mprotect.argtypes = libc.madvise.argtypes = [address, size, number]
+    return libc
