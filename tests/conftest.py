@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,12 +19,17 @@ from thermocline.activity.predictor import Predictor, save_predictor
 from thermocline.files.companion import companion
 from thermocline.files.formats import F32, Q8_0
 from thermocline.files.gguf_writer import write_gguf
+from thermocline.files.metadata import Metadata
 from thermocline.files.open import open_model
 from thermocline.files.powerinfer import PredictorLayer
 from thermocline.files.quantize import from_float, to_float
 from thermocline.files.sidecar import SidecarKind
 from thermocline.files.weight import Weight
 from thermocline.model.families import family_of
+from thermocline.model.header import gguf_header
+from thermocline.model.spec import ModelSpec
+from thermocline.model.tensors import expected_tensors
+from thermocline.ops.contract import Activation, FfnKind
 from thermocline.text.tokenizer import CHARACTER_OF_BYTE
 
 
@@ -226,3 +232,35 @@ def with_predictor(tmp_path: Path) -> Callable[..., Path]:
 def one_line(text: str) -> bool:
     """Whether `text` is a single line, as every error must be."""
     return re.fullmatch(r"[^\n]+\n?", text) is not None
+
+
+@dataclass(frozen=True)
+class DictSource:
+    """A model in memory."""
+
+    metadata: Metadata
+    weights: Mapping[str, Weight]
+    kind: str = "gguf"
+    path: Path = Path("tiny")
+    fingerprint: str = "0" * 64
+
+
+@pytest.fixture
+def make_opt() -> Callable[..., DictSource]:
+    """Two layers of 96 neurons with learned positions and biases, the same numbers every time."""
+
+    def make(*, records: bool = False) -> DictSource:
+        spec = ModelSpec(
+            family="opt", name="tiny", n_layer=2, n_embd=64, n_head=2, n_head_kv=2, head_dim=32, n_ff=96, n_vocab=50,
+            n_ctx_train=32, norm_eps=1e-5, rope=None, ffn=FfnKind(Activation.RELU, gated=False), windows=(0, 0),
+            tied_embeddings=True, qkv_bias=True, out_bias=True, layer_norm=True, ffn_bias=True, position_offset=2,
+        )  # fmt: skip
+        rng = np.random.default_rng(11)
+        weights = {
+            name: from_float(name, rng.standard_normal(shape, dtype=np.float32) * np.float32(0.2), F32)
+            for name, shape in expected_tensors(spec, records=records).items()
+        }
+        header = {k: v.item() if isinstance(v, np.generic) else v for k, v in gguf_header(spec).items()}
+        return DictSource(Metadata("tiny", header), weights)
+
+    return make

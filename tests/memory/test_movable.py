@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from thermocline.config import CacheType, Mode
 from thermocline.errors import HardwareError, UsageError
 from thermocline.files.formats import F32, Q8_0, BlockFormat
 from thermocline.files.open import open_model
+from thermocline.files.quantize import from_float
 from thermocline.hardware.machine import Tier
 from thermocline.hardware.reader import Reader
 from thermocline.memory.arena import Memory
@@ -269,9 +271,59 @@ def test_what_is_expected_of_records_goes_with_them_under_other_numbers() -> Non
     assert (cache.rows[layer] >= 0).tolist() == [False, False, True]
 
 
-def test_neurons_with_biases_stay_where_they_are(make_source: Callable[..., Any]) -> None:
-    source, memory = make_source(F32, RELU2), two_devices()
-    network, _ = load_transformer(source, memory, seats=seating(32, 32), movable=Movable(memory))
-    assert network.layers[0].ffn.order is not None
-    assert memory.ledger.used(VRAM, Purpose.FFN) == 2 * 32 * 2 * 64 * 4
+# --- with biases ------------------------------------------------------------------------------------------------------
+
+
+def of_biases(source: Any) -> Any:
+    """The source with biases that matter: without one's own a neuron says something else."""
+    values = np.linspace(-2, 2, NEURONS, dtype=np.float32)
+    new = {f"blk.{i}.ffn_up.bias": np.roll(values, 37 * i) for i in range(LAYERS)}
+    return replace(source, weights={**source.weights, **{n: from_float(n, v[None], F32) for n, v in new.items()}})
+
+
+def test_biases_follow_their_neurons(make_opt: Callable[..., Any]) -> None:
+    """Between layers too, so that each tier's biases are cut elsewhere, down to none of a layer."""
+    source, memory = of_biases(make_opt()), two_devices()
+    plain = run(load_transformer(source, CpuOps(1), mode=Mode.EXACT)[0])
+    movable = Movable(memory)
+    network, _ = load_transformer(
+        source, memory, mode=Mode.EXACT, seats=seating(32, 64), order=order(), movable=movable
+    )
+    movable.reserve()
+    account = memory.ledger.rows()
+    assert memory.ledger.used(VRAM, Purpose.FFN) == 96 * (movable.layers[0].record_bytes + 4)
+    np.testing.assert_allclose(run(network), plain, rtol=0, atol=tolerance(plain))
+    depths = set()
+    for seed in range(8):
+        movable.exchange(*pairs(movable, 1 + 9 * seed, seed))
+        depths.add(tuple(layer.hot for layer in movable.layers))
+        np.testing.assert_allclose(run(network), plain, rtol=0, atol=tolerance(plain))
+        assert memory.ledger.rows() == account
+        assert memory.is_true
+    assert len(depths) > 3
+    whole = np.array([(1, n) for n in movable.layers[1].order[: movable.layers[1].hot]], np.int64)
+    movable.exchange(np.array([(0, n) for n in movable.layers[0].order[movable.layers[0].hot :]], np.int64), whole)
+    assert [layer.hot for layer in movable.layers] == [96, 0]
+    np.testing.assert_allclose(run(network), plain, rtol=0, atol=tolerance(plain))
     memory.close()
+
+
+def test_biases_of_neurons_on_disk_stay_in_memory(make_opt: Callable[..., Any], tmp_path: Path) -> None:
+    convert(of_biases(make_opt()), tmp_path / "opt.gguf", None, records=True)
+    with open_model(tmp_path / "opt.gguf") as source:
+        plain = run(load_transformer(source, CpuOps(1), mode=Mode.EXACT)[0])
+        memory = two_devices()
+        store = DiskStore(memory, 20_000, Way(64))
+        movable = Movable(memory)
+        network, _ = load_transformer(
+            source, memory, mode=Mode.EXACT, seats=seating(32, 64, warm=0), order=order(), store=store, movable=movable
+        )
+        movable.reserve()
+        account = memory.ledger.rows()
+        for seed in range(8):
+            np.testing.assert_allclose(run(network), plain, rtol=0, atol=tolerance(plain))
+            movable.exchange(*pairs(movable, 1 + 6 * seed, seed))
+            assert memory.ledger.rows() == account
+        np.testing.assert_allclose(run(network), plain, rtol=0, atol=tolerance(plain))
+        store.close()
+        memory.close()

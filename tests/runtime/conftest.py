@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from thermocline.config import Mode
-from thermocline.files.formats import F32
-from thermocline.files.metadata import Metadata
 from thermocline.files.open import open_model
-from thermocline.files.quantize import from_float
-from thermocline.files.weight import Weight
-from thermocline.model.header import gguf_header
-from thermocline.model.spec import ModelSpec
-from thermocline.model.tensors import expected_tensors
-from thermocline.ops.contract import Activation, FfnKind, FfnWork
+from thermocline.ops.contract import FfnWork
 from thermocline.runtime.engine import Engine
 from thermocline.runtime.sequence import Step
 from thermocline.runtime.traffic import Traffic
@@ -101,35 +93,3 @@ def own_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The same for one test, with rough measurements."""
     monkeypatch.setenv("THERMOCLINE_HOME", str(tmp_path / "home"))
     measure_briefly(monkeypatch)
-
-
-@dataclass(frozen=True)
-class DictSource:
-    """A model in memory."""
-
-    metadata: Metadata
-    weights: Mapping[str, Weight]
-    kind: str = "gguf"
-    path: Path = Path("tiny")
-    fingerprint: str = "0" * 64
-
-
-@pytest.fixture
-def make_opt() -> Callable[[], DictSource]:
-    """Two layers of 96 neurons with learned positions, the same numbers every time."""
-
-    def make() -> DictSource:
-        spec = ModelSpec(
-            family="opt", name="tiny", n_layer=2, n_embd=64, n_head=2, n_head_kv=2, head_dim=32, n_ff=96, n_vocab=50,
-            n_ctx_train=32, norm_eps=1e-5, rope=None, ffn=FfnKind(Activation.RELU, gated=False), windows=(0, 0),
-            tied_embeddings=True, qkv_bias=True, out_bias=True, layer_norm=True, ffn_bias=True, position_offset=2,
-        )  # fmt: skip
-        rng = np.random.default_rng(11)
-        weights = {
-            name: from_float(name, rng.standard_normal(shape, dtype=np.float32) * np.float32(0.2), F32)
-            for name, shape in expected_tensors(spec, records=False).items()
-        }
-        header = {k: v.item() if isinstance(v, np.generic) else v for k, v in gguf_header(spec).items()}
-        return DictSource(Metadata("tiny", header), weights)
-
-    return make

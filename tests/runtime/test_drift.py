@@ -20,13 +20,7 @@ from thermocline.files.companion import companion
 from thermocline.files.open import open_model
 from thermocline.files.sidecar import SidecarKind
 from thermocline.hardware.machine import Tier
-from thermocline.memory.arena import Memory
 from thermocline.memory.convert import convert
-from thermocline.memory.loader import load_transformer
-from thermocline.memory.movable import Movable
-from thermocline.ops.cpu import CpuOps
-from thermocline.ops.device import EmulatedDevice, Host
-from thermocline.placement.seats import LayerSeat, Seating
 from thermocline.placement.workload import Overheads
 from thermocline.runtime import drift
 from thermocline.runtime.counting import FiringCounts
@@ -229,14 +223,6 @@ def test_what_cannot_drift_says_so(tiny_model: Path, tiny_silu: Path, tmp_path: 
         more = (tmp_path / "out",) if call is api.profile else ()
         with pytest.raises(UsageError, match="of runs that generate"):
             call(tiny_model, [Path(__file__)], *more, LoadSettings(drift="auto"))  # type: ignore[operator]
-
-
-def test_neurons_with_biases_do_not_move(make_opt: Callable[[], Any]) -> None:
-    memory = Memory({Tier.VRAM: EmulatedDevice(CpuOps(1)), Tier.RAM: Host(CpuOps(1))}, {})
-    seats = Seating(Tier.RAM, Tier.RAM, (LayerSeat(Tier.RAM, 32, 96),) * 2)
-    with pytest.raises(UsageError, match="a bias for each neuron, and these cannot move; leave --drift out"):
-        load_transformer(make_opt(), memory, seats=seats, movable=Movable(memory))
-    assert not memory.ledger.rows()
 
 
 def test_counts_are_not_added_to_another_models(tiny_model: Path, tiny_plain: Path, tmp_path: Path) -> None:

@@ -256,9 +256,8 @@ class DiskNeurons:
     def cut_anew(self, start: int, numbers: Ints) -> None:
         """Be the slice from `start` of neurons with these numbers, between two steps. What is in memory of them stays.
 
-        Only a slice without biases can.
+        Those with biases take them anew.
         """
-        assert self._block.up_bias is None
         self.let_go()
         places = np.full(max(int(self._reads.numbers.max(initial=-1)), int(numbers.max(initial=-1))) + 1, -1, np.int32)
         places[numbers] = np.arange(len(numbers), dtype=np.int32)
@@ -266,6 +265,10 @@ class DiskNeurons:
         self.start, self._reads.numbers = start, numbers.astype(np.int64)
         rows = self.pool.cache.rows[self._layer]
         self._block = replace(self._block, neurons=len(numbers), rows=rows)
+
+    def take_biases(self, up_bias: Array | None) -> None:
+        """Biases (stop - start) of the slice as it is cut by now."""
+        self._block = replace(self._block, up_bias=up_bias)
 
     def rows_of(self, records: Ints) -> list[Bytes]:
         """The bytes of some records, matrix by matrix (n, row_bytes), read unless they are in memory.

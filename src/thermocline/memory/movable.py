@@ -2,7 +2,8 @@
 
 Every record has a slot: those of a tier lie in arrays that layers of one shape share, and kernels find them by a table.
 So a record of any layer can be exchanged with any other one of its shape, in place: nothing is allocated, and the
-ledger stays true. What is cold on disk needs no slot; there a record is copied up and the other one let go.
+ledger stays true. What is cold on disk needs no slot; there a record is copied up and the other one let go. Biases are
+found by a neuron's place and not by its slot: they are written anew after every exchange.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from thermocline.files.quantize import to_float
 from thermocline.files.weight import Bytes, Weight
 from thermocline.hardware.machine import Tier
 from thermocline.memory.allocator import Room
-from thermocline.memory.arena import Memory
+from thermocline.memory.arena import Arena, Memory
 from thermocline.memory.disk_store import DiskNeurons
 from thermocline.memory.neuron_store import ResidentNeurons
 from thermocline.model.feed_forward import FeedForward, Neurons
@@ -51,15 +53,55 @@ class Slots:
         """Of each matrix the rows in all slots, as the host sees them."""
         return [self.device.ops.to_host(room.array) for room in self.rooms]
 
-    def block(self, kind: FfnKind, at: Ints) -> NeuronBlock:
-        """The neurons in the slots `at`."""
+    def block(self, kind: FfnKind, at: Ints, up_bias: Array | None) -> NeuronBlock:
+        """The neurons in the slots `at`, with biases (neurons) in that order."""
         if not self._matrices:
             shapes = ((like.name, like.format, (self.count, like.columns)) for like in self.likes)
             pairs = zip(shapes, self.rooms, strict=True)
             self._matrices = tuple(self.device.ops.place(Weight(*shape, room.array)) for shape, room in pairs)
         gate = self._matrices[0] if len(self._matrices) == 3 else None
         up, down = self._matrices[-2:]
-        return NeuronBlock(gate, up, down, records=True, kind=kind, neurons=len(at), rows=at)
+        return NeuronBlock(gate, up, down, records=True, kind=kind, neurons=len(at), up_bias=up_bias, rows=at)
+
+
+@dataclass(slots=True)
+class Biases:
+    """The biases of all neurons that one tier's device computes, layer after layer, float32 (count)."""
+
+    arena: Arena
+    count: int = 0
+    _array: Array | None = None
+
+    def take(self, neurons: int) -> int:
+        """Have room for so many more; the first of them."""
+        self.count += neurons
+        return self.count - neurons
+
+    def put(self, start: int, values: npt.NDArray[np.float32]) -> Array | None:
+        """Write values (n) from `start` on; where they are, None if there are none."""
+        if not len(values):
+            return None
+        if self._array is None:
+            self._array = self.arena.array((self.count,), "float32", Purpose.FFN)
+        part = self._array[start : start + len(values)]
+        self.arena.device.ops.upload(values, part)
+        return part
+
+
+@dataclass(slots=True)
+class LayerBiases:
+    """One layer's biases: as the file has them, and of its hot and its cold neurons in the layer's order."""
+
+    of_file: Weight
+    hot: Biases
+    cold: Biases
+    parts: tuple[Array | None, Array | None] = (None, None)
+
+    def lay(self, order: Ints, depth: int, at: tuple[int, int]) -> tuple[int, int]:
+        """Write them from `at` on, hot and cold; where the next layer's begin."""
+        values = to_float(self.of_file)[0][order]
+        self.parts = self.hot.put(at[0], values[:depth]), self.cold.put(at[1], values[depth:])
+        return at[0] + depth, at[1] + len(values) - depth
 
 
 @dataclass(slots=True)
@@ -79,6 +121,7 @@ class MovableLayer:
     cold: DiskNeurons | None
     ffn: FeedForward | None = None
     scored: tuple[Weight, Array] | None = None
+    biases: LayerBiases | None = None
 
     @property
     def record_bytes(self) -> int:
@@ -93,22 +136,24 @@ class MovableLayer:
     def parts(self) -> list[Neurons]:
         """The slices that the tiers compute."""
         found: list[Neurons] = []
+        hot_bias, cold_bias = (None, None) if self.biases is None else self.biases.parts
         if self.hot:
-            block = self.fast.block(self.kind, self.at[: self.hot])
+            block = self.fast.block(self.kind, self.at[: self.hot], hot_bias)
             found.append(ResidentNeurons(self.fast.device, 0, self.hot, block))
         if self.hot < len(self.order):
             if self.slow is None:
                 assert self.cold is not None
+                self.cold.take_biases(cold_bias)
                 found.append(self.cold)
             else:
-                block = self.slow.block(self.kind, self.at[self.hot :])
+                block = self.slow.block(self.kind, self.at[self.hot :], cold_bias)
                 found.append(ResidentNeurons(self.slow.device, self.hot, len(self.order), block))
         return found
 
     def take(self, promoted: Ints, slots: Ints, demoted: Ints, left: Ints) -> int:
         """Neurons have become hot and lie in fast `slots`, others cold and lie in slow ones, `left`.
 
-        As few places change as can be. Returns the bytes of the predictor's rows that were moved.
+        As few places change as can be; `settle` comes next. Returns the bytes of the predictor's rows that were moved.
         """
         before = self.order
         leaves = np.isin(before[: self.hot], demoted)
@@ -119,14 +164,17 @@ class MovableLayer:
         self.hot = len(upper[0])
         if self.cold is not None and self.slow is None:
             self.cold.cut_anew(self.hot, lower[0])
-        assert self.ffn is not None
-        self.ffn.cut_anew(self.parts(), self.order)
         if self.scored is None:
             return 0
         weight, array = self.scored
         changed = np.flatnonzero(self.order != before)
         array[changed] = weight.data[self.order[changed]]
         return len(changed) * int(weight.data.shape[1])
+
+    def settle(self) -> None:
+        """Compute with the neurons where they are by now."""
+        assert self.ffn is not None
+        self.ffn.cut_anew(self.parts(), self.order)
 
 
 @dataclass(slots=True)
@@ -136,15 +184,20 @@ class Movable:
     memory: Memory
     layers: list[MovableLayer] = field(default_factory=list)
     _slots: dict[tuple[Tier, Shape], Slots] = field(default_factory=dict)
+    _biases: dict[tuple[Tier, Shape], Biases] = field(default_factory=dict)
     _stage: Bytes | None = None
 
     def slots(self, tier: Tier, likes: Sequence[Weight]) -> Slots:
         """A tier's slots for records like these matrices."""
-        shape = tuple((like.format.name, like.columns) for like in likes)
+        shape = _shape(likes)
         if (tier, shape) not in self._slots:
             rooms = tuple(Room(like.format.row_bytes(like.columns)) for like in likes)
             self._slots[tier, shape] = Slots(self.memory.devices[tier], tuple(likes), rooms)
         return self._slots[tier, shape]
+
+    def biases(self, tier: Tier, likes: Sequence[Weight]) -> Biases:
+        """The biases of a tier's neurons with records like these matrices; of those on disk they are in RAM."""
+        return self._biases.setdefault((tier, _shape(likes)), Biases(self.memory.arenas[tier]))
 
     def reserve(self) -> None:
         """Take the buffer that records pass through.
@@ -233,12 +286,27 @@ class Movable:
 
     def _enter(self, promoted: Named, fast: Ints, demoted: Named, slow: Ints) -> int:
         """Tell the layers who is where by now."""
-        moved = 0
+        moved, touched = 0, list[MovableLayer]()
         for index in np.union1d(promoted[:, 0], demoted[:, 0]):
             comes, goes = promoted[:, 0] == index, demoted[:, 0] == index
             up, down = (named[mine, 1].astype(np.int32) for named, mine in ((promoted, comes), (demoted, goes)))
             moved += self.layers[index].take(up, fast[comes], down, slow[goes])
+            touched.append(self.layers[index])
+        for layer in self._with_biases(touched[0]) if touched and touched[0].biases is not None else touched:
+            layer.settle()
         return moved
+
+    def _with_biases(self, one: MovableLayer) -> list[MovableLayer]:
+        """The layers whose biases lie beside those of `one`, all written anew."""
+        found, at = [layer for layer in self.layers if layer.fast is one.fast], (0, 0)
+        for layer in found:
+            assert layer.biases is not None
+            at = layer.biases.lay(layer.order, layer.hot, at)
+        return found
+
+
+def _shape(likes: Sequence[Weight]) -> Shape:
+    return tuple((like.format.name, like.columns) for like in likes)
 
 
 def _replaced(numbers: Ints, at: Ints, gone: npt.NDArray[np.bool_], new: Ints, slots: Ints) -> tuple[Ints, Ints]:

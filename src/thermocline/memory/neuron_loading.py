@@ -14,7 +14,7 @@ from thermocline.files.weight import Bytes, Weight
 from thermocline.hardware.machine import Tier
 from thermocline.memory.allocator import Rows, Slot, Source
 from thermocline.memory.disk_store import DiskNeurons
-from thermocline.memory.movable import Movable, MovableLayer
+from thermocline.memory.movable import LayerBiases, Movable, MovableLayer
 from thermocline.memory.neuron_store import NeuronStore, Records, ResidentNeurons, require_store
 from thermocline.memory.queueing import NEURONS, Account, Later, Orders
 from thermocline.memory.reblock import Reblocked, Transposer, not_finite, transpose
@@ -141,19 +141,19 @@ class NeuronLoading:
     def movable_parts(
         self, index: int, matrices: Sequence[Weight | Source], order: Orders, movable: Movable
     ) -> Later[FeedForward]:
-        """Queue a layer's neurons into slots of their tiers, from which they can be moved.
-
-        Raises:
-            UsageError: neurons of this network have biases, which would have to move along.
-        """
+        """Queue a layer's neurons into slots of their tiers, from which they can be moved."""
         spec, seat = self.account.spec, self.account.seats.layers[index]
-        if spec.ffn_bias:
-            raise UsageError(f"{spec.name} has a bias for each neuron, and these cannot move; leave --drift out")
         likes = [m.like if isinstance(m, Source) else m for m in matrices]
         tiers = slices(seat, spec.n_ff)
         on_disk = self.store is not None
         fast, slow = movable.slots(Tier.VRAM, likes), None if on_disk else movable.slots(Tier.RAM, likes)
         at, cold = np.full(spec.n_ff, -1, np.int32), None
+        biases, places = None, (0, 0)
+        if spec.ffn_bias:
+            self.account.elements(f"blk.{index}.ffn_up.bias")
+            bias = self.account.weights[f"blk.{index}.ffn_up.bias"]
+            biases = LayerBiases(bias, movable.biases(Tier.VRAM, likes), movable.biases(Tier.RAM, likes))
+            places = biases.hot.take(seat.hot), biases.cold.take(spec.n_ff - seat.hot)
         for tier, start, stop in tiers:
             slots = fast if tier is Tier.VRAM else slow
             if tier is Tier.DISK or slots is None:
@@ -173,7 +173,10 @@ class NeuronLoading:
             assert on_disk is None or isinstance(on_disk, DiskNeurons)
             scored = self.scored[index] if self.scored else None
             placed = None if scored is None else (scored[0], scored[1].array)
-            layer = MovableLayer(spec.ffn, order, seat.hot, at, fast, slow, on_disk, scored=placed)
+            layer = MovableLayer(spec.ffn, order, seat.hot, at, fast, slow, on_disk, scored=placed, biases=biases)
+            if biases is not None:
+                biases.lay(order, seat.hot, places)
+                self.account.vector_bytes += 4 * spec.n_ff
             layer.ffn = FeedForward.of(self.account.device(seat.home), layer.parts(), order)
             movable.layers.append(layer)
             return layer.ffn

@@ -75,12 +75,16 @@ class Account:
 
     def vector(self, name: str, tier: Tier, purpose: Purpose, rows: Rows = None) -> Array:
         """A norm or a bias, or some elements of it, as float32."""
-        values = to_float(self.weights[name])[0]
-        if not np.isfinite(values).all():
-            raise not_finite(name)
-        values = values if rows is None else values[rows]
+        values = self.elements(name) if rows is None else self.elements(name)[rows]
         self.vector_bytes += values.nbytes
         return self.made(values, tier, purpose)
+
+    def elements(self, name: str) -> npt.NDArray[np.float32]:
+        """All elements of a vector of the file, looked at for NaN and infinity."""
+        values: npt.NDArray[np.float32] = to_float(self.weights[name])[0]
+        if not np.isfinite(values).all():
+            raise not_finite(name)
+        return values
 
     def made(self, values: npt.NDArray[np.float32], tier: Tier, purpose: Purpose) -> Array:
         """An array of a tier with these values."""
