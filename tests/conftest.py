@@ -249,11 +249,12 @@ class DictSource:
 def make_opt() -> Callable[..., DictSource]:
     """Two layers of 96 neurons with learned positions and biases, the same numbers every time."""
 
-    def make(*, records: bool = False) -> DictSource:
+    def make(*, records: bool = False, n_vocab: int = 50) -> DictSource:
         spec = ModelSpec(
-            family="opt", name="tiny", n_layer=2, n_embd=64, n_head=2, n_head_kv=2, head_dim=32, n_ff=96, n_vocab=50,
-            n_ctx_train=32, norm_eps=1e-5, rope=None, ffn=FfnKind(Activation.RELU, gated=False), windows=(0, 0),
-            tied_embeddings=True, qkv_bias=True, out_bias=True, layer_norm=True, ffn_bias=True, position_offset=2,
+            family="opt", name="tiny", n_layer=2, n_embd=64, n_head=2, n_head_kv=2, head_dim=32, n_ff=96,
+            n_vocab=n_vocab, n_ctx_train=32, norm_eps=1e-5, rope=None, ffn=FfnKind(Activation.RELU, gated=False),
+            windows=(0, 0), tied_embeddings=True, qkv_bias=True, out_bias=True, layer_norm=True, ffn_bias=True,
+            position_offset=2,
         )  # fmt: skip
         rng = np.random.default_rng(11)
         weights = {
@@ -264,3 +265,15 @@ def make_opt() -> Callable[..., DictSource]:
         return DictSource(Metadata("tiny", header), weights)
 
     return make
+
+
+@pytest.fixture
+def tiny_opt(make_opt: Callable[..., DictSource], tiny_model: Path, tmp_path: Path) -> Path:
+    """The same as a file with neuron records and a tokenizer, its neurons' biases being far apart."""
+    with open_model(tiny_model) as other:
+        names = {key: value for key, value in other.metadata.items() if key.startswith("tokenizer.")}
+    source = make_opt(records=True, n_vocab=len(PIECES))
+    biases = {f"blk.{i}.ffn_up.bias": np.roll(np.linspace(-2, 2, 96, dtype=np.float32), 37 * i) for i in range(2)}
+    weights = {**source.weights, **{name: from_float(name, bias[None], F32) for name, bias in biases.items()}}
+    write_gguf(tmp_path / "opt.gguf", {**source.metadata, **names}, list(weights.values()))
+    return tmp_path / "opt.gguf"

@@ -78,3 +78,15 @@ def test_the_standard_layout_has_no_disk_tier(tiny_model: Path, tmp_path: Path) 
     with pytest.raises(BudgetError, match="ram-budget") as refusal:
         LLM.load(path, threads=1, ram_budget=f"{planned.plan.bytes_of(RAM) - 1}B")
     assert "a file with neuron records, which `thermocline convert` writes" in refusal.value.remedy
+
+
+def test_biases_of_what_is_on_disk_are_in_the_budget(tiny_opt: Path) -> None:
+    with LLM.load(tiny_opt, threads=1) as llm:
+        wanted = llm.generate("hello", **GREEDY).tokens
+    whole = plan(tiny_opt, ram_budget="2GiB").plan.bytes_of(RAM)
+    for less in (1_000, 30_000, 50_000):
+        with LLM.load(tiny_opt, threads=1, ram_budget=f"{whole - less}B") as llm:
+            assert llm._loaded.placing.below.store is not None
+            assert llm._loaded.placing.memory.is_true
+            assert llm._loaded.placing.memory.ledger.used(RAM) <= llm.plan.bytes_of(RAM) <= whole - less
+            assert llm.generate("hello", **GREEDY).tokens == wanted

@@ -83,6 +83,23 @@ def test_no_more_bytes_are_moved_than_were_saved_up() -> None:
                 assert 0 < report.moved.nbytes <= rate * drift.LONGEST
 
 
+def test_neurons_with_biases_follow_the_text(tiny_opt: Path, monkeypatch: pytest.MonkeyPatch, own_home: None) -> None:
+    monkeypatch.setattr("thermocline.runtime.planning.LARGEST_CLUSTER", 32)
+    settings: dict[str, Any] = {"device": "emulated", "threads": 1, "ctx_size": 32, "ubatch": 8}
+    talk = ("he", "the cat", "the cat", "he", "he")
+
+    def answers(llm: LLM) -> list[Any]:
+        return [llm.generate(text, temperature=0.0, max_tokens=20, ignore_eos=True) for text in talk]
+
+    with LLM.load(tiny_opt, vram_budget="60KB", **settings) as llm:
+        expected = [answer.tokens for answer in answers(llm)]
+    with LLM.load(tiny_opt, vram_budget="60KB", drift="1GiB", **settings) as llm:
+        moved = answers(llm)
+        assert llm._loaded.placing.memory.is_true
+    assert [answer.tokens for answer in moved] == expected
+    assert any(answer.report.moved is not None for answer in moved)
+
+
 @pytest.fixture
 def records(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_home: None) -> Path:
     """A model that can leave neurons on disk, with what a run needs beside it in the scale of tiny models."""

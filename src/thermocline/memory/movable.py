@@ -69,6 +69,7 @@ class Biases:
     """The biases of all neurons that one tier's device computes, layer after layer, float32 (count)."""
 
     arena: Arena
+    purpose: Purpose
     count: int = 0
     _array: Array | None = None
 
@@ -82,7 +83,7 @@ class Biases:
         if not len(values):
             return None
         if self._array is None:
-            self._array = self.arena.array((self.count,), "float32", Purpose.FFN)
+            self._array = self.arena.array((self.count,), "float32", self.purpose)
         part = self._array[start : start + len(values)]
         self.arena.device.ops.upload(values, part)
         return part
@@ -195,9 +196,9 @@ class Movable:
             self._slots[tier, shape] = Slots(self.memory.devices[tier], tuple(likes), rooms)
         return self._slots[tier, shape]
 
-    def biases(self, tier: Tier, likes: Sequence[Weight]) -> Biases:
+    def biases(self, tier: Tier, likes: Sequence[Weight], purpose: Purpose) -> Biases:
         """The biases of a tier's neurons with records like these matrices; of those on disk they are in RAM."""
-        return self._biases.setdefault((tier, _shape(likes)), Biases(self.memory.arenas[tier]))
+        return self._biases.setdefault((tier, _shape(likes)), Biases(self.memory.arenas[tier], purpose))
 
     def reserve(self) -> None:
         """Take the buffer that records pass through.

@@ -152,7 +152,8 @@ class NeuronLoading:
         if spec.ffn_bias:
             self.account.elements(f"blk.{index}.ffn_up.bias")
             bias = self.account.weights[f"blk.{index}.ffn_up.bias"]
-            biases = LayerBiases(bias, movable.biases(Tier.VRAM, likes), movable.biases(Tier.RAM, likes))
+            cold_ones = movable.biases(Tier.RAM, likes, Purpose.STAGING if on_disk else Purpose.FFN)
+            biases = LayerBiases(bias, movable.biases(Tier.VRAM, likes, Purpose.FFN), cold_ones)
             places = biases.hot.take(seat.hot), biases.cold.take(spec.n_ff - seat.hot)
         for tier, start, stop in tiers:
             slots = fast if tier is Tier.VRAM else slow
@@ -188,7 +189,7 @@ class NeuronLoading:
         if bias is not None:
             cut = slice(records.start, records.stop)
             rows = cut if records.order is None else records.order[cut]
-            records = replace(records, up_bias=self.account.vector(bias, Tier.RAM, Purpose.FFN, rows))
+            records = replace(records, up_bias=self.account.vector(bias, Tier.RAM, Purpose.STAGING, rows))
         return store.neurons(records, self.account.memory.host)
 
     def resident(

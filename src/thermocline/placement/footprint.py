@@ -28,7 +28,8 @@ class Footprint:
     a layer's attention matrices. `positions` is the bytes of learned positions, which lie with the embedding;
     `rope_token` what one position takes in the table of rotations. `vectors` are the bytes of each layer's attention
     that are no matrices and `head_vectors` those of the head, which are in memory wherever the matrices are.
-    `fingerprint` identifies the model's file.
+    `biases` is what those of all neurons take: with a disk tier they are in RAM. `fingerprint` identifies the model's
+    file.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Footprint:
     rope_token: int = 0
     vectors: tuple[int, ...] = ()
     head_vectors: int = 0
+    biases: int = 0
 
     def __post_init__(self) -> None:
         layers = len(self.attention)
@@ -196,6 +198,7 @@ def footprint_of(
         rope_token=F32.block_bytes * spec.rope.rotary_dim if spec.rope is not None else 0,
         vectors=tuple(sum(_resident(w) for w in parts if w.rows == 1) for parts in others),
         head_vectors=norm,
+        biases=F32.row_bytes(spec.n_ff) * sum(f"blk.{layer}.ffn_up.bias" in weights for layer in layers),
     )
 
 

@@ -130,9 +130,9 @@ class Problem:
             Demand(tier, Purpose.MARGIN, o.margin_vram if tier is Tier.VRAM else o.margin_ram),
         ]
         moving = MOVING_BYTES if self.watched and tier is Tier.RAM else 0
-        reading = o.reading if self.machine.disk is not None and tier is Tier.RAM else 0
+        disk = self.machine.disk is not None and tier is Tier.RAM
         if self.machine.gpu is not None or self.machine.disk is not None:
-            demands.append(Demand(tier, Purpose.STAGING, max(o.staging, reading) + moving))
+            demands.append(Demand(tier, Purpose.STAGING, max(o.staging, o.reading * disk) + f.biases * disk + moving))
         if tier is Tier.VRAM:
             demands.append(Demand(tier, Purpose.GRAPHS, o.graphs))
         return demands

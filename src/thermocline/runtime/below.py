@@ -8,6 +8,7 @@ from pathlib import Path
 
 from thermocline.activity.order import Order
 from thermocline.errors import ModelFormatError, OutputError, UsageError, printable
+from thermocline.files.formats import F32
 from thermocline.files.source import ModelSource
 from thermocline.files.weight import Weight
 from thermocline.hardware.machine import Disk, ReadCurve, Tier
@@ -106,11 +107,17 @@ def below(
         scanner = found.streaming.pieces
     bundle = _bundle(source, found.notices, tell)
     warm = sum((layer.warm - layer.hot) * layer.record_bytes for layer in plan.layers)
-    room = warm + max(staging - taken, 0)
+    room = warm + max(staging - taken - _biases(source, plan), 0)
     found.store = DiskStore(memory, room, way, bundle=bundle, scanner=scanner)
     seats = tuple(LayerSeat(layer.home, layer.hot, layer.hot, layer.predictor) for layer in plan.layers)
     found.seats = Seating(plan.embedding, plan.head, seats)
     return found
+
+
+def _biases(source: ModelSource, plan: Plan) -> int:
+    """Bytes of the biases of neurons that are not in VRAM: they are in RAM, wherever the records are."""
+    spec = family_of(source).spec(source)
+    return F32.block_bytes * sum(spec.n_ff - layer.hot for layer in plan.layers) if spec.ffn_bias else 0
 
 
 def _bundle(source: ModelSource, notices: list[str], tell: Tell) -> Bundle | None:
