@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -227,6 +227,30 @@ def with_predictor(tmp_path: Path) -> Callable[..., Path]:
         return copy
 
     return make
+
+
+def measure_briefly(patch: pytest.MonkeyPatch) -> None:
+    """What is measured of the machine is measured over little memory, and inexactly."""
+    for name, value in (("bandwidth.BUFFER", 1 << 20), ("bandwidth.LARGE_CACHES", 0), ("probe.SECONDS", 0.005)):
+        patch.setattr(f"thermocline.hardware.{name}", value)
+    patch.setattr("thermocline.hardware.disk.SCRATCH", 2 << 20)
+
+
+@pytest.fixture(scope="module")
+def machine_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What is measured of the machine is not kept for the user; without a GPU, whose plans need it, it is rough."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("THERMOCLINE_HOME", str(tmp_path_factory.mktemp("home")))
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            measure_briefly(patch)
+        yield
+
+
+@pytest.fixture
+def own_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The same for one test, with rough measurements."""
+    monkeypatch.setenv("THERMOCLINE_HOME", str(tmp_path / "home"))
+    measure_briefly(monkeypatch)
 
 
 def one_line(text: str) -> bool:

@@ -11,13 +11,11 @@ import numpy as np
 import pytest
 
 from thermocline.activity.predictor import (
-    MOST_TOKENS,
     Audit,
     Predictor,
     load_predictor,
     predictor_of,
     save_predictor,
-    worth_up_to,
 )
 from thermocline.errors import (
     FingerprintError,
@@ -268,40 +266,6 @@ def test_powerinfer_has_one_threshold_for_all_layers() -> None:
     layers = (layer(8), layer(16))
     ours = Predictor.of_powerinfer(PowerinferPredictor(layers, 0.75))
     assert (ours.layers, ours.thresholds, ours.active_shares) == (layers, (0.75, 0.75), None)
-
-
-def reads_less(cost: float, first: float, share: float, tokens: int) -> bool:
-    return cost + first * (1 - (1 - share) ** tokens) < first
-
-
-def test_batches_are_predicted_as_long_as_that_reads_less() -> None:
-    rng = np.random.default_rng(4)
-    for _ in range(2000):
-        first = int(rng.integers(1, 1 << 30))
-        cost, share = int(first * rng.random() ** 2), float(rng.random() ** 2)
-        most = worth_up_to(cost, first, share)
-        assert 1 <= most <= MOST_TOKENS
-        if most > 1:
-            assert reads_less(cost, first, share, most)
-        if most < MOST_TOKENS:
-            assert not reads_less(cost * (1 + 1e-9) + 1e-3, first, share, most + 1)
-
-
-@pytest.mark.parametrize(
-    ("cost", "first", "share", "most"),
-    [
-        (7, 100, None, 1),  # not measured
-        (100, 100, 0.1, 1),  # as large as what it would save
-        (7, 100, 1.0, 1),  # everything fires
-        (7, 100, 0.0, MOST_TOKENS),
-        (0, 100, 0.1, MOST_TOKENS),
-        (7, 100, 0.1, 25),  # 0.9^25 = 0.0718, 0.9^26 = 0.0646
-        (25, 100, 0.5, 1),  # 0.5^2 is exactly the cost: nothing is gained
-        (24, 100, 0.5, 2),
-    ],
-)
-def test_the_rule_by_hand(cost: int, first: int, share: float | None, most: int) -> None:
-    assert worth_up_to(cost, first, share) == most
 
 
 def test_whether_a_token_reads_less() -> None:

@@ -106,6 +106,7 @@ def test_training_makes_it_better_than_chance(run: Run) -> None:
         assert layer["precision"] > 1.2 * layer["active"]
 
 
+@pytest.mark.usefixtures("machine_home")
 def test_the_model_runs_with_it(run: Run, tmp_path: Path, tiny_model: Path) -> None:
     done = run(energy_recall=0.9)
     with LLM.load(tiny_model, predictor=tmp_path / "x", mode="predicted", threads=1) as llm:

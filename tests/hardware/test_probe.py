@@ -44,8 +44,9 @@ def known() -> Probe:
         random=((4096, 1, 1e8), (4096, 4, 2e8), (65536, 1, 5e8)), beside_ram=1e8, ram_beside=1e9,
     )  # fmt: skip
     return Probe(
-        measured=1.0, memory=MemorySpeed(by_threads=((1, 1e10), (2, 2e10)), beside_device=8e9, sparse=0.7), flops=1e11,
-        launch=1e-6, handover=1e-5, disks=(speed, replace(speed, device=find_disk(Path("/tmp")).device)), gpus=(CARD,),
+        measured=1.0, flops=1e11, launch=1e-6,
+        memory=MemorySpeed(by_threads=((1, 1e10), (2, 2e10)), beside_device=8e9, sparse=0.7, sparse_batch=0.9),
+        handover=1e-5, disks=(speed, replace(speed, device=find_disk(Path("/tmp")).device)), gpus=(CARD,),
         gpu_speeds=(FAST,), unmeasured=("x",),
     )  # fmt: skip
 
@@ -61,6 +62,7 @@ def test_everything_is_measured_once(quick: Path, monkeypatch: pytest.MonkeyPatc
     assert found.beside_ram > 0
     assert found.ram_beside > 0
     assert 0 < first.memory.sparse <= 1
+    assert 0 < first.memory.sparse_batch <= 1
     assert {size for size, _, _ in found.random} == set(disk.SIZES)
     assert sorted(path.name for path in quick.iterdir()) == ["machine.json"]
     monkeypatch.setattr(probe, "_measured", None)  # what is kept is not measured again
@@ -100,6 +102,7 @@ def test_another_machine_measures_anew(monkeypatch: pytest.MonkeyPatch) -> None:
         lambda k: k["probe"].update(flops=-1),
         lambda k: k["probe"]["memory"].update(by_threads=[]),
         lambda k: k["probe"]["memory"].pop("sparse"),
+        lambda k: k["probe"]["memory"].update(sparse_batch=0.0),
         lambda k: k["probe"]["disks"][0].update(random=[[4096, 1, 0.0]]),
         lambda k: k["probe"]["disks"][0].update(random=[]),
         lambda k: k["probe"].update(disks=3),
@@ -118,6 +121,14 @@ def test_a_damaged_file_is_not_trusted(quick: Path, monkeypatch: pytest.MonkeyPa
     (quick / "machine.json").write_text(json.dumps(kept))
     assert probe_machine()[1].measured == known.measured + 1
     assert probe_machine()[1].measured == known.measured + 1
+
+
+def test_no_disk_is_measured_where_none_is_asked_for() -> None:
+    _, first = probe_machine(any_disk=False)
+    assert not first.disks
+    _, second = probe_machine()
+    assert len(second.disks) == 1
+    assert (second.memory, second.measured) == (first.memory, first.measured)
 
 
 def test_a_new_disk_is_added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from thermocline.activity.predictor import Predictor, worth_up_to
+from thermocline.activity.predictor import Predictor
 from thermocline.config import CacheType, Mode
 from thermocline.errors import ModelFormatError, NumericalError, UsageError
 from thermocline.files.formats import F32, Q4_0, Q8_0
@@ -210,14 +210,13 @@ def test_short_batches_compute_the_union_and_long_ones_everything(
     assert ours.tobytes() == batch(transformer.with_mode(Mode.EXACT), prompt[:6])[0].tobytes()
 
 
-def test_how_long_a_batch_may_be_follows_from_the_measured_shares(source: Any, oracle: Oracle) -> None:
-    thin = PredictorLayer(
-        from_float("fc1", np.ones((1, 64), np.float32), F32), from_float("fc2", np.ones((96, 1), np.float32), F32)
+def test_how_long_a_batch_may_be_is_said_for_each_layer(source: Any, oracle: Oracle) -> None:
+    sizes = (5, 2, 1)
+    transformer, _ = load_transformer(
+        source, ReferenceOps(), mode=Mode.PREDICTED, predictor=oracle(source), predicted_up_to=sizes
     )
-    transformer = predicting(source, ReferenceOps(), Predictor((thin,) * 3, (0.0,) * 3, (0.1, 0.5, 1.0)))
-    most = [layer.predictor.tokens for layer in transformer.layers if layer.predictor is not None]
-    assert most == [worth_up_to(4 * (64 + 96), 4 * 64 * 96, share) for share in (0.1, 0.5, 1.0)]
-    assert transformer.scored == most[0] > most[1] > most[2] == 1
+    assert tuple(layer.predictor.tokens for layer in transformer.layers if layer.predictor is not None) == sizes
+    assert transformer.scored == 5
 
 
 def test_a_single_token_is_predicted_even_where_nothing_was_measured(source: Any, oracle: Oracle) -> None:

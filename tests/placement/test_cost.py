@@ -242,7 +242,7 @@ def test_two_at_once_take_at_least_the_longer_and_at_most_both(a: float, b: floa
 def test_a_long_prompt_leaves_the_predictor_out() -> None:
     long = priced(FfnMode.PREDICTED, workload=Workload(context=2048, prompt=512, output=64))
     short = priced(FfnMode.PREDICTED, workload=Workload(context=2048, prompt=2, output=64), p=temperatures() / 4)
-    assert long.phases[1].mode is FfnMode.DENSE
+    assert long.phases[1].mode is FfnMode.EXACT
     assert short.phases[1].mode is FfnMode.PREDICTED
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -69,27 +68,3 @@ def saying(tokenizer: Tokenizer) -> Callable[..., tuple[Engine, FakeSequence]]:
         return Engine(fake, TRAFFIC, tokenizer.size, Mode.EXACT), fake
 
     return make
-
-
-def measure_briefly(patch: pytest.MonkeyPatch) -> None:
-    """What is measured of the machine is measured over little memory, and inexactly."""
-    for name, value in (("bandwidth.BUFFER", 1 << 20), ("bandwidth.LARGE_CACHES", 0), ("probe.SECONDS", 0.005)):
-        patch.setattr(f"thermocline.hardware.{name}", value)
-    patch.setattr("thermocline.hardware.disk.SCRATCH", 2 << 20)
-
-
-@pytest.fixture(scope="module")
-def machine_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What is measured of the machine is not kept for the user; without a GPU, whose plans need it, it is rough."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("THERMOCLINE_HOME", str(tmp_path_factory.mktemp("home")))
-        if os.environ.get("TRITON_INTERPRET") == "1":
-            measure_briefly(patch)
-        yield
-
-
-@pytest.fixture
-def own_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The same for one test, with rough measurements."""
-    monkeypatch.setenv("THERMOCLINE_HOME", str(tmp_path / "home"))
-    measure_briefly(monkeypatch)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,15 @@ from thermocline.files.open import open_model
 from thermocline.files.powerinfer import THRESHOLD_KEY, PredictorLayer
 from thermocline.files.quantize import from_float, quantize, to_float
 from thermocline.files.sidecar import SidecarKind, read_sidecar, update_info, write_sidecar
+from thermocline.hardware.probe import probe_machine
 from thermocline.model.families import family_of
 from thermocline.ops.contract import ActiveSet
+from thermocline.runtime import planning
 from thermocline.runtime.loading import load_model
 from thermocline.runtime.observed import ObservedRunner
 from thermocline.runtime.prediction import VARIABLE, threshold_of_environment
+
+pytestmark = pytest.mark.usefixtures("machine_home")
 
 GREEDY = {"temperature": 0, "ignore_eos": True, "max_tokens": 12}
 PASSED = {"audit": {"passed": True, "summary": "KL 0.004"}}
@@ -75,6 +81,24 @@ def test_mode_auto_does_not_use_what_reads_more_than_it_saves(with_predictor: An
         assert "it would read more bytes than it saves" in notice_of(llm)
     with LLM.load(model, mode="predicted") as llm:
         assert llm.mode == "predicted"
+
+
+def test_what_was_measured_of_the_machine_says_how_long_a_batch_is_predicted(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    survey, probe = probe_machine(any_disk=False)
+    thin = PredictorLayer(*(from_float("w", np.ones(shape, np.float32), F32) for shape in ((1, 64), (96, 1))))
+    found = []
+    for share in (1.0, 0.5, 0.1):
+        slower = replace(probe, flops=1e17, launch=0.0, memory=replace(probe.memory, sparse_batch=share))
+        monkeypatch.setattr(planning, "probe_machine", lambda probe=slower, **_: (survey, probe))
+        with open_model(tiny_model) as source:
+            path = tmp_path / "x"
+            save_predictor(Predictor((thin,) * 2, (0.0,) * 2, (0.1, 1.0)), path, source.fingerprint)
+            with closing(load_model(source, LoadSettings(predictor=path, mode="predicted", threads=1))) as loaded:
+                found.append([layer.predictor.tokens for layer in loaded.transformer.layers])
+    assert [second for _, second in found] == [1, 1, 1]
+    assert found[0][0] > found[1][0] > found[2][0] == 1
 
 
 def test_a_model_without_predictor_says_nothing(tiny_model: Path) -> None:

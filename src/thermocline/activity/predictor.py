@@ -143,15 +143,6 @@ class Predictor:
         sizes = {"n_layer": spec.n_layer, "n_embd": spec.n_embd, "n_ff": spec.n_ff}
         PowerinferPredictor(self.layers).check(path, **sizes)
 
-    def batches(self, first_bytes: tuple[int, ...]) -> tuple[int, ...]:
-        """For each layer, up to how many tokens of a step scoring is worth it; see `worth_up_to`.
-
-        `first_bytes` are the bytes of each layer's matrix that exact mode computes in full: gate, or up without a gate.
-        """
-        shares = self.active_shares or (None,) * len(self.layers)
-        costs = (layer.fc1.nbytes + layer.fc2.nbytes for layer in self.layers)
-        return tuple(worth_up_to(*layer) for layer in zip(costs, first_bytes, shares, strict=True))
-
     def saves(self, first_bytes: tuple[int, ...]) -> bool:
         """Whether a token reads less with the predictor than without it; True where no share was measured."""
         if self.active_shares is None:
@@ -162,25 +153,6 @@ class Predictor:
 
 MOST_TOKENS: Final = 64
 """Beyond so many tokens of a step nothing is predicted: they have nearly all neurons in common use."""
-
-
-def worth_up_to(cost: int, first: int, share: float | None) -> int:
-    """Up to how many tokens of a step a layer is computed by prediction (at least 1, at most MOST_TOKENS).
-
-    A batch computes the union of its tokens' neurons: of T tokens that each select `share` of them independently,
-    1 - (1 - share)^T. Predicting pays as long as the predictor's bytes (`cost`) and this part of the `first` matrix are
-    less than all of that matrix, which exact mode reads to find the zeros. The same holds where a batch is limited
-    by arithmetic, as every byte is worth as much of it. Tokens that use the same neurons only make it better. A
-    single token is always predicted; where no share was measured, nothing else.
-    """
-    if share is None or cost >= first:
-        return 1
-    if share <= 0:
-        return MOST_TOKENS
-    if share >= 1:
-        return 1
-    tokens = math.ceil(math.log(cost / first) / math.log1p(-share)) - 1 if cost else MOST_TOKENS
-    return min(max(tokens, 1), MOST_TOKENS)
 
 
 def save_predictor(predictor: Predictor, path: Path | str, model_fingerprint: str, *, model_name: str = "") -> str:

@@ -67,6 +67,7 @@ def _rows(survey: Survey, probe: Probe) -> list[tuple[str, str]]:
         ("pages", f"{size_of(memory.page)}, transparent huge pages: {memory.huge_pages}"),
         ("reading memory", speeds),
         ("rows apart", f"{probe.memory.sparse:.0%} of that, where a tenth of the neurons fires"),
+        ("in batches", f"{probe.memory.sparse_batch:.0%} of what rows reach that are neighbours"),
         ("beside a device", f"{probe.memory.beside_device / 1e9:.1f} GB/s for half of the threads while others read"),
         ("products", f"{probe.flops / 1e9:.0f} billion operations/s over many tokens (F16 weights)"),
         ("launch", f"{probe.launch * 1e6:.1f} µs to start an op on all threads"),

@@ -34,6 +34,8 @@ class Reached:
     """Of the kernels' own rate, over rows that lie apart: of 2 KiB or more, but few are on their way at once."""
     sparse_ram: float = 0.75
     """The same for RAM: of two threads of an EPYC the rows of a tenth of the neurons took 0.74 in F16, 0.67 in Q8_0."""
+    sparse_batch_ram: float = 0.9
+    """And for a few tokens: of two threads of a Xeon 0.83 to 0.97 in F16, which arithmetic keeps busy meanwhile."""
     gemm_gpu: float = 0.5
     """Of the tensor cores' rate, by products of a few hundred rows over packed weights."""
     gemm_cpu: float = 0.6
@@ -206,6 +208,7 @@ def _cpu(cpu: Cpu, memory: str, capacity: int) -> Processor:
         flops=cpu.cores * cpu.ghz * 1e9 * cpu.per_cycle * REACHED.gemm_cpu,
         launch=REACHED.launch_cpu,
         sparse=REACHED.sparse_ram,
+        sparse_batch=REACHED.sparse_batch_ram,
     )
 
 

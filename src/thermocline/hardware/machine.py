@@ -29,7 +29,8 @@ class Processor:
     `capacity` in bytes. `bandwidth` in bytes/s that kernels reach while the other side is idle,
     `bandwidth_busy` while that reads its own memory. `flops` in floating-point operations/s of matrix products over
     many tokens. `launch` in seconds to start one kernel. `sparse` is the share of the bandwidth that kernels reach over
-    rows that lie apart, as those of the few neurons that fire.
+    rows that lie apart, as those of the few neurons that fire; `sparse_batch` is that share where a row meets several
+    tokens, None for the same.
 
     Raises:
         HardwareError: a figure is not a positive number, the busy bandwidth exceeds the idle one, or a share exceeds 1.
@@ -42,18 +43,25 @@ class Processor:
     flops: float
     launch: float
     sparse: float = 1.0
+    sparse_batch: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("capacity", "bandwidth", "bandwidth_busy", "flops", "sparse"):
+        for name in ("capacity", "bandwidth", "bandwidth_busy", "flops"):
             _positive(self.name, name, getattr(self, name))
-        if self.sparse > 1:
-            raise HardwareError(f"{self.name}: sparse is {self.sparse}; wanted is a share, from 0 to 1")
+        for name, share in (("sparse", self.sparse), ("sparse_batch", self.apart(2))):
+            _positive(self.name, name, share)
+            if share > 1:
+                raise HardwareError(f"{self.name}: {name} is {share}; wanted is a share, from 0 to 1")
         _seconds(self.name, "launch", self.launch)
         if self.bandwidth_busy > self.bandwidth:
             raise HardwareError(
                 f"{self.name}: {self.bandwidth_busy:.3g} bytes/s beside a busy neighbour are more than "
                 f"{self.bandwidth:.3g} alone; measure again"
             )
+
+    def apart(self, tokens: int) -> float:
+        """Share of the bandwidth that a step of `tokens` tokens reaches over rows that lie apart."""
+        return self.sparse if tokens == 1 or self.sparse_batch is None else self.sparse_batch
 
 
 @dataclass(frozen=True, slots=True)

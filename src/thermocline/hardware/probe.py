@@ -32,19 +32,23 @@ BESIDE_SIZE = 64 << 10
 """Bytes of the reads that run beside memory's."""
 SPARSE_ROW, SPARSE_SETS = 4096, 10
 """Elements of a row, in half precision, and how many sets of neurons share a layer's: one fires at a time."""
-VERSION = 3
+FEW_TOKENS = 4
+"""What stands for a small batch."""
+VERSION = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemorySpeed:
     """Bytes/s of reading RAM: (threads, bytes/s) alone, and `beside_device` with one half of the threads (at least one)
     while as many others read too, as an emulated device does. `sparse` is the share of `best` that the FFN's kernels
-    reach where a tenth of the neurons fires.
+    reach where a tenth of the neurons fires, and `sparse_batch` what they reach so for a few tokens, of what they
+    reach for as many over neighbours.
     """
 
     by_threads: tuple[tuple[int, float], ...]
     beside_device: float
     sparse: float
+    sparse_batch: float
 
     @property
     def best(self) -> float:
@@ -82,12 +86,17 @@ class Probe:
 
 
 def probe_machine(
-    *, refresh: bool = False, disk: Path | None = None, tell: Callable[[str], None] | None = None
+    *,
+    refresh: bool = False,
+    disk: Path | None = None,
+    any_disk: bool = True,
+    tell: Callable[[str], None] | None = None,
 ) -> tuple[Survey, Probe]:
     """Look at this machine; what was measured on it before is taken as it is, unless `refresh`.
 
     `disk` is a file or folder whose disk to measure; without, it is that of the folder where measurements are kept.
-    A disk that is not yet known is measured and added. `tell` hears what is measured next.
+    A disk that is not yet known is measured and added, unless no disk is asked for (`any_disk`). `tell` hears what is
+    measured next.
 
     Raises:
         UsageError: `disk` does not exist.
@@ -101,7 +110,7 @@ def probe_machine(
     probe = kept
     if probe is None or probe.gpus != _without_free(find_gpus()):
         probe = _measured(survey, say)
-    if probe.disk_of(place) is None:
+    if any_disk and probe.disk_of(place) is None:
         probe = _with_disk(probe, survey, place, say)
     if probe != kept:
         try:
@@ -149,6 +158,7 @@ def machine_of(survey: Survey, probe: Probe, disk: Path | None = None) -> Machin
             flops=probe.flops,
             launch=probe.launch,
             sparse=memory.sparse,
+            sparse_batch=memory.sparse_batch,
         ),
         gpu=gpu,
         disk=None if speed is None else speed.disk,
@@ -169,6 +179,7 @@ def emulated(machine: Machine, probe: Probe, capacity: int) -> Machine:
         flops=machine.cpu.flops / 2,
         launch=probe.launch,
         sparse=machine.cpu.sparse,
+        sparse_batch=machine.cpu.sparse_batch,
     )
     cpu = replace(machine.cpu, bandwidth_busy=min(half, machine.cpu.bandwidth))
     return replace(machine, cpu=cpu, gpu=device, link=machine.cpu.bandwidth, crossing=probe.handover)
@@ -188,6 +199,7 @@ def _measured(survey: Survey, say: Callable[[str], None]) -> Probe:
     half = max(1, threads // 2)
     beside, _ = together(memory_load(buffer, half, SECONDS), memory_load(buffer, half, SECONDS))
     sparse = min(1.0, sparse_rate(buffer, threads) / by_threads[-1][1])
+    few, line = (sparse_rate(buffer, threads, FEW_TOKENS, neighbours=side) for side in (False, True))
     say("measuring arithmetic and hand-overs")
     gpus = _without_free(find_gpus())
     if gpus:
@@ -196,7 +208,9 @@ def _measured(survey: Survey, say: Callable[[str], None]) -> Probe:
     slow = [gpu.name for gpu, speed in zip(gpus, speeds, strict=True) if speed is None]
     return Probe(
         measured=time.time(),
-        memory=MemorySpeed(by_threads=by_threads, beside_device=beside, sparse=sparse),
+        memory=MemorySpeed(
+            by_threads=by_threads, beside_device=beside, sparse=sparse, sparse_batch=min(1.0, few / line)
+        ),
         flops=_flops(threads),
         launch=_launch(threads),
         handover=_handover(),
@@ -227,16 +241,24 @@ def _with_disk(probe: Probe, survey: Survey, place: Path, say: Callable[[str], N
     return replace(probe, disks=(*probe.disks, speed))
 
 
-def sparse_rate(buffer: np.ndarray[Any, np.dtype[np.uint8]], threads: int) -> float:
-    """Bytes/s of the FFN's kernels over the rows of neurons that lie apart, at best; each call takes another set."""
+def sparse_rate(
+    buffer: np.ndarray[Any, np.dtype[np.uint8]], threads: int, tokens: int = 1, *, neighbours: bool = False
+) -> float:
+    """Bytes/s of the FFN's kernels over the rows of a tenth of the neurons, at best; each call takes another set.
+
+    They lie apart, unless it is to be of `neighbours`.
+    """
     neurons = len(buffer) // (6 * SPARSE_ROW)
     rows = buffer[: 6 * SPARSE_ROW * neurons].reshape(3, neurons, 2 * SPARSE_ROW)
     gate, up, down = (_native.Matrix(part, F16, neurons, SPARSE_ROW) for part in rows)
-    context, sets = _native.Context(threads, "auto"), np.random.default_rng(0).permutation(neurons).astype(np.int32)
-    x, out = np.ones((1, SPARSE_ROW), np.float32), np.zeros((1, SPARSE_ROW), np.float32)
+    context, order = _native.Context(threads, "auto"), np.arange(neurons, dtype=np.int32)
+    if not neighbours:
+        np.random.default_rng(0).shuffle(order)
+    sets = [np.sort(part) for part in np.array_split(order, min(SPARSE_SETS, neurons))]
+    x, out = np.ones((tokens, SPARSE_ROW), np.float32), np.zeros((tokens, SPARSE_ROW), np.float32)
     best, end, turn = 0.0, time.perf_counter() + SECONDS, 0
     while not best or time.perf_counter() < end:
-        active = np.sort(sets[turn % SPARSE_SETS :: SPARSE_SETS])
+        active = sets[turn % len(sets)]
         began = time.perf_counter()
         context.ffn(x, gate, up, down, True, RELU, False, 0.0, None, None, active, out, True, None)
         best = max(best, 6 * SPARSE_ROW * len(active) / (time.perf_counter() - began))
@@ -308,6 +330,7 @@ def _restored(kept: dict[str, Any] | None) -> Probe | None:
                 by_threads=tuple((int(n), float(rate)) for n, rate in memory["by_threads"]),
                 beside_device=float(memory["beside_device"]),
                 sparse=float(memory["sparse"]),
+                sparse_batch=float(memory["sparse_batch"]),
             ),
             flops=float(found["flops"]),
             launch=float(found["launch"]),
@@ -318,7 +341,7 @@ def _restored(kept: dict[str, Any] | None) -> Probe | None:
             unmeasured=tuple(str(reason) for reason in found["unmeasured"]),
         )
         rates = [rate for _, rate in probe.memory.by_threads]
-        rates += [probe.flops, probe.memory.beside_device, probe.memory.sparse]
+        rates += [probe.flops, probe.memory.beside_device, probe.memory.sparse, probe.memory.sparse_batch]
         rates += [rate for s in probe.gpu_speeds if s is not None for rate in asdict(replace(s, context=1)).values()]
         usable = (
             len(probe.gpus) == len(probe.gpu_speeds) and memory["by_threads"] and all(0 < rate < 1e18 for rate in rates)

@@ -19,7 +19,7 @@ from thermocline.hardware.mapping import mappings_below, sheltered
 from thermocline.memory import huge_pages
 from thermocline.memory.allocator import Flushed, Slot
 from thermocline.memory.arena import Memory
-from thermocline.memory.checks import check_finite, first_bytes
+from thermocline.memory.checks import check_finite
 from thermocline.memory.huge_pages import Progress
 from thermocline.memory.movable import Movable
 from thermocline.memory.neuron_loading import NeuronLoading
@@ -74,6 +74,7 @@ def load_transformer(
     store: NeuronStore | None = None,
     movable: Movable | None = None,
     sent_from: Sequence[int] = (),
+    predicted_up_to: Sequence[int] = (),
 ) -> tuple[Transformer, LoadReport]:
     """Read the spec, hold the tensors to it, and place them where `seats` says: without, all beside `ops`.
 
@@ -85,7 +86,8 @@ def load_transformer(
     whose records are cut are cut in this order, the others stay as they are.
     `store` answers for neurons that `seats` leaves on disk. With `movable`, which is filled, neurons can change places
     later on. `sent_from` are for each layer the tokens of a step from which its neurons in RAM are sent to VRAM to be
-    computed there, 0 for never; without, they never are.
+    computed there, 0 for never; without, they never are. `predicted_up_to` are for each layer the most tokens of a step
+    that are computed by prediction; without, 1.
 
     Raises:
         ModelFormatError: the source contradicts itself, or the predictor is of another network.
@@ -117,7 +119,7 @@ def load_transformer(
     loading = _Loading(account, NeuronLoading(account, order, store, movable, sent_from), n_ctx)
     try:
         if predictor is not None:
-            loading.queue_predictor(source, predictor)
+            loading.queue_predictor(source, predictor, predicted_up_to or (1,) * spec.n_layer)
         build = loading.queue_all(mode)
         loading.flushed = account.allocator.flush(progress if budgeted else None)
         transformer = build()
@@ -210,7 +212,7 @@ class _Loading:
 
         return build
 
-    def queue_predictor(self, source: NetworkSource, predictor: Predictor) -> None:
+    def queue_predictor(self, source: NetworkSource, predictor: Predictor, up_to: Sequence[int]) -> None:
         """Queue the layers' predictors, looked at for NaN and infinity. Their neurons are in the layers' order."""
         predictor.require_fits(source.path, self.account.spec)
         matrices: dict[str, Weight] = {}
@@ -218,15 +220,15 @@ class _Loading:
             matrices |= {f"predictor of layer {index}, fc1": layer.fc1, f"predictor of layer {index}, fc2": layer.fc2}
         check_finite(matrices, self.account.memory.host.ops)
         self.predictor_bytes = predictor.nbytes
-        tokens = predictor.batches(first_bytes(self.account.spec, self.account.weights))
         for index, layer in enumerate(predictor.layers):
             seat = self.account.seats.layers[index]
             tier = held(seat.predictor or seat.home)
             fc1 = self.account.allocator.queue(layer.fc1, tier, Purpose.PREDICTOR)
             fc2 = self.account.allocator.queue(layer.fc2, tier, Purpose.PREDICTOR, rows=self.ffn.order_of(index))
-            threshold, most = predictor.thresholds[index], tokens[index]
             self.ffn.scored.append((layer.fc2, fc2))
-            self.predictors.append(partial(self.placed_predictor, tier, fc1, fc2, threshold, most))
+            self.predictors.append(
+                partial(self.placed_predictor, tier, fc1, fc2, predictor.thresholds[index], up_to[index])
+            )
 
     def placed_predictor(self, tier: Tier, fc1: Slot, fc2: Slot, threshold: float, tokens: int) -> LayerPredictor:
         return LayerPredictor(self.account.device(tier), fc1.matrix, fc2.matrix, threshold, tokens)

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from thermocline.activity.predictor import MOST_TOKENS
 from thermocline.config import Mode
 from thermocline.errors import HardwareError, UsageError
 from thermocline.hardware.machine import UNCORRECTED, Corrections, Machine, Processor, Tier
@@ -36,8 +37,6 @@ PREDICTOR_KERNELS = 3
 """Two products and the selection of the active set."""
 HEAD_KERNELS = 2
 """Norm and product."""
-WORTH_PREDICTING = 0.8
-"""Share of the neurons that the union over a prompt's tokens may reach before the predictor is left out."""
 ACTIVATION_BYTES = 4
 """Of one number of the residual stream."""
 
@@ -150,9 +149,9 @@ class CostModel:
         self.clusters = -(-footprint.n_ff // cluster)
         self.bounds: Ints = np.minimum(np.arange(self.clusters + 1, dtype=np.int64) * cluster, footprint.n_ff)
         self.record_bytes = [sum(record) for record in footprint.records]
-        p = _checked(temperatures, footprint)
+        p = self._temperatures = _checked(temperatures, footprint)
         self._unions: dict[int, Floats] = {}
-        self.phases = self._phases(p)
+        self.phases = self._phases()
         self._tables = {phase.name: self._table(phase, p) for phase in self.phases}
         self._disk: dict[str, tuple[Floats, Ints]] = {}
         disk = machine.disk
@@ -167,6 +166,16 @@ class CostModel:
     def hot_share(self, layer: int, hot: int) -> float:
         """Share of the layer's activations that its first `hot` clusters own."""
         return float(self.share[layer, hot])
+
+    def alone(self, tokens: int, mode: FfnMode) -> Floats:
+        """Seconds that each layer's FFN takes in a step of `tokens` tokens, its predictor included: (n_layer).
+
+        All of it is in RAM: whatever the placement, a step shall be computed alike.
+        """
+        phase = Phase("alone", tokens, 1, 0, 1.0, mode)
+        scored = [self._predictor(phase, layer, Tier.RAM) for layer in range(self.footprint.n_layer)]
+        seconds: Floats = self._table(phase, self._temperatures).cpu[:, -1] + scored
+        return seconds
 
     def expected_rows(self, phase: Phase) -> Floats:
         """Gate, up and down rows that one pass computes of each cluster: (n_layer, clusters, 3)."""
@@ -256,15 +265,15 @@ class CostModel:
         """Seconds of one pass for the same."""
         return 0.0 if _computed_by(here) is _computed_by(there) else self._crossing(phase)
 
-    def _phases(self, p: Floats | None) -> tuple[Phase, ...]:
+    def _phases(self) -> tuple[Phase, ...]:
         w = self.workload
         decode = Phase("decode", w.batch, w.batch, w.position, 1 / w.batch, self.mode)
         if not w.prompt:
             return (decode,)
         tokens, mode = min(w.prompt, w.ubatch), self.mode
         if mode is FfnMode.PREDICTED:
-            union, every = self._rows(p, tokens, mode).sum(), self._rows(None, tokens, mode).sum()
-            mode = mode if union < WORTH_PREDICTING * every else FfnMode.DENSE
+            ways = [mode, FfnMode.EXACT] if tokens <= MOST_TOKENS else [FfnMode.EXACT]
+            mode = min(ways, key=lambda way: float(self.alone(tokens, way).sum()))
         return decode, Phase("prefill", tokens, 1, max(1, w.prompt // 2), w.prompt / tokens / w.output, mode)
 
     def _rows(self, p: Floats | None, tokens: int, mode: FfnMode) -> Floats:
@@ -296,7 +305,7 @@ class CostModel:
         flops: Floats = rows.sum(axis=-1) * 2.0 * f.n_embd * phase.tokens
 
         def prefix(side: Processor, bandwidth: float) -> Floats:
-            read = nbytes + apart * (1 / side.sparse - 1)
+            read = nbytes + apart * (1 / side.apart(phase.tokens) - 1)
             return _prefix(np.maximum(read / bandwidth, flops / side.flops))
 
         return _Table(

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from thermocline.activity.predictor import MOST_TOKENS
 from thermocline.config import DeviceKind, LoadSettings, Mode
 from thermocline.errors import BudgetError, OutputError, UsageError
 from thermocline.files.source import ModelSource
@@ -36,6 +35,7 @@ from thermocline.runtime.counting import FiringCounts, require_addable
 from thermocline.runtime.drift import Watch, drift_of
 from thermocline.runtime.engine import Engine
 from thermocline.runtime.placing import Placing, place, require_device
+from thermocline.runtime.planning import predicted_batches
 from thermocline.runtime.prediction import Prediction, choose_prediction
 from thermocline.runtime.sequence import TransformerSequence
 from thermocline.runtime.split import measured_of, remember
@@ -119,14 +119,15 @@ def load_model(
     weights = family.weights(source, spec)
     prediction = choose_prediction(source, spec, first_bytes(spec, weights), settings)
     threads = settings.threads or find_cores().threads
+    predictor = prediction.predictor
+    up_to = () if predictor is None else predicted_batches(source, spec, weights, predictor, tell)
     watch = _watch(source, spec, prediction.mode, settings)
     placing = place(source, settings, threads, make=make, tell=tell)
     plan, memory = placing.plan, placing.memory
     movable = Movable(memory) if settings.drift is not None and Tier.VRAM in memory.devices else None
     try:
         if plan is None:
-            scored = MOST_TOKENS if prediction.predictor is not None else 0
-            n_ctx, notices = _context(spec, settings, scored=scored, observed=watch is not None)
+            n_ctx, notices = _context(spec, settings, scored=max(up_to, default=0), observed=watch is not None)
             ubatch = settings.ubatch
         else:
             require_device(plan, memory)
@@ -137,7 +138,7 @@ def load_model(
             memory,
             n_ctx=n_ctx,
             mode=prediction.mode,
-            predictor=prediction.predictor,
+            predictor=predictor,
             mlock=settings.mlock,
             mapped=settings.mmap,
             progress=progress,
@@ -146,6 +147,7 @@ def load_model(
             store=placing.below.store,
             movable=movable,
             sent_from=() if movable is not None else placing.sent_from,
+            predicted_up_to=up_to,
         )
         notices = [*notices, *_sent_notices(transformer)]
         if tell is not None and placing.below.store is not None:

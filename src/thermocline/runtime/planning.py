@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from thermocline.files.gguf import GgufFile
 from thermocline.files.gpuidx import read_gpu_index, write_gpu_index
 from thermocline.files.sidecar import SidecarKind
 from thermocline.files.source import ModelSource
+from thermocline.files.weight import Weight
 from thermocline.hardware import catalogue
 from thermocline.hardware.disk import SMALLEST
 from thermocline.hardware.gpu import find_gpus
@@ -31,14 +32,16 @@ from thermocline.hardware.probe import Probe, emulated, machine_of, probe_machin
 from thermocline.memory.checks import first_bytes
 from thermocline.memory.kv_cache import kv_bytes_per_token
 from thermocline.model.families import family_of
+from thermocline.model.spec import ModelSpec
 from thermocline.model.tensors import has_records
 from thermocline.placement.budget import Budget, parse_budget, size_text
-from thermocline.placement.cost import LARGEST_CLUSTER, FfnMode, ffn_mode
+from thermocline.placement.cost import LARGEST_CLUSTER, CostModel, FfnMode, ffn_mode
 from thermocline.placement.footprint import Footprint, footprint_of
 from thermocline.placement.ledger import Purpose
 from thermocline.placement.plan import Plan, make_plan, plan_of
 from thermocline.placement.plan_file import plan_text
 from thermocline.placement.powerinfer import from_gpu_index, to_gpu_index
+from thermocline.placement.predicting import predicted_up_to
 from thermocline.placement.problem import LayerPlace, Placement, Problem
 from thermocline.placement.solver import Method, Solution, solve
 from thermocline.placement.workload import EMULATED, Overheads, Workload
@@ -433,6 +436,27 @@ def _as_in_file(order: Order) -> bool:
     """Whether the file has its neurons hottest first, but for neighbours."""
     moved = np.abs(order.order - np.arange(order.order.shape[1]))
     return float(moved.mean()) < LARGEST_CLUSTER
+
+
+def predicted_batches(
+    source: ModelSource,
+    spec: ModelSpec,
+    weights: Mapping[str, Weight],
+    predictor: Predictor,
+    tell: Callable[[str], None] | None = None,
+) -> tuple[int, ...]:
+    """For each layer, up to how many tokens of a step prediction is faster on this machine; see `predicted_up_to`.
+
+    What has not been measured of the machine is measured first, if the predictor's shares are known.
+    """
+    shares = _selected(FfnMode.PREDICTED, predictor)
+    if shares is None:
+        return (1,) * spec.n_layer
+    sizes = _predictor_bytes(predictor)
+    footprint = footprint_of(spec, weights, source.fingerprint, kv_token=0, predictor=sizes)
+    machine = machine_of(*probe_machine(any_disk=False, tell=tell))
+    heat = _temperatures(None, footprint, FfnMode.PREDICTED, predictor)
+    return predicted_up_to(CostModel(footprint, machine, Workload(), FfnMode.PREDICTED, heat))
 
 
 def _predictor_bytes(predictor: Predictor) -> tuple[int, ...]:
