@@ -28,7 +28,7 @@ TEXT = "def first(n):\n    return n + 1\n\n\nclass Second:\n    value = 3\n"
 SERVER = """
 import json, os, signal, sys
 import thermocline.api, thermocline.cli.main
-from thermocline.activity import capture
+from thermocline.activity import capture, fit_state
 from thermocline.files import atomic, resumable
 
 CHANGES = ("open", "write", "fsync", "ftruncate", "replace", "rename", "unlink", "mkdir", "rmdir", "fchmod")
@@ -53,7 +53,7 @@ def child(task, told):
     log = os.open(task["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    capture.SAVE_SECONDS = resumable.SAVE_SECONDS = task["save_seconds"]
+    capture.SAVE_SECONDS = fit_state.SAVE_SECONDS = resumable.SAVE_SECONDS = task["save_seconds"]
     if task["blind"]:  # as if the room had been taken after it was looked for
         atomic.require_space = resumable.require_space = lambda path, size: None
     calls = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,13 +11,16 @@ import pytest
 
 from thermocline.activity.capture import LayerData, pack_levels
 from thermocline.config import TrainDevice, TrainSettings
-from thermocline.errors import HardwareError
+from thermocline.errors import FingerprintError, HardwareError, ModelFormatError
+from thermocline.files.sidecar import update_info
 
 pytest.importorskip("torch")
 import torch
 
-from thermocline.activity import fitting
+from thermocline.activity import fit_state, fitting
+from thermocline.activity.fit_state import FitState
 from thermocline.activity.fitting import Fitter, fitters
+from thermocline.activity.pace import Pace
 from thermocline.activity.training_device import TrainingDevice
 
 N_EMBD, N_FF, ROWS, TOKENS = 1024, 96, 64, 4096
@@ -35,17 +39,90 @@ def test_a_text_that_repeats_itself() -> None:
     assert ((energy > 0) == told).mean() > 0.85
 
 
-# Devices. "cpu:0" is the CPU by a name of its own: here it stands for a GPU.
-
-SMALL = TrainSettings(epochs=1, batch=64)
-
-
 def some_data() -> tuple[LayerData, np.ndarray]:
     random = np.random.default_rng(3)
     x = random.standard_normal((256, 64)).astype(np.float16)
     first = random.standard_normal((N_FF, 64)).astype(np.float32)
     energy = np.maximum(x.astype(np.float32) @ first.T, 0)
     return LayerData(x, pack_levels(energy), x[:32], energy[:32].astype(np.float16)), first
+
+
+# A fit that goes on
+
+
+class KilledError(BaseException):
+    """What no handler of the program catches, as a kill."""
+
+
+FEW, FEW_STEPS = TrainSettings(epochs=2, batch=40, train_on="cpu"), 13
+
+
+@pytest.fixture
+def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the state of a fit is saved after every step."""
+    monkeypatch.setattr(fit_state, "SAVE_SECONDS", 0.0)
+    return tmp_path / "fit"
+
+
+def fit(path: Path, rank: int = 32, *, first: bool = True, killed_after: int = 0) -> tuple[list[int], bytes]:
+    """The tokens of each step that was made, and the matrices; empty where it was killed."""
+    data, rows = some_data()
+    made: list[int] = []
+
+    def tick(tokens: int) -> None:
+        made.append(tokens)
+        if len(made) == killed_after:
+            raise KilledError
+
+    try:
+        found = Fitter(data, rows if first else None, N_FF, FEW).fit(rank, 1.0, tick, FitState(path, "0" * 64, "m"))
+    except KilledError:
+        return made, b""
+    return made, found.fc1.tobytes() + found.fc2.tobytes()
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_killed_fit_goes_on_to_the_same_bits(path: Path, first: bool) -> None:
+    steps, wanted = fit(path.with_name("whole"), first=first)
+    assert len(steps) == FEW_STEPS
+    for after in (1, 2, 7, FEW_STEPS - 1):
+        assert fit(path, first=first, killed_after=after) == (steps[:after], b"")
+        assert fit(path, first=first) == (steps[after:], wanted)
+        path.unlink()
+    for _ in range(3):  # one step a start
+        assert fit(path, first=first, killed_after=1)[1] == b""
+    assert fit(path, first=first) == (steps[3:], wanted)
+
+
+def test_what_is_kept_of_another_fit_is_not_gone_on_with(path: Path) -> None:
+    whole = fit(path.with_name("whole"), 64)
+    fit(path, 32, killed_after=3)
+    assert fit(path, 64) == whole
+    fit(path, 32, killed_after=3)
+    with pytest.raises(FingerprintError):
+        FitState(path, "1" * 64, "other").begin(32, FEW_STEPS)
+
+
+@pytest.mark.parametrize("done", [0, FEW_STEPS, -1, True, "3", None])
+def test_a_state_that_says_nothing_sensible_is_refused(path: Path, done: Any) -> None:
+    fit(path, killed_after=3)
+    update_info(path, {"done": done})
+    with pytest.raises(ModelFormatError, match="does not tell how far"):
+        fit(path)
+
+
+def test_a_fit_is_saved_at_a_pace_and_never_at_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fit_state, "Pace", lambda most: Pace(most, lambda: 0.0))
+    fit(tmp_path / "fit")  # in less than a second, by this clock
+    assert not (tmp_path / "fit").exists()
+    monkeypatch.setattr(fit_state, "SAVE_SECONDS", 0.0)
+    fit(tmp_path / "fit")
+    assert FitState(tmp_path / "fit", "0" * 64, "m").begin(32, FEW_STEPS)[0] == FEW_STEPS - 1
+
+
+# Devices. "cpu:0" is the CPU by a name of its own: here it stands for a GPU.
+
+SMALL = TrainSettings(epochs=1, batch=64)
 
 
 @pytest.fixture

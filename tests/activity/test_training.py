@@ -224,6 +224,23 @@ def test_a_run_killed_early_has_its_first_sequence(run: Run, tmp_path: Path, mon
     assert same(tmp_path / "x", tmp_path / "whole")
 
 
+@pytest.mark.parametrize("rank", [32, 0])
+def test_a_kill_within_the_fit_of_a_layer_loses_none_of_its_steps(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int
+) -> None:
+    whole: list[str] = []
+    run("whole", rank=rank, progress=lambda step: whole.append(step.doing))
+    monkeypatch.setattr("thermocline.activity.fit_state.SAVE_SECONDS", 0.0)
+    for killed in range(whole.index(next(line for line in whole if line.startswith("layer"))) + 1, len(whole), 5):
+        left: list[str] = []
+        with pytest.raises(KilledError):
+            run(rank=rank, progress=kill_after(killed))
+        assert run(rank=rank, progress=lambda step, left=left: left.append(step.doing)).resumed
+        assert left in (whole[killed:], whole[killed - 1 :])  # what a fit's last step made is kept with its layer
+        assert same(tmp_path / "x", tmp_path / "whole")
+        (tmp_path / "x").unlink()
+
+
 def test_a_kill_between_the_result_and_the_end_trains_nothing_twice(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

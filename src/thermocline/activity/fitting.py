@@ -13,7 +13,7 @@ unit, which looks the other way.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
@@ -23,6 +23,7 @@ import numpy.typing as npt
 import torch
 
 from thermocline.activity.capture import LayerData
+from thermocline.activity.fit_state import Arrays, FitState
 from thermocline.activity.training_device import TrainingDevice
 from thermocline.config import TrainSettings
 from thermocline.errors import NumericalError
@@ -39,6 +40,8 @@ FAN_IN: Final = 256
 """Inputs up to which the learning rate is as it is set; more inputs move an output more, and have a smaller one."""
 WARM_UP: Final = 0.1
 """Share of the steps in which the learning rate rises."""
+MOMENTS: Final = ("exp_avg", "exp_avg_sq")
+"""What the optimizer knows of a matrix, beside the number of steps."""
 SPREAD: Final = 2.0
 """Standard deviation of the scores at the start: what a cross-entropy tells apart."""
 
@@ -83,29 +86,44 @@ class Fitter:
         sample /= scale
         return scale, sample.mean(0), None if first is None else self._directions(self._tensor(first), sample)
 
-    def fit(self, rank: int, share: float = 1.0, tick: Callable[[int], None] | None = None) -> Fitted:
+    def fit(
+        self,
+        rank: int,
+        share: float = 1.0,
+        tick: Callable[[int], None] | None = None,
+        state: FitState | None = None,
+    ) -> Fitted:
         """A predictor of `rank`, after `share` of all steps; `tick` is called with the tokens of each step.
 
-        The same data, settings and rank give the same numbers on the same machine with the same threads.
+        The same data, settings and rank give the same numbers on the same machine with the same threads, and also where
+        a fit goes on from what is kept in `state`.
 
         Raises:
             NumericalError: the loss is not finite.
             HardwareError: a memory does not do.
+            OutputError: the state could not be written.
         """
-        return self._device.run(lambda: self._fit(rank, share, tick))
+        return self._device.run(lambda: self._fit(rank, share, tick, state))
 
-    def _fit(self, rank: int, share: float, tick: Callable[[int], None] | None) -> Fitted:
+    def _fit(self, rank: int, share: float, tick: Callable[[int], None] | None, state: FitState | None) -> Fitted:
         random = np.random.default_rng([self._settings.seed, rank])
         fc1, fc2 = (matrix.requires_grad_() for matrix in self._initial(rank, random))
         groups = [{"params": [matrix], "scale": min(FAN_IN / matrix.shape[1], 1.0)} for matrix in (fc1, fc2)]
         optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0)
         batch = min(self._settings.batch, max(len(self._data.x), 1))
         steps = max(1, round(share * self._settings.epochs * len(self._data.x) / batch))
-        for step in range(steps):
+        done, kept = (0, {}) if state is None else state.begin(rank, steps)
+        if done:
+            _restore(optimizer, {"fc1": fc1, "fc2": fc2}, kept, done)
+        for _ in range(done):
+            self._starts(random, batch)  # what these steps drew
+        for step in range(done, steps):
             rate = min((step + 1) / max(WARM_UP * steps, 1), 1.0) * (1 - step / steps)
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["scale"] * self._settings.learning_rate
             loss = self._step(fc1, fc2, optimizer, *self._batch(random, batch))
+            if state is not None:
+                state.save(rank, steps, step + 1, lambda: _state(optimizer, {"fc1": fc1, "fc2": fc2}))
             if tick is not None:
                 tick(batch)
         if not bool(torch.isfinite(loss)):
@@ -136,10 +154,13 @@ class Fitter:
             scores: Floats = (hidden @ self._tensor(fitted.fc2).T).cpu().numpy()
         return scores
 
-    def _batch(self, random: np.random.Generator, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _starts(self, random: np.random.Generator, count: int) -> npt.NDArray[np.int64]:
+        """Where the runs of a batch begin."""
         length = min(RUN, count)
-        starts = random.integers(0, len(self._data.x) - length + 1, -(-count // length))
-        rows = (starts[:, None] + np.arange(length)).reshape(-1)[:count]
+        return random.integers(0, len(self._data.x) - length + 1, -(-count // length))
+
+    def _batch(self, random: np.random.Generator, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = (self._starts(random, count)[:, None] + np.arange(min(RUN, count))).reshape(-1)[:count]
         packed = torch.from_numpy(np.ascontiguousarray(self._data.level[rows])).to(self._device.name)
         level = torch.stack([packed & 15, packed >> 4], dim=2).flatten(1)[:, : self._n_ff]
         return self._tensor(self._data.x[rows]) / self._scale, level
@@ -176,6 +197,25 @@ class Fitter:
 
     def _tensor(self, values: npt.NDArray[Any]) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(values, np.float32)).to(self._device.name)
+
+
+def _state(optimizer: torch.optim.Optimizer, matrices: Mapping[str, torch.Tensor]) -> dict[str, npt.NDArray[Any]]:
+    """All that the next step depends on."""
+    arrays = {}
+    for name, matrix in matrices.items():
+        arrays[name] = matrix.detach().cpu().numpy()
+        for moment in MOMENTS:
+            arrays[f"{name}.{moment}"] = optimizer.state[matrix][moment].cpu().numpy()
+    return arrays
+
+
+def _restore(optimizer: torch.optim.Optimizer, matrices: Mapping[str, torch.Tensor], kept: Arrays, steps: int) -> None:
+    """Put back what `_state` gave after so many steps, into memory that torch itself gave, where it computes alike."""
+    with torch.no_grad():
+        for name, matrix in matrices.items():
+            matrix.copy_(torch.from_numpy(kept[name].copy()))
+            moments = {m: torch.zeros_like(matrix).copy_(torch.from_numpy(kept[f"{name}.{m}"].copy())) for m in MOMENTS}
+            optimizer.state[matrix] = {"step": torch.tensor(float(steps)), **moments}
 
 
 def _moments(sample: torch.Tensor) -> torch.Tensor:

@@ -6,9 +6,10 @@ predictor and selected rows of the first matrix are the fewest bytes a token. So
 5.1 (Song et al., SOSP 2024). Where no rank is worth it, the layer gets the smallest predictor there is, which selects
 every neuron.
 
-What is done is kept in OUTPUT.work: the data read so far, every fit of a search, every finished layer. A run that was
-killed goes on from there; one with other settings goes on from the data, as far as these do not depend on them. Where
-the disk has not room for the data of all layers at once, the texts are read several times, for some layers each.
+What is done is kept in OUTPUT.work: the data read so far, every fit of a search, how far the current one is, every
+finished layer. A run that was killed goes on from there; one with other settings goes on from the data, as far as these
+do not depend on them. Where the disk has not room for the data of all layers at once, the texts are read several times,
+for some layers each.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import numpy.typing as npt
 
 from thermocline.activity.calibration import Calibration, Quality, calibrate
 from thermocline.activity.capture import STATE, Capture, LayerData, layers_at_once
+from thermocline.activity.fit_state import FitState
 from thermocline.activity.predictor import RANK_UNIT, Predictor, in_format, load_predictor, save_predictor
 from thermocline.activity.profile import Runner
 from thermocline.activity.statistics import Activity
@@ -46,6 +48,7 @@ GRID: Final = tuple(RANK_UNIT * k for k in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48
 SEARCH_SHARE: Final = 1 / 3
 """Share of the steps that a fit of the search takes."""
 _FITTED: Final = "{}.layer.safetensors"
+_FIT: Final = "{}.fit.safetensors"
 _SEARCH: Final = "{}.search"
 
 
@@ -62,7 +65,13 @@ class Matrices(Protocol):
 class LayerFitter(Protocol):
     """Fits one layer; see `fitting.Fitter`."""
 
-    def fit(self, rank: int, share: float = 1.0, tick: Callable[[int], None] | None = None) -> Matrices: ...
+    def fit(
+        self,
+        rank: int,
+        share: float = 1.0,
+        tick: Callable[[int], None] | None = None,
+        state: FitState | None = None,
+    ) -> Matrices: ...
 
     def scores(self, fitted: Any, x: npt.NDArray[np.float16]) -> Floats: ...
 
@@ -152,7 +161,8 @@ def train(
         read = place.read_state(STATE).get("tokens", 0)
         if read and notice is not None:
             notice(_other_settings(read, found, identity))
-        return [*place.folder.glob(_FITTED.format("*")), *place.folder.glob(_SEARCH.format("*") + ".json")]
+        made = (_FITTED, _FIT, _SEARCH + ".json")
+        return [file for name in made for file in place.folder.glob(name.format("*"))]
 
     with place.occupied(restart=restart, useless=useless):
         run = _Run(learner, corpus, settings, make_fitter, place, activity, progress)
@@ -279,6 +289,7 @@ class _Run:
         tensors = {"fc1": made.fc1, "fc2": made.fc2}
         path, info = self._checkpoint(layer), {"layer": told}
         write_sidecar(path, SidecarKind.JOURNAL, learner.fingerprint, info, tensors, model_name=learner.name)
+        self._state(layer).forget()
 
     def _search(self, layer: int, data: LayerData, fitter: LayerFitter, tried: dict[str, Any]) -> int:
         """The rank of the grid from which neither neighbour is cheaper, beginning at what the activity suggests."""
@@ -320,11 +331,14 @@ class _Run:
             rate = done / (time.perf_counter() - began)
             self._tell(layer / self._n_layer, f"layer {layer + 1} of {self._n_layer}, rank {rank}", rate)
 
-        fitted = fitter.fit(rank, share, tick)
+        fitted = fitter.fit(rank, share, tick, self._state(layer))
         made = in_format(_layer(fitted.fc1, fitted.fc2), self._format)
         rounded = _Rounded(to_float(made.fc1), to_float(made.fc2))
         goals = {"energy_recall": self._settings.energy_recall, "recall": self._settings.recall}
         return made, calibrate(partial(fitter.scores, rounded), data.check, data.energy, **goals)
+
+    def _state(self, layer: int) -> FitState:
+        return FitState(self._place.folder / _FIT.format(layer), self._learner.fingerprint, self._learner.name)
 
     @property
     def _format(self) -> BlockFormat:
