@@ -225,7 +225,6 @@ def test_pairs_reach_the_depths_that_were_asked_for() -> None:
 
 def test_what_cannot_drift_says_so(tiny_model: Path, tiny_silu: Path, tmp_path: Path) -> None:
     for settings, words in (
-        ({"device": "cuda", "drift": "auto"}, "captured"),
         ({"mode": "dense", "drift": "auto"}, "all neurons alike"),
         ({"device": "emulated", "vram_budget": "60KB", "ctx_size": 64, "drift": "0"}, "allowed"),
         ({"device": "emulated", "vram_budget": "60KB", "ctx_size": 64, "drift": "fast"}, "drift is"),

@@ -235,7 +235,8 @@ class BufferedAllocator:
             staging.copy(self._bytes_of(source), rows, out, arena)
         if isinstance(source, Source):
             self._used(source)
-        slot._matrix = ops.place(Weight(like.name, like.format, (slot.count, like.columns), out))
+        if slot.room is None:  # a room is placed as a whole, once it is full
+            slot._matrix = ops.place(Weight(like.name, like.format, (slot.count, like.columns), out))
         if slot.tier is Tier.RAM:
             slot.host = ops.to_host(out)
             done.host_bytes.append(slot.host)

@@ -4,6 +4,9 @@ Every record has a slot: those of a tier lie in arrays that layers of one shape 
 So a record of any layer can be exchanged with any other one of its shape, in place: nothing is allocated, and the
 ledger stays true. What is cold on disk needs no slot; there a record is copied up and the other one let go. Biases are
 found by a neuron's place and not by its slot: they are written anew after every exchange.
+
+On a GPU, whose steps are replayed as they were captured, every layer keeps its depth: neurons are exchanged within a
+layer, and the tables, biases and predictor rows that the recorded kernels read are overwritten where they lie.
 """
 
 from __future__ import annotations
@@ -18,11 +21,12 @@ from thermocline.files.quantize import to_float
 from thermocline.files.weight import Bytes, Weight
 from thermocline.hardware.machine import Tier
 from thermocline.memory.allocator import Room
-from thermocline.memory.arena import Arena, Memory
+from thermocline.memory.arena import Memory
 from thermocline.memory.disk_store import DiskNeurons
 from thermocline.memory.neuron_store import ResidentNeurons
+from thermocline.memory.slots import Biases, RowKeeper, Slots, put_rows
 from thermocline.model.feed_forward import FeedForward, Neurons
-from thermocline.ops.contract import Array, FfnKind, Matrix, NeuronBlock
+from thermocline.ops.contract import Array, FfnKind
 from thermocline.ops.device import Device
 from thermocline.placement.ledger import Purpose
 from thermocline.placement.problem import MOVING_BYTES
@@ -32,61 +36,6 @@ Named = npt.NDArray[np.int64]
 """Neurons (n, 2): layer, and number by the file."""
 Shape = tuple[tuple[str, int], ...]
 """Format and columns of each matrix of a record."""
-
-
-@dataclass(slots=True)
-class Slots:
-    """One tier's slots for records of one shape: a room for each of its matrices."""
-
-    device: Device
-    likes: tuple[Weight, ...]
-    rooms: tuple[Room, ...]
-    _matrices: tuple[Matrix, ...] = ()
-
-    @property
-    def count(self) -> int:
-        """Records that there is room for."""
-        return self.rooms[0].rows
-
-    @property
-    def bytes_of_rows(self) -> list[Bytes]:
-        """Of each matrix the rows in all slots, as the host sees them."""
-        return [self.device.ops.to_host(room.array) for room in self.rooms]
-
-    def block(self, kind: FfnKind, at: Ints, up_bias: Array | None) -> NeuronBlock:
-        """The neurons in the slots `at`, with biases (neurons) in that order."""
-        if not self._matrices:
-            shapes = ((like.name, like.format, (self.count, like.columns)) for like in self.likes)
-            pairs = zip(shapes, self.rooms, strict=True)
-            self._matrices = tuple(self.device.ops.place(Weight(*shape, room.array)) for shape, room in pairs)
-        gate = self._matrices[0] if len(self._matrices) == 3 else None
-        up, down = self._matrices[-2:]
-        return NeuronBlock(gate, up, down, records=True, kind=kind, neurons=len(at), up_bias=up_bias, rows=at)
-
-
-@dataclass(slots=True)
-class Biases:
-    """The biases of all neurons that one tier's device computes, layer after layer, float32 (count)."""
-
-    arena: Arena
-    purpose: Purpose
-    count: int = 0
-    _array: Array | None = None
-
-    def take(self, neurons: int) -> int:
-        """Have room for so many more; the first of them."""
-        self.count += neurons
-        return self.count - neurons
-
-    def put(self, start: int, values: npt.NDArray[np.float32]) -> Array | None:
-        """Write values (n) from `start` on; where they are, None if there are none."""
-        if not len(values):
-            return None
-        if self._array is None:
-            self._array = self.arena.array((self.count,), "float32", self.purpose)
-        part = self._array[start : start + len(values)]
-        self.arena.device.ops.upload(values, part)
-        return part
 
 
 @dataclass(slots=True)
@@ -110,7 +59,8 @@ class MovableLayer:
     """One layer's neurons: `order` (n_ff) are their numbers by place, `at` (n_ff) their slots, as far as they have any.
 
     Places before `hot` are in `fast`; the rest is in `slow`, or where that is None on disk, `cold` (None where nothing
-    can be). `scored` are the predictor's rows, as the file has them and as they are placed.
+    can be). `scored` are the predictor's rows, as the file has them, as they are placed, and by which device. `still`
+    neurons stay where they are. `table` (hot) is `at` for a device that cannot reach the host's.
     """
 
     kind: FfnKind
@@ -121,8 +71,10 @@ class MovableLayer:
     slow: Slots | None
     cold: DiskNeurons | None
     ffn: FeedForward | None = None
-    scored: tuple[Weight, Array] | None = None
+    scored: tuple[Weight, Array, Device] | None = None
     biases: LayerBiases | None = None
+    still: bool = False
+    table: Array | None = None
 
     @property
     def record_bytes(self) -> int:
@@ -132,14 +84,15 @@ class MovableLayer:
     @property
     def can_move(self) -> bool:
         """Whether there is another place for its neurons."""
-        return self.fast.count > 0 and (self.slow is not None or self.cold is not None)
+        return not self.still and self.fast.count > 0 and (self.slow is not None or self.cold is not None)
 
     def parts(self) -> list[Neurons]:
         """The slices that the tiers compute."""
         found: list[Neurons] = []
         hot_bias, cold_bias = (None, None) if self.biases is None else self.biases.parts
         if self.hot:
-            block = self.fast.block(self.kind, self.at[: self.hot], hot_bias)
+            at = self.at[: self.hot] if self.table is None else self.table
+            block = self.fast.block(self.kind, at, hot_bias)
             found.append(ResidentNeurons(self.fast.device, 0, self.hot, block))
         if self.hot < len(self.order):
             if self.slow is None:
@@ -161,28 +114,34 @@ class MovableLayer:
         arrives = np.isin(before[self.hot :], promoted)
         upper = _replaced(before[: self.hot], self.at[: self.hot], leaves, promoted, slots)
         lower = _replaced(before[self.hot :], self.at[self.hot :], arrives, demoted, left)
-        self.order, self.at = (np.concatenate(both) for both in zip(upper, lower, strict=True))
+        self.order, self.at[...] = (np.concatenate(both) for both in zip(upper, lower, strict=True))
         self.hot = len(upper[0])
         if self.cold is not None and self.slow is None:
             self.cold.cut_anew(self.hot, lower[0])
         if self.scored is None:
             return 0
-        weight, array = self.scored
-        changed = np.flatnonzero(self.order != before)
-        array[changed] = weight.data[self.order[changed]]
+        weight, array, device = self.scored
+        changed = np.flatnonzero(self.order != before).astype(np.int32)
+        put_rows(device, array, weight.format, changed, weight.data[self.order[changed]])
         return len(changed) * int(weight.data.shape[1])
 
     def settle(self) -> None:
         """Compute with the neurons where they are by now."""
         assert self.ffn is not None
+        if self.table is not None:
+            self.fast.device.ops.upload(self.at[: self.hot], self.table)
         self.ffn.cut_anew(self.parts(), self.order)
 
 
 @dataclass(slots=True)
 class Movable:
-    """Every layer's neurons in slots of `memory`."""
+    """Every layer's neurons in slots of `memory`.
+
+    With `within` every layer keeps its depth, and neurons of layers that are not cut stay where they are.
+    """
 
     memory: Memory
+    within: bool = False
     layers: list[MovableLayer] = field(default_factory=list)
     _slots: dict[tuple[Tier, Shape], Slots] = field(default_factory=dict)
     _biases: dict[tuple[Tier, Shape], Biases] = field(default_factory=dict)
@@ -196,9 +155,24 @@ class Movable:
             self._slots[tier, shape] = Slots(self.memory.devices[tier], tuple(likes), rooms)
         return self._slots[tier, shape]
 
+    def add_still(self, kind: FfnKind, n_ff: int, hot: int) -> None:
+        """The next layer's neurons stay where they are, in the file's order."""
+        nowhere = Slots(self.memory.devices[Tier.VRAM], (), ())
+        order, at = np.arange(n_ff, dtype=np.int32), np.full(n_ff, -1, np.int32)
+        self.layers.append(MovableLayer(kind, order, hot, at, nowhere, None, None, still=True))
+
     def biases(self, tier: Tier, likes: Sequence[Weight], purpose: Purpose) -> Biases:
         """The biases of a tier's neurons with records like these matrices; of those on disk they are in RAM."""
         return self._biases.setdefault((tier, _shape(likes)), Biases(self.memory.arenas[tier], purpose))
+
+    def table(self, at: Ints) -> Array | None:
+        """A copy of hot neurons' slots where their device reads it; None where that reads the host's memory."""
+        ops = self.memory.devices[Tier.VRAM].ops
+        if not isinstance(ops, RowKeeper) or not len(at):
+            return None
+        table = self.memory.arenas[Tier.VRAM].array(at.shape, "int32", Purpose.GRAPHS)
+        ops.upload(at, table)
+        return table
 
     def reserve(self) -> None:
         """Take the buffer that records pass through.
@@ -214,11 +188,13 @@ class Movable:
         found: dict[int, list[int]] = {}
         for index, layer in enumerate(self.layers):
             if layer.can_move:
-                found.setdefault(id(layer.fast), []).append(index)
+                found.setdefault(index if self.within else id(layer.fast), []).append(index)
         return list(found.values())
 
     def exchange(self, promoted: Named, demoted: Named) -> int:
         """Exchange each cold neuron of `promoted` with the hot one of `demoted`, both of one group; bytes moved.
+
+        Groups of layers that share their slots can be taken together.
 
         Raises:
             HardwareError: a record could not be read; those before it have moved, and the rest is as it was.
@@ -256,11 +232,14 @@ class Movable:
         if layer.slow is None:
             return self._copy_from_disk(promoted, fast)
         assert self._stage is not None
-        for up, down in zip(layer.fast.bytes_of_rows, layer.slow.bytes_of_rows, strict=True):
-            shape, size = (len(fast), up.shape[1]), len(fast) * up.shape[1]
-            hot = np.take(up, fast, axis=0, out=self._stage[:size].reshape(shape))
-            cold = np.take(down, slow, axis=0, out=self._stage[self._half : self._half + size].reshape(shape))
-            up[fast], down[slow] = cold, hot
+        for matrix, room in enumerate(layer.fast.rooms):
+            shape, size = (len(fast), room.row_bytes), len(fast) * room.row_bytes
+            hot = self._stage[:size].reshape(shape)
+            cold = self._stage[self._half : self._half + size].reshape(shape)
+            layer.fast.read(matrix, fast, hot)
+            layer.slow.read(matrix, slow, cold)
+            layer.fast.write(matrix, fast, cold)
+            layer.slow.write(matrix, slow, hot)
         return int(2 * len(fast) * layer.record_bytes)
 
     def _copy_from_disk(self, promoted: Named, fast: Ints) -> int:
@@ -281,8 +260,8 @@ class Movable:
                 records = layer.cold.rows_of(places[start : start + room].astype(np.int32))
                 for rows, found in zip(staged, records, strict=True):
                     rows[mine[start : start + room]] = found
-        for up, rows in zip(first.fast.bytes_of_rows, staged, strict=True):
-            up[fast] = rows
+        for matrix, rows in enumerate(staged):
+            first.fast.write(matrix, fast, rows)
         return int(count * first.record_bytes)
 
     def _enter(self, promoted: Named, fast: Ints, demoted: Named, slow: Ints) -> int:
@@ -299,7 +278,7 @@ class Movable:
 
     def _with_biases(self, one: MovableLayer) -> list[MovableLayer]:
         """The layers whose biases lie beside those of `one`, all written anew."""
-        found, at = [layer for layer in self.layers if layer.fast is one.fast], (0, 0)
+        found, at = [layer for layer in self.layers if layer.fast is one.fast and layer.biases is not None], (0, 0)
         for layer in found:
             assert layer.biases is not None
             at = layer.biases.lay(layer.order, layer.hot, at)

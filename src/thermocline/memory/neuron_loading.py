@@ -49,11 +49,19 @@ class NeuronLoading:
 
     def order_of(self, index: int) -> Orders | None:
         """The order in which a layer is cut; None where it is not cut, or has columns that cannot be moved."""
-        if self.movable is not None and self.has_records(index):  # what is not cut yet may be later
+        if self.moves(index):
             known = None if self.order is None else self.order[index]
             return np.arange(self.account.spec.n_ff, dtype=np.int32) if known is None else known
-        cut = len(slices(self.account.seats.layers[index], self.account.spec.n_ff)) > 1
-        return self.order[index] if self.order is not None and cut and self.has_records(index) else None
+        return self.order[index] if self.order is not None and self.cut(index) and self.has_records(index) else None
+
+    def cut(self, index: int) -> bool:
+        """Whether several tiers have neurons of a layer."""
+        return len(slices(self.account.seats.layers[index], self.account.spec.n_ff)) > 1
+
+    def moves(self, index: int) -> bool:
+        """Whether a layer's neurons may change places: what is not cut yet may be later, where depths change."""
+        movable = self.movable
+        return movable is not None and self.has_records(index) and (self.cut(index) or not movable.within)
 
     def feed_forward(self, index: int) -> Later[FeedForward]:
         """Queue every tier's slice of a layer's neurons."""
@@ -61,7 +69,7 @@ class NeuronLoading:
         gate = self.account.weights[blk + "ffn_gate.weight"] if spec.ffn.gated else None
         up = self.account.weights[blk + "ffn_up.weight"]
         down, records, order = self.down(blk), self.has_records(index), self.order_of(index)
-        if self.movable is not None and order is not None:
+        if self.movable is not None and order is not None and self.moves(index):
             matrices = [up, down] if gate is None else [gate, up, down]
             return self.movable_parts(index, matrices, order, self.movable)
         parts: list[Later[Neurons]] = []
@@ -90,9 +98,14 @@ class NeuronLoading:
             if tier is Tier.RAM and Tier.VRAM in self.account.memory.devices:
                 travelling = partial(self.travelling_part, (start, stop), slots, records, bias, rows)
                 self.travelling[index, start] = travelling
-        return lambda: self.with_sent(
-            index, FeedForward.of(self.account.device(seat.home), [part() for part in parts], order)
-        )
+
+        def build() -> FeedForward:
+            ffn = FeedForward.of(self.account.device(seat.home), [part() for part in parts], order)
+            if self.movable is not None:
+                self.movable.add_still(spec.ffn, spec.n_ff, seat.hot)
+            return self.with_sent(index, ffn)
+
+        return build
 
     def with_sent(self, index: int, ffn: FeedForward) -> FeedForward:
         """The layer, with what travels to VRAM in long prompts."""
@@ -173,8 +186,9 @@ class NeuronLoading:
             on_disk = None if cold is None else cold()
             assert on_disk is None or isinstance(on_disk, DiskNeurons)
             scored = self.scored[index] if self.scored else None
-            placed = None if scored is None else (scored[0], scored[1].array)
-            layer = MovableLayer(spec.ffn, order, seat.hot, at, fast, slow, on_disk, scored=placed, biases=biases)
+            placed = None if scored is None else (scored[0], scored[1].array, self.account.device(scored[1].tier))
+            table = movable.table(at[: seat.hot])
+            layer = MovableLayer(spec.ffn, order, seat.hot, at, fast, slow, on_disk, None, placed, biases, table=table)
             if biases is not None:
                 biases.lay(order, seat.hot, places)
                 self.account.vector_bytes += 4 * spec.n_ff

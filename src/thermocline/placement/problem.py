@@ -22,6 +22,8 @@ from thermocline.placement.workload import Overheads, Workload
 
 MOVING_BYTES = 1 << 20
 """Of RAM: what records pass through that change places while a model runs."""
+TABLE_BYTES = 4
+"""Of a GPU, for each neuron: where it lies, if it may change places."""
 
 SCALE_BYTES = 8
 """Of a neuron, where the CPU's kernels compute: the largest scale and minimum of its down row, which they keep."""
@@ -134,7 +136,8 @@ class Problem:
         if self.machine.gpu is not None or self.machine.disk is not None:
             demands.append(Demand(tier, Purpose.STAGING, max(o.staging, o.reading * disk) + f.biases * disk + moving))
         if tier is Tier.VRAM:
-            demands.append(Demand(tier, Purpose.GRAPHS, o.graphs))
+            tables = TABLE_BYTES * f.n_ff * f.n_layer if self.watched and o.unpacks else 0
+            demands.append(Demand(tier, Purpose.GRAPHS, o.graphs + tables))
         return demands
 
     def room(self, tier: Tier) -> int:

@@ -1,7 +1,8 @@
 """Drift: text of another kind warms other neurons, and between requests these take the places of those that cooled.
 
 The depths are solved again with the temperatures seen, everything else staying where it is; then hot and cold neurons
-are exchanged in pairs, those first whose temperatures differ most, until the bytes that may be moved are spent. Below
+are exchanged in pairs, those first whose temperatures differ most, until the bytes that may be moved are spent. A GPU
+keeps its depths, with which its steps were captured. Below
 `MARGIN` an exchange would take longer than it saves in the next hundred tokens. What is on disk lies in a cache that
 keeps what is used anyway; there, the hottest records that it lacks are read ahead.
 """
@@ -9,6 +10,7 @@ keeps what is used anyway; there, the hottest records that it lacks are read ahe
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,7 +20,7 @@ import numpy.typing as npt
 from thermocline.activity.predictor import Predictor
 from thermocline.errors import BudgetError, ThermoclineError, UsageError, printable
 from thermocline.memory.disk_store import DiskStore
-from thermocline.memory.movable import Movable
+from thermocline.memory.movable import Movable, MovableLayer
 from thermocline.placement.budget import Budget, BudgetKind, parse_budget
 from thermocline.placement.plan import Plan
 from thermocline.placement.problem import LayerPlace, Placement, Problem
@@ -29,6 +31,7 @@ from thermocline.runtime.planning import as_for_a_gpu, computed
 
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
+Ints = npt.NDArray[np.int64]
 
 SHARE = 0.05
 """Of what the memories can carry, in mode auto: moving then takes a twentieth of the time at most."""
@@ -78,6 +81,8 @@ class Drift:
     rate: float
     movable: Movable | None
     store: DiskStore | None
+    rest: Callable[[], None] | None = None
+    """Returns when nobody computes with the neurons."""
     failed: str = ""
     _last: float = 0.0
 
@@ -97,6 +102,8 @@ class Drift:
         hot_before = self._hot_share()
         neurons = nbytes = 0
         try:
+            if self.rest is not None:
+                self.rest()
             if self.movable is not None:
                 neurons, nbytes = self._exchange(self.movable, temperatures, left)
             if self.store is not None and left > nbytes:
@@ -126,21 +133,23 @@ class Drift:
 
     def _exchange(self, movable: Movable, temperatures: Floats, left: int) -> tuple[int, int]:
         """Exchange neurons between tiers, at most `left` bytes of them; neurons and bytes moved."""
-        depths = self._depths(movable, temperatures)
-        hot = self._hot(movable)
-        neurons = nbytes = 0
+        depths, hot = self._depths(movable, temperatures), self._hot(movable)
+        found = []
         for group in movable.groups():
-            promoted, demoted = _pairs(temperatures[group], hot[group], [depths[i] for i in group])
-            layer = movable.layers[group[0]]
-            cost = layer.record_bytes * (2 if layer.slow is not None else 1)
-            if layer.scored is not None:
-                cost += 2 * layer.scored[0].data.shape[1]
-            count = min(len(promoted), max(0, left - nbytes) // cost)
-            for named in (promoted, demoted):
+            pairs = _pairs(temperatures[group], hot[group], [depths[i] for i in group])
+            for named in pairs:
                 named[:, 0] = np.asarray(group)[named[:, 0]]
-            nbytes += movable.exchange(promoted[:count], demoted[:count])
-            neurons += count
-        return neurons, nbytes
+            found.append(pairs)
+        if not found:
+            return 0, 0
+        promoted, demoted = (np.concatenate(each) for each in zip(*found, strict=True))
+        gain = temperatures[tuple(promoted.T)] - temperatures[tuple(demoted.T)]
+        best = np.argsort(-gain, kind="stable")
+        costs = np.array([_cost(layer) for layer in movable.layers])[promoted[best, 0]]
+        best = best[np.cumsum(costs) <= left]
+        return len(best), sum(
+            movable.exchange(promoted[each], demoted[each]) for each in _by_slots(movable, promoted, best)
+        )
 
     def _hot(self, movable: Movable) -> Bools:
         """Which neurons are in the fastest memory (n_layer, n_ff)."""
@@ -152,6 +161,8 @@ class Drift:
     def _depths(self, movable: Movable, temperatures: Floats) -> list[int]:
         """How deep VRAM should reach into each layer, were its neurons in the order of these temperatures."""
         now = [layer.hot for layer in movable.layers]
+        if movable.within:
+            return now
         heat = computed(temperatures, self.problem.mode, self.predictor)
         taken = {tier: max(self.plan.bytes_of(tier), 1) for tier in self.problem.limits}
         problem = replace(self.problem, temperatures=heat, budgets={**self.problem.limits, **taken})
@@ -201,7 +212,19 @@ class Watch:
             add_to(self.path, self.counts.activity(fingerprint, name, mode))
 
 
-def _pairs(temperatures: Floats, hot: Bools, depths: list[int]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+def _cost(layer: MovableLayer) -> int:
+    """Bytes that an exchange of two neurons moves."""
+    rows = 0 if layer.scored is None else 2 * layer.scored[0].data.shape[1]
+    return layer.record_bytes * (2 if layer.slow is not None else 1) + rows
+
+
+def _by_slots(movable: Movable, promoted: Ints, pairs: Ints) -> list[Ints]:
+    """Pairs of neurons, by the slots that their layers share."""
+    slots = np.array([id(layer.fast) for layer in movable.layers])[promoted[pairs, 0]]
+    return [pairs[slots == each] for each in dict.fromkeys(slots.tolist())]
+
+
+def _pairs(temperatures: Floats, hot: Bools, depths: list[int]) -> tuple[Ints, Ints]:
     """Cold neurons and the hot ones that they should replace (n, 2): (layer of the group, number), best first.
 
     As many are hot afterwards as before. `depths` says how many of each layer; where these are not as many in all, the

@@ -129,7 +129,7 @@ class Engine:
             with sheltered(self._files):
                 step = self._sequence.step(tokens[start:stop], start, logits=stop == len(tokens))
             self._held.extend(prompt[start:stop])
-            if self.watch is not None:
+            if self.watch is not None and step.counted:
                 self.watch.counts.end_step(stop - start)
             start = stop
             if step.logits is not None:
@@ -151,7 +151,7 @@ class Engine:
         with sheltered(self._files):
             step = self._sequence.step(self._token, position, logits=True)
         self._held.append(token)
-        if self.watch is not None:
+        if self.watch is not None and step.counted:
             self.watch.counts.end_step(1)
         self.bytes_read += self.traffic.step(step.work, position)
         self.fired += step.work.fired

@@ -124,7 +124,10 @@ def load_model(
     watch = _watch(source, spec, prediction.mode, settings)
     placing = place(source, settings, threads, make=make, tell=tell)
     plan, memory = placing.plan, placing.memory
-    movable = Movable(memory) if settings.drift is not None and Tier.VRAM in memory.devices else None
+    movable = None
+    if settings.drift is not None and Tier.VRAM in memory.devices:
+        movable = Movable(memory, within=settings.device is DeviceKind.CUDA)
+    counts = None if watch is None else watch.counts
     try:
         if plan is None:
             n_ctx, notices = _context(spec, settings, scored=max(up_to, default=0), observed=watch is not None)
@@ -149,7 +152,7 @@ def load_model(
             sent_from=() if movable is not None else placing.sent_from,
             predicted_up_to=up_to,
         )
-        notices = [*notices, *_sent_notices(transformer)]
+        notices = [*notices, *_sent_notices(transformer), *_watch_notices(settings, placing, movable)]
         if tell is not None and placing.below.store is not None:
             tell("reading the hottest neurons")
         placing.below.warm_up(placing.order)
@@ -160,16 +163,17 @@ def load_model(
             from thermocline.runtime import on_gpu  # torch is needed with a GPU only
 
             sequence: TransformerSequence
-            gpu, more = on_gpu.sequence_of(transformer, cache, ubatch, scratch, settings.crossing)
+            gpu, more = on_gpu.sequence_of(transformer, cache, ubatch, scratch, settings.crossing, counts)
             notices = [*notices, *more, *([shrunk] if shrunk else [])]
             over = on_gpu.excess(placing)
             gpu.look, sequence = partial(on_gpu.beyond, placing), gpu
         else:
-            counts = None if watch is None else watch.counts
             sequence = TransformerSequence(transformer, cache, ubatch, scratch, timed=plan is not None, counter=counts)
             over = 0
         if watch is not None and settings.drift is not None:
             watch.drift = drift_of(placing, movable, watch.counts, prediction.predictor, settings.drift)
+            if watch.drift is not None and settings.device is DeviceKind.CUDA:
+                watch.drift.rest = gpu.rest
         if not over:
             placing.claim_scratch()
         elif shrunk:
@@ -180,7 +184,7 @@ def load_model(
     if over:
         budget = memory.ledger.budgets[Tier.VRAM]
         placing.close()
-        del transformer, cache, caches, homes, scratch, sequence, placing, memory
+        del transformer, cache, caches, homes, scratch, sequence, gpu, movable, watch, placing, memory
         gc.collect()  # what is planned anew must find the memory free
         smaller, why = _smaller(settings, budget, over)
         return load_model(source, smaller, progress, make=make, tell=tell, shrunk=why)
@@ -240,8 +244,6 @@ def _watch(source: ModelSource, spec: ModelSpec, mode: Mode, settings: LoadSetti
     """
     if not settings.watched:
         return None
-    if settings.device is DeviceKind.CUDA:
-        raise UsageError("a GPU's step is replayed as it was captured: leave --drift and --count-activity out")
     if not spec.ffn.sparse:
         raise UsageError(f"every neuron fires with {spec.ffn.activation}: leave --drift and --count-activity out")
     if settings.drift is not None and mode is Mode.DENSE:
@@ -288,6 +290,16 @@ def _context(spec: ModelSpec, settings: LoadSettings, *, scored: int, observed: 
     if wanted > spec.n_ctx_train:
         return wanted, [f"a context of {wanted} tokens is longer than the {spec.n_ctx_train} the model was trained on"]
     return wanted, []
+
+
+def _watch_notices(settings: LoadSettings, placing: Placing, movable: Movable | None) -> list[str]:
+    """What watching is not or costs on a GPU."""
+    if not settings.watched or settings.device is not DeviceKind.CUDA:
+        return []
+    notices = ["a GPU replays single tokens as they were captured: what fires is counted in prompts alone"]
+    if movable is not None and any(placing.sent_from):
+        notices.append("with --drift prompts send no cold neurons to the GPU: the CPU computes them")
+    return notices
 
 
 def _sent_notices(transformer: Transformer) -> list[str]:

@@ -12,6 +12,7 @@ from thermocline.errors import BudgetError, HardwareError, UsageError
 from thermocline.hardware.machine import Tier
 from thermocline.memory.kv_cache import KVCache
 from thermocline.model.network import Transformer
+from thermocline.model.observers import Counter
 from thermocline.ops.contract import Arrays, FfnWork
 from thermocline.ops.cuda.ops import CudaOps
 from thermocline.placement.ledger import Purpose
@@ -28,7 +29,8 @@ FAILURES: Final[tuple[type[Exception], ...]] = tuple(
 class GpuSequence(TransformerSequence):
     """A sequence, parts of which are on a GPU.
 
-    Single tokens are replayed where nothing is on disk; prompts take the plain way, over the same cache.
+    Single tokens are replayed where nothing is on disk; prompts take the plain way, over the same cache. What is
+    replayed is not counted.
     """
 
     def __init__(
@@ -37,8 +39,9 @@ class GpuSequence(TransformerSequence):
         cache: KVCache,
         ubatch: int,
         arrays: Mapping[Tier, Arrays] | None = None,
+        counter: Counter | None = None,
     ) -> None:
-        super().__init__(transformer, cache, ubatch, arrays)
+        super().__init__(transformer, cache, ubatch, arrays, counter=counter)
         self.captured: CapturedStep | None = None
         self.look: Callable[[], int] | None = None
         """Tells how many bytes the GPU held beyond its budget; asked once, after the first prompt."""
@@ -52,8 +55,7 @@ class GpuSequence(TransformerSequence):
         """
         try:
             if self.captured is None or len(tokens) > 1 or not logits:
-                if self.captured is not None:
-                    self.captured.rest()
+                self.rest()
                 done = super().step(tokens, start, logits=logits)
                 if logits and self.look is not None:
                     self.over, self.look = self.look(), None
@@ -68,7 +70,16 @@ class GpuSequence(TransformerSequence):
             ) from error
         except FAILURES as error:
             raise HardwareError(f"the GPU failed: {str(error).splitlines()[0]}; restart the program") from error
-        return Step(row, FfnWork(*(a + b for a, b in zip(hot, cold, strict=True))), hot)
+        return Step(row, FfnWork(*(a + b for a, b in zip(hot, cold, strict=True))), hot, counted=False)
+
+    def rest(self) -> None:
+        """Return when nobody computes with the neurons any more.
+
+        Raises:
+            HardwareError: the CPU's side goes on for too long with what a request gave up.
+        """
+        if self.captured is not None:
+            self.captured.rest()
 
     def rehearse(self) -> None:
         """Run what is the GPU's of the longest prompt and of a token, at the end of the context and on nothing.
@@ -82,7 +93,12 @@ class GpuSequence(TransformerSequence):
 
 
 def sequence_of(
-    transformer: Transformer, cache: KVCache, ubatch: int, arrays: Mapping[Tier, Arrays], way: CrossingKind
+    transformer: Transformer,
+    cache: KVCache,
+    ubatch: int,
+    arrays: Mapping[Tier, Arrays],
+    way: CrossingKind,
+    counter: Counter | None = None,
 ) -> tuple[GpuSequence, list[str]]:
     """The fastest sequence that this placement allows, and what there is to say about it.
 
@@ -91,7 +107,7 @@ def sequence_of(
         BudgetError: the GPU's memory has no room for what the kernels need.
     """
     notices: list[str] = []
-    sequence = GpuSequence(transformer, cache, ubatch, arrays)
+    sequence = GpuSequence(transformer, cache, ubatch, arrays, counter)
     try:
         sequence.rehearse()  # before a graph is captured, which goes on using the scratch of its time
         captured = sequence.captured = CapturedStep(transformer, cache, way=way, arrays=arrays)

@@ -29,6 +29,8 @@ class Step(NamedTuple):
     work: FfnWork
     hot: FfnWork = NOTHING
     """The part of the work that was done beside VRAM."""
+    counted: bool = True
+    """Whether a counter was told what fired, if there is one."""
 
 
 class Sequence(Protocol):

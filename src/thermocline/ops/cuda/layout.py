@@ -79,19 +79,34 @@ class DeviceMatrix:
 
 def arranged(raw: Tensor, fmt: BlockFormat, columns: int) -> DeviceMatrix:
     """The matrix in `raw` (rows, row_bytes), uint8 as in a file, whose rows are rearranged where they lie."""
-    kind, dtype = KINDS[fmt]
+    dtype = KINDS[fmt][1]
     rows, width = raw.shape
-    split = kind in (Kind.Q8_0, Kind.Q4_0)
-    if split and raw.device.type != "meta":
+    if _is_split(fmt) and raw.device.type != "meta":
         step = max(1, CHUNK // max(width, 1))
         for start in range(0, rows, step):
             part = raw[start : start + step]
-            blocks = part.view(len(part), width // fmt.block_bytes, fmt.block_bytes).clone()
-            part.copy_(torch.cat([blocks[..., 2:].reshape(len(part), -1), blocks[..., :2].reshape(len(part), -1)], 1))
+            part.copy_(rows_apart(part, fmt))
     scales = None
-    if split:
+    if _is_split(fmt):
         scales = _viewed(raw, torch.float16)[:, columns // fmt.block * (fmt.block_bytes - 2) // 2 :]
     return DeviceMatrix(fmt, rows, columns, _viewed(raw, dtype), scales)
+
+
+def rows_apart(rows: Tensor, fmt: BlockFormat) -> Tensor:
+    """Rows of a file (n, row_bytes) as they are arranged."""
+    if not _is_split(fmt):
+        return rows
+    blocks = rows.view(len(rows), -1, fmt.block_bytes)
+    return torch.cat([blocks[..., 2:].flatten(1), blocks[..., :2].flatten(1)], 1)
+
+
+def rows_of_file(rows: Tensor, fmt: BlockFormat) -> Tensor:
+    """Arranged rows (n, row_bytes) as a file has them."""
+    if not _is_split(fmt):
+        return rows
+    blocks = rows.shape[1] // fmt.block_bytes
+    numbers, scales = (part.reshape(len(rows), blocks, -1) for part in rows.tensor_split([-2 * blocks], 1))
+    return torch.cat([scales, numbers], 2).flatten(1)
 
 
 def cached(array: Tensor, dim: int) -> tuple[Tensor, Tensor | None]:
@@ -106,6 +121,10 @@ def cached(array: Tensor, dim: int) -> tuple[Tensor, Tensor | None]:
     flat, size = array.view(-1), heads * context * dim
     scales = flat[size:].view(torch.float16).view(heads, context, dim // Q8_0.block)
     return flat[:size].view(torch.int8).view(heads, context, dim), scales
+
+
+def _is_split(fmt: BlockFormat) -> bool:
+    return KINDS[fmt][0] in (Kind.Q8_0, Kind.Q4_0)
 
 
 def _viewed(raw: Tensor, dtype: torch.dtype) -> Tensor:

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from thermocline.files.formats import BlockFormat
 from thermocline.files.weight import Weight
 from thermocline.hardware.gpu import find_gpus, own_bytes
 from thermocline.ops.contract import ActiveSet, Array, Arrays, FfnWork, KVLayer, Matrix, NeuronBlock
@@ -20,7 +21,7 @@ from thermocline.ops.cuda.device import open_device
 from thermocline.ops.cuda.feedforward import DeviceSet
 from thermocline.ops.cuda.lanes import PinnedLanes
 from thermocline.ops.cuda.launch import Launcher, launch
-from thermocline.ops.cuda.layout import DeviceMatrix, arranged
+from thermocline.ops.cuda.layout import DeviceMatrix, arranged, rows_apart, rows_of_file
 from thermocline.ops.cuda.scratch import Scratch
 from thermocline.ops.cuda.sizes import DECODED
 from thermocline.ops.cuda.streams import Streams
@@ -118,6 +119,14 @@ class CudaOps:
         """The array as numpy, once the device has come so far."""
         host: npt.NDArray[Any] = array.cpu().numpy()
         return host
+
+    def rows(self, array: Array, fmt: BlockFormat, at: npt.NDArray[np.int32]) -> npt.NDArray[np.uint8]:
+        """See `memory.slots.RowKeeper`."""
+        return self.to_host(rows_of_file(array.index_select(0, self._there(at)), fmt))
+
+    def put_rows(self, array: Array, fmt: BlockFormat, at: npt.NDArray[np.int32], rows: npt.NDArray[np.uint8]) -> None:
+        """See `memory.slots.RowKeeper`."""
+        array.index_copy_(0, self._there(at).long(), rows_apart(self._there(np.ascontiguousarray(rows)), fmt))
 
     def held_bytes(self) -> int:
         """The most that torch held of the device since these ops were made, and what the driver holds beside it.
