@@ -20,8 +20,8 @@ import torch
 from thermocline.activity import fit_state, fitting
 from thermocline.activity.fit_state import FitState
 from thermocline.activity.fitting import Fitter, fitters
-from thermocline.activity.pace import Pace
 from thermocline.activity.training_device import TrainingDevice
+from thermocline.files.pace import Pace
 
 N_EMBD, N_FF, ROWS, TOKENS = 1024, 96, 64, 4096
 
@@ -112,7 +112,7 @@ def test_a_state_that_says_nothing_sensible_is_refused(path: Path, done: Any) ->
 
 
 def test_a_fit_is_saved_at_a_pace_and_never_at_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fit_state, "Pace", lambda most: Pace(most, lambda: 0.0))
+    monkeypatch.setattr(fit_state, "Pace", lambda most, **more: Pace(most, lambda: 0.0, **more))
     fit(tmp_path / "fit")  # in less than a second, by this clock
     assert not (tmp_path / "fit").exists()
     monkeypatch.setattr(fit_state, "SAVE_SECONDS", 0.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ from thermocline import convert, quantize
 from thermocline.errors import ModelFormatError, NumericalError, OutputError, UsageError
 from thermocline.files import resumable
 from thermocline.files.gguf import GgufFile
+from thermocline.files.pace import Pace
 
 FOLDER = "out.gguf.work"
 
@@ -65,6 +67,20 @@ def test_a_second_start_makes_only_what_is_missing(model: Path, at_once: None, a
     assert not out.with_name(FOLDER).exists()
     # What the tensors lost is told of those of the first start too.
     assert done.rounded == convert(model, out, outtype="f16", force=True).rounded
+
+
+def test_a_run_that_is_killed_early_was_noted_too(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After 1, 3, 7 and 15 seconds, and so on."""
+    now, noted, state = 0.0, [], model.with_name(FOLDER) / "parts.json"
+    monkeypatch.setattr(resumable, "Pace", lambda most, **more: Pace(most, lambda: now, **more))
+
+    def tell(done: int, total: int, name: str) -> None:
+        nonlocal now
+        noted.append(json.loads(state.read_text())["parts"] if state.exists() else 0)
+        now += 1
+
+    convert(model, model.with_name("out.gguf"), outtype="f16", progress=tell)
+    assert noted[:18] == [0, 1, 1, *[3] * 4, *[7] * 8, *[15] * 3]
 
 
 def test_an_old_file_stays_until_the_new_one_is_whole(model: Path, at_once: None) -> None:

@@ -20,9 +20,9 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from thermocline.activity.pace import Pace
 from thermocline.activity.statistics import Floats
 from thermocline.errors import NumericalError, OutputError, printable
+from thermocline.files.pace import Pace
 from thermocline.files.workplace import Workplace
 from thermocline.ops.contract import Array
 

@@ -8,8 +8,8 @@ from typing import Any, Final
 
 import numpy.typing as npt
 
-from thermocline.activity.pace import Pace
 from thermocline.errors import ModelFormatError
+from thermocline.files.pace import Pace
 from thermocline.files.sidecar import SidecarKind, read_sidecar, write_sidecar
 
 Arrays = Mapping[str, npt.NDArray[Any]]
@@ -26,7 +26,7 @@ class FitState:
 
     def __init__(self, path: Path, fingerprint: str, name: str) -> None:
         self._path, self._fingerprint, self._name = path, fingerprint, name
-        self._pace = Pace(SAVE_SECONDS)
+        self._pace = Pace(SAVE_SECONDS, at_once=False)
 
     def begin(self, rank: int, steps: int) -> tuple[int, Arrays]:
         """How many steps of this fit were made, and what it was then; (0, {}) if the file is of another, or none.
@@ -35,8 +35,7 @@ class FitState:
             FingerprintError: it is of another model.
             ModelFormatError: it is damaged.
         """
-        self._pace = Pace(SAVE_SECONDS)
-        self._pace.saved()  # at the start there is nothing to save
+        self._pace = Pace(SAVE_SECONDS, at_once=False)
         if not self._path.exists():
             return 0, {}
         kept = read_sidecar(self._path, SidecarKind.JOURNAL)

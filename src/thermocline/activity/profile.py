@@ -19,12 +19,12 @@ import numpy as np
 import numpy.typing as npt
 
 from thermocline.activity.accumulator import Accumulator
-from thermocline.activity.pace import Pace
 from thermocline.activity.statistics import Activity, Floats
 from thermocline.activity.store import activity_of, load_activity, save_activity
 from thermocline.activity.texts import Corpus, Reading, Tokenize
 from thermocline.errors import FingerprintError, ModelFormatError, OutputError, UsageError, printable, skipped_words
 from thermocline.files.atomic import existing_mode
+from thermocline.files.pace import Pace
 from thermocline.files.sidecar import SidecarKind, read_sidecar
 from thermocline.model.observers import Observer
 from thermocline.ops.contract import Array

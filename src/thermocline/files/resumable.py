@@ -8,7 +8,6 @@ is noted before it gets its name, so that of a run killed after that a second st
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -17,10 +16,11 @@ from typing import Any, Final
 
 from thermocline.errors import ModelFormatError, OutputError, UsageError, printable
 from thermocline.files.atomic import AtomicFile, existing_mode, explained, put_in_place, require_space, sync_folder
+from thermocline.files.pace import Pace
 from thermocline.files.workplace import Workplace
 
 SAVE_SECONDS: Final = 20.0
-"""How much work a killed run loses at most, beside the part it was at. A run that fails sooner leaves nothing."""
+"""How much work a killed run loses at most, beside the part it was at; one that has just begun loses less."""
 STATE: Final = "parts"
 
 
@@ -54,7 +54,7 @@ class ResumableFile(AtomicFile):
             raise ModelFormatError(place.folder, STATE, "is damaged; give --restart to begin anew") from None
         super().__init__(path, descriptor, size)
         self._place, self._resume, self._whole = place, resume, size
-        self._saved = time.monotonic()
+        self._pace = Pace(SAVE_SECONDS, at_once=False)
         self.kept = bool(state)
         os.ftruncate(descriptor, size)
         os.lseek(descriptor, size, os.SEEK_SET)
@@ -62,7 +62,7 @@ class ResumableFile(AtomicFile):
     def part(self) -> None:
         """A part is complete."""
         self.parts, self._whole = self.parts + 1, self.tell()
-        if time.monotonic() - self._saved >= SAVE_SECONDS:
+        if self._pace.due():
             self.save()
 
     def save(self, *, whole: bool = False) -> None:
@@ -76,7 +76,8 @@ class ResumableFile(AtomicFile):
             os.fsync(self._descriptor)
         state = {"parts": self.parts, "bytes": self._whole, "told": self._resume.told(), "whole": whole}
         self._place.write_state(STATE, state)
-        self._saved, self.kept = time.monotonic(), True
+        self._pace.saved()
+        self.kept = True
 
 
 @contextmanager

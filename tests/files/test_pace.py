@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from thermocline.activity.pace import Pace
+from thermocline.files.pace import Pace
 
 
 def test_saves_come_at_growing_intervals() -> None:
@@ -14,6 +14,18 @@ def test_saves_come_at_growing_intervals() -> None:
             pace.saved()
         now += 0.25
     assert saves == [0.0, 1.0, 3.0, 7.0, 15.0, 31.0, 51.0, 71.0, 91.0]
+
+
+def test_the_first_save_can_be_left_out() -> None:
+    now, saves = 0.0, []
+    pace = Pace(3.0, lambda: now, at_once=False)
+    while now < 12:
+        if pace.due():
+            saves.append(now)
+            pace.saved()
+        now += 0.25
+    assert saves == [1.0, 3.0, 6.0, 9.0]
+    assert Pace(0.0, lambda: now, at_once=False).due()
 
 
 def test_without_an_interval_every_time_is_due() -> None:
