@@ -80,7 +80,7 @@ def test_a_run_that_is_killed_early_was_noted_too(model: Path, monkeypatch: pyte
         now += 1
 
     convert(model, model.with_name("out.gguf"), outtype="f16", progress=tell)
-    assert noted[:18] == [0, 1, 1, *[3] * 4, *[7] * 8, *[15] * 3]
+    assert noted[:18] == [0, 2, 2, *[4] * 4, *[8] * 8, *[16] * 3]  # the header is a part too
 
 
 def test_an_old_file_stays_until_the_new_one_is_whole(model: Path, at_once: None) -> None:
