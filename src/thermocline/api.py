@@ -41,9 +41,10 @@ from thermocline.runtime.conversion import convert_model as convert
 from thermocline.runtime.conversion import quantize_model as quantize
 from thermocline.runtime.describe import ModelInfo, PredictorInfo
 from thermocline.runtime.generation import FinishReason, Generation, Item, Stream
+from thermocline.runtime.gpu_index import export_gpu_index
 from thermocline.runtime.loading import LoadedModel, load_model, smaller_plan
 from thermocline.runtime.perplexity import Perplexity, Scored
-from thermocline.runtime.planning import Planned, PlanSettings, export_gpu_index
+from thermocline.runtime.planning import Planned, PlanSettings
 from thermocline.runtime.powerinfer import (
     Exchanged,
     export_activity,

@@ -107,7 +107,7 @@ class LoadSettings:
     crossing: CrossingKind = CrossingKind.AUTO
     """How a CUDA device and the CPU meet: auto, memory, calls or plain."""
     vram_budget: str | None = None
-    """VRAM that may be used: 8GiB, 80%, auto (what is free), or a bare number of GiB."""
+    """VRAM that may be used: 8GiB, 80% (of an emulated device: of the weights), auto (what is free), or GiB."""
     ram_budget: str | None = None
     """RAM that may be used, as for VRAM; without, weights stay mapped and the system decides what it keeps."""
     plan: str | Path | None = None

@@ -80,7 +80,8 @@ class BudgetError(ThermoclineError):
 
     def __init__(self, tier: str, missing: int, remedy: str, table: str = "") -> None:
         account = f"\n{table}" if table else ""
-        super().__init__(f"{tier} lacks {missing:,} bytes ({missing / 2**30:.2f} GiB): {remedy}{account}")
+        size = f" ({missing / 2**30:.2f} GiB)" if missing >= 2**30 else f" ({missing / 2**20:.2f} MiB)"
+        super().__init__(f"{tier} lacks {missing:,} bytes{size if missing >= 2**20 else ''}: {remedy}{account}")
         self.tier = tier
         self.missing = missing
         self.remedy = remedy

@@ -27,8 +27,9 @@ from thermocline.placement.plan_file import load_plan
 from thermocline.runtime.auditing import Audited, audit_predictor
 from thermocline.runtime.describe import ModelInfo
 from thermocline.runtime.describe import describe as describe_source
+from thermocline.runtime.gpu_index import import_gpu_index
 from thermocline.runtime.perplexity import Perplexity, Scored, measure_perplexity
-from thermocline.runtime.planning import Planned, PlanSettings, import_gpu_index, plan_model
+from thermocline.runtime.planning import Planned, PlanSettings, plan_model
 from thermocline.runtime.profiling import profile_model
 from thermocline.runtime.training import train_predictor as train_model
 
@@ -288,7 +289,7 @@ def plan(
 def explain(planned: Planned, *, what_helps: bool = True) -> list[PlanTable]:
     """A plan as tables: layers, tiers, speed, and with `what_helps` what more memory or bandwidth would buy."""
     tables = [layer_table(planned.plan), tier_table(planned.plan), speed_table(planned.plan)]
-    return [*tables, gain_table(sensitivities(planned.problem))] if what_helps else tables
+    return [*tables, gain_table(sensitivities(planned.problem, planned.seconds))] if what_helps else tables
 
 
 def compare_plans(first: str | Path, second: str | Path) -> PlanTable:

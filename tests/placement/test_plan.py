@@ -263,11 +263,34 @@ def test_the_predicted_step_is_the_sum_of_its_layers() -> None:
 
 def test_more_memory_and_bandwidth_help() -> None:
     gains = sensitivities(problem(mode=FfnMode.EXACT))
-    assert [g.change for g in gains] == ["1 GiB more RAM", "1 GiB more VRAM", "10 GB/s more RAM bandwidth"]
+    assert [g.change for g in gains[:3]] == ["1 GiB more RAM", "1 GiB more VRAM", "10 GB/s more RAM bandwidth"]
     assert gains[0].speedup == pytest.approx(1.0, abs=1e-3)
     assert gains[1].speedup > 1.05
     assert gains[2].speedup > 1.05
-    assert len(gain_table(gains).rows) == 3
+    assert len(gain_table(gains).rows) == len(gains)
+
+
+def test_a_shorter_context_helps_where_caches_take_what_neurons_need() -> None:
+    long = problem(mode=FfnMode.EXACT)
+    long = replace(long, workload=replace(long.workload, context=8 * long.workload.context))
+    gain, work = sensitivities(long)[-1], long.workload
+    assert gain.change == f"a context of {work.prompt + work.output} tokens, not {work.context}"
+    assert gain.speedup > 1.05
+    full = replace(long, workload=replace(work, context=work.prompt + work.output))
+    assert not any("context" in g.change for g in sensitivities(full))
+
+
+def test_gains_are_priced_as_the_plan_is() -> None:
+    gains = sensitivities(problem(), lambda changed: 2.0 if changed.limits[Tier.VRAM] > 3 << 30 else 3.0)
+    assert {g.change: g.speedup for g in gains}["1 GiB more VRAM"] == 1.5
+    assert {g.before_ms for g in gains} == {3000.0}
+
+
+def test_a_layer_that_waits_for_the_disk_says_so() -> None:
+    made = plan(2, 5)
+    waits = [layer for layer in made.layers if layer.disk_ms > max(layer.attention_ms, layer.hot_ms)]
+    assert waits
+    assert all(layer.binds == "ffn in disk" for layer in waits if 2 * layer.disk_ms > layer.cold_ms)
 
 
 def test_diff() -> None:

@@ -279,3 +279,14 @@ def test_the_picture_shows_the_cuts(model: Path, activity: Path, tmp_path: Path)
     save_activity(other, tmp_path / "other.safetensors")
     with pytest.raises(PlanError, match="model"):
         api.report(tmp_path / "other.safetensors", tmp_path / "page2.html", plan=tmp_path / "plan.json")
+
+
+def test_a_share_of_an_emulated_device_is_of_the_weights(tiny_model: Path) -> None:
+    """It has no memory of its own, and a share of the RAM would hold any model that runs."""
+    whole = api.plan(tiny_model, vram_budget="100%", emulated=True)
+    weights = whole.problem.footprint.nbytes
+    assert whole.plan.budgets[Tier.VRAM] == weights
+    half = api.plan(tiny_model, vram_budget="50%", emulated=True)
+    assert half.plan.budgets[Tier.VRAM] == weights // 2
+    assert half.seconds(half.problem) == pytest.approx(half.plan.predicted.token_ms / 1e3, rel=1e-3)
+    assert api.plan(tiny_model, vram_budget="50%", machine="pc-low").plan.budgets[Tier.VRAM] == 11 << 29

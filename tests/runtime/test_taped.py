@@ -73,7 +73,7 @@ def test_what_does_not_fit_is_refused_before_it_plays(tiny_model: Path) -> None:
 
 def test_other_devices_and_counting_take_the_plain_way(tiny_model: Path) -> None:
     with open_model(tiny_model) as source:
-        settings = LoadSettings(device="emulated", vram_budget="50%", threads=1)
+        settings = LoadSettings(device="emulated", vram_budget="90KB", threads=1)
         model = load_model(source, settings)
         assert model.engine._sequence._taped is None  # type: ignore[attr-defined]
         model.close()

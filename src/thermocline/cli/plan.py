@@ -31,7 +31,10 @@ For example:
 
 plan = App(name="plan", help=HELP, help_format="plaintext", result_action="return_value")
 
-BUDGET = "of VRAM that may be used: 8GiB, 80%, auto (what is free), or a bare number of GiB."
+BUDGET = (
+    "of VRAM that may be used: 8GiB, 80% (of an emulated device: of the weights), auto (what is free), or a bare "
+    "number of GiB."
+)
 ACTIVITY = "What `profile` or `order` wrote; without, what lies beside the model or is inside it."
 MACHINE = "auto (this one), or parts of the catalogue joined by +, such as rtx-4090+i9-13900k+ddr5-6000+32gib."
 DEVICE = (
@@ -147,7 +150,9 @@ def plan_table(table: PlanTable) -> Table:
         left = name in ("attention", "predictor", "binds", "tier", "purpose", "what", "change", "first", "second")
         shown.add_column(name, justify="left" if left else "right")
     for row in table.rows:
-        shown.add_row(*(_cell(name, value) for name, value in zip(table.columns, row, strict=True)))
+        sizes = str(row[0]).startswith(("budget of ", "bytes of "))
+        names = ["bytes" if sizes else name for name in table.columns]
+        shown.add_row(*(_cell(name, value) for name, value in zip(names, row, strict=True)))
     return shown
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 from thermocline.errors import UsageError
@@ -42,13 +43,14 @@ def layer_table(plan: Plan) -> Table:
     """One row a layer: devices, depths, bytes, share of the activations that are hot, times, and what binds."""
     columns = (
         "layer", "attention", "predictor", "hot", "warm", "cold", "hot bytes", "warm bytes", "hot share",
-        "attention ms", "hot ms", "cold ms", "crossing ms", "total ms", "binds",
+        "attention ms", "predictor ms", "hot ms", "cold ms", "crossing ms", "total ms", "binds",
     )  # fmt: skip
     rows = tuple(
         (
             i, layer.home, layer.predictor or "none", layer.hot, layer.warm - layer.hot, plan.n_ff - layer.warm,
             layer.hot * layer.record_bytes, (layer.warm - layer.hot) * layer.record_bytes, layer.hot_share,
-            layer.attention_ms, layer.hot_ms, layer.cold_ms, layer.crossing_ms, layer.total_ms, layer.binds,
+            layer.attention_ms, layer.predictor_ms, layer.hot_ms, layer.cold_ms, layer.crossing_ms, layer.total_ms,
+            layer.binds,
         )
         for i, layer in enumerate(plan.layers)
     )  # fmt: skip
@@ -83,15 +85,22 @@ def speed_table(plan: Plan) -> Table:
     return Table("predicted speed", ("what", "value"), rows)
 
 
-def sensitivities(problem: Problem) -> tuple[Gain, ...]:
-    """What one more GiB of VRAM or RAM, or 10 GB/s more RAM bandwidth, would buy: each solved anew."""
-    before = solve(problem).objective * 1e3
+def sensitivities(problem: Problem, seconds: Callable[[Problem], float] | None = None) -> tuple[Gain, ...]:
+    """What one more GiB of VRAM or RAM, 10 GB/s more RAM bandwidth, or caches no longer than prompt and answer would
+    buy: each solved anew, or priced by `seconds`, per token of output.
+    """
+    price = seconds or (lambda changed: solve(changed).objective)
+    work, before = problem.workload, price(problem) * 1e3
     changes: list[tuple[str, Problem]] = []
     for tier, limit in problem.limits.items():
         budgets = {**problem.limits, tier: limit + GIB}
         changes.append((f"1 GiB more {tier.upper()}", replace(problem, budgets=budgets)))
     changes.append(("10 GB/s more RAM bandwidth", replace(problem, machine=_faster_ram(problem.machine))))
-    return tuple(Gain(name, before, solve(changed).objective * 1e3) for name, changed in changes)
+    needed = work.prompt + work.output
+    if needed < work.context:
+        shorter = replace(problem, workload=replace(work, context=needed))
+        changes.append((f"a context of {needed} tokens, not {work.context}", shorter))
+    return tuple(Gain(name, before, price(changed) * 1e3) for name, changed in changes)
 
 
 def gain_table(gains: tuple[Gain, ...]) -> Table:

@@ -18,7 +18,6 @@ from thermocline.config import LoadSettings
 from thermocline.errors import HardwareError, ModelFormatError, ThermoclineError, UsageError, printable
 from thermocline.files.companion import companion
 from thermocline.files.gguf import GgufFile
-from thermocline.files.gpuidx import read_gpu_index, write_gpu_index
 from thermocline.files.sidecar import SidecarKind
 from thermocline.files.source import ModelSource
 from thermocline.files.weight import Weight
@@ -34,15 +33,14 @@ from thermocline.memory.kv_cache import kv_bytes_per_token
 from thermocline.model.families import family_of
 from thermocline.model.spec import ModelSpec
 from thermocline.model.tensors import has_records
-from thermocline.placement.budget import Budget, parse_budget, size_text
+from thermocline.placement.budget import Budget, BudgetKind, parse_budget, size_text
 from thermocline.placement.cost import LARGEST_CLUSTER, CostModel, FfnMode, ffn_mode
 from thermocline.placement.footprint import Footprint, footprint_of
 from thermocline.placement.ledger import Purpose
 from thermocline.placement.plan import Plan, make_plan, plan_of
 from thermocline.placement.plan_file import plan_text
-from thermocline.placement.powerinfer import from_gpu_index, to_gpu_index
 from thermocline.placement.predicting import predicted_up_to
-from thermocline.placement.problem import LayerPlace, Placement, Problem
+from thermocline.placement.problem import Problem
 from thermocline.placement.solver import Method, Solution, solve
 from thermocline.placement.workload import EMULATED, Overheads, Workload
 from thermocline.runtime.prediction import choose_prediction
@@ -101,13 +99,19 @@ class PlanSettings:
 @dataclass(frozen=True, slots=True, eq=False)
 class Planned:
     """A plan with the problem that it solves, the order that its depths count along (None: the file's own), and what
-    there is to say, one line each.
+    there is to say, one line each. `stands_in`: placed as for a GPU; see `stand_in`.
     """
 
     plan: Plan
     problem: Problem
     order: Order | None
     notices: tuple[str, ...]
+    stands_in: bool = False
+
+    def seconds(self, problem: Problem) -> float:
+        """Per token of output, of the plan that would be made for another problem."""
+        found = solve(as_for_a_gpu(problem) if self.stands_in else problem)
+        return problem.seconds(found.placement)
 
     def as_dict(self) -> dict[str, Any]:
         """The plan's file and the notices, for JSON."""
@@ -140,7 +144,7 @@ def plan_model(
         plan = stand_in(problem, fingerprint, settings.method)
     else:
         plan = make_plan(problem, fingerprint, settings.method)
-    return Planned(plan, problem, order, notices)
+    return Planned(plan, problem, order, notices, settings.emulated)
 
 
 def stand_in(problem: Problem, activity: str | None, method: Method = Method.GREEDY) -> Plan:
@@ -152,7 +156,10 @@ def stand_in(problem: Problem, activity: str | None, method: Method = Method.GRE
     """
     found = solve(as_for_a_gpu(problem), method)
     seconds = problem.seconds(found.placement)
-    note = f"placed as for a device {LIKE_A_GPU} times as fast as RAM; the times are those of the emulated one"
+    note = (
+        f"placed as for a device {LIKE_A_GPU} times as fast as RAM, of which the bound and the gap are; the times are "
+        "those of the emulated one"
+    )
     # What bounds the faster machine bounds this one.
     bound = min(found.bound, seconds)
     return plan_of(problem, Solution(found.placement, seconds, bound, found.method, (*found.notes, note)), activity)
@@ -193,7 +200,7 @@ def problem_of(
     order, notices = find_order(source, activity)
     if order is None and _selected(mode, prediction.predictor) is not None:
         notices = (*notices, ONLY_SHARES)
-    machine, budgets, overheads = machine_and_budgets(settings, source.path, tell)
+    machine, budgets, overheads = machine_and_budgets(settings, source.path, footprint.nbytes, tell)
     no_disk = ""
     if machine.disk is not None and not has_records(weights):
         machine, no_disk = replace(machine, disk=None), NO_RECORDS
@@ -263,9 +270,13 @@ def find_order(source: ModelSource, path: str | Path | None) -> tuple[Order | No
 
 
 def machine_and_budgets(
-    settings: PlanSettings, model: Path, tell: Callable[[str], None] | None = None
+    settings: PlanSettings, model: Path, weights: int, tell: Callable[[str], None] | None = None
 ) -> tuple[Machine, dict[Tier, int], Overheads]:
-    """The machine to plan for, the bytes that may be used of each tier, and what each side needs beside them."""
+    """The machine to plan for, the bytes that may be used of each tier, and what each side needs beside them.
+
+    A share of VRAM is of the GPU's; an emulated device has none of its own, so there it is of the bytes of the model's
+    `weights`.
+    """
     vram = parse_budget(settings.vram_budget, "vram-budget")
     ram = parse_budget(settings.ram_budget, "ram-budget")
     stated = settings.vram_budget != AUTO
@@ -300,7 +311,9 @@ def machine_and_budgets(
         overheads = replace(overheads, margin_ram=min(overheads.margin_ram, _host_margin(settings.in_use)))
     budgets = {Tier.RAM: _resolved(ram, "ram-budget", machine.cpu.capacity, free[Tier.RAM])}
     if machine.gpu is not None:
-        budgets[Tier.VRAM] = _resolved(vram, "vram-budget", machine.gpu.capacity, free[Tier.VRAM])
+        shared = settings.emulated and vram.kind is BudgetKind.SHARE
+        whole = min(weights, machine.gpu.capacity) if shared else machine.gpu.capacity
+        budgets[Tier.VRAM] = _resolved(vram, "vram-budget", whole, free[Tier.VRAM])
     return machine, budgets, overheads
 
 
@@ -314,76 +327,6 @@ def _overheads(probe: Probe) -> Overheads:
     contexts = [speed.context for speed in probe.gpu_speeds[:1] if speed is not None]
     plain = Overheads()
     return replace(plain, margin_vram=plain.margin_vram + sum(contexts))
-
-
-def import_gpu_index(planned: Planned, path: str | Path) -> Planned:
-    """The plan that PowerInfer's GPU index stands for, priced for the same problem.
-
-    Attention, caches and the rest go where the solver has them; of each layer the neurons of the index go to VRAM. The
-    order is new: hot neurons first, as hot as before among themselves.
-
-    Raises:
-        ModelFormatError: the file is no GPU index of such a model.
-        BudgetError: it does not fit.
-        UsageError: there is no GPU to place on.
-    """
-    problem, f = planned.problem, planned.problem.footprint
-    if problem.machine.gpu is None:
-        raise UsageError("a GPU index places neurons on a GPU; add --device emulated, or --machine with a GPU")
-    index = read_gpu_index(path, n_layer=f.n_layer, n_ff=f.n_ff)
-    old = planned.order
-    order, depths = np.empty((f.n_layer, f.n_ff), np.int32), []
-    for layer, mask in enumerate(index.masks):
-        known = None if old is None else old.order[layer]
-        bucket = index.bucket(layer)
-        empty = np.empty(0, np.int32)
-        order[layer], depth = from_gpu_index(
-            mask.astype(np.int32), empty if bucket is None else bucket, known, str(path)
-        )
-        depths.append(depth)
-    heat = np.zeros(order.shape) if old is None else np.take_along_axis(old.by_number, order.astype(np.intp), axis=1)
-    new = Order(f.fingerprint, f.name, old.by, old.tokens, order, heat) if old is not None else None
-    # Depths of an index are no whole clusters: price it in single steps that all of them are multiples of.
-    step = int(np.gcd.reduce([*depths, LARGEST_CLUSTER])) or LARGEST_CLUSTER
-    exact = replace(problem, cluster=step, temperatures=None if old is None else _in_two(heat, depths))
-    last = exact.cost.clusters
-    layers = tuple(
-        LayerPlace(layer.home, layer.predictor or layer.home, -(-depth // step), last)
-        for layer, depth in zip(planned.plan.layers, depths, strict=True)
-    )
-    placement = Placement(planned.plan.embedding, planned.plan.head, layers)
-    exact.ledger().reserve_all(exact.demands(placement))
-    seconds = exact.seconds(placement)
-    note = f"depths of PowerInfer's GPU index {printable(Path(path).name, 80)}, not the solver's"
-    solution = Solution(
-        placement, seconds, min(seconds, planned.plan.predicted.bound_ms / 1e3), planned.plan.method, (note,)
-    )
-    return Planned(plan_of(exact, solution, None if new is None else new.fingerprint), exact, new, planned.notices)
-
-
-def export_gpu_index(plan: Plan, order: Order | None, path: str | Path) -> int:
-    """Write the neurons that a plan places in VRAM as PowerInfer's GPU index; the file's size in bytes.
-
-    Raises:
-        OutputError: it could not be written.
-    """
-    masks = []
-    for layer, (_, hot) in enumerate(plan.depths(Tier.VRAM)):
-        ids = np.arange(plan.n_ff, dtype=np.int32) if order is None else order.order[layer]
-        masks.append(to_gpu_index(ids, hot)[0])
-    held = sum(layer.hot * layer.record_bytes for layer in plan.layers)
-    return write_gpu_index(path, masks, held)
-
-
-def _in_two(heat: Any, depths: list[int]) -> Any:
-    """Temperatures that fall along an order that does not: both sides of each depth at their mean, which keeps the
-    sums that decode is priced by.
-    """
-    level = np.empty_like(heat)
-    for row, line, depth in zip(level, heat, depths, strict=True):
-        hot, cold = (part.mean() if part.size else 0.0 for part in (line[:depth], line[depth:]))
-        row[:depth], row[depth:] = (hot, cold) if hot >= cold or not depth else (line.mean(), line.mean())
-    return level
 
 
 def _to_measure(model: Path) -> Path | None:
