@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
+
 import numpy as np
 import pytest
 
-from thermocline.hardware.machine import Disk, Machine, Processor, ReadCurve, Tier
+from thermocline.hardware.machine import Disk, Machine, Processor, ReadCurve, Shares, Tier
 from thermocline.placement.cost import FfnMode
 from thermocline.placement.footprint import Footprint
 from thermocline.placement.problem import Problem
 from thermocline.placement.workload import NO_OVERHEADS, Workload
+
+NAMES = [f.name for f in fields(Shares)]
 
 
 def small_problem(seed: int, *, disk: bool = False, vram_share: float | None = None) -> Problem:
@@ -58,6 +62,8 @@ def small_problem(seed: int, *, disk: bool = False, vram_share: float | None = N
     budgets = {Tier.VRAM: int(whole * share) + fixed(problem, Tier.VRAM)}
     if disk:
         budgets[Tier.RAM] = int(whole * rng.uniform(0.2, 0.9)) + fixed(problem, Tier.RAM)
+    left = rng.uniform(0.3, 1.0, len(NAMES)).tolist()
+    problem = replace(problem, machine=replace(machine, shares=Shares(**dict(zip(NAMES, left, strict=True)))))
     return with_budgets(problem, budgets)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from thermocline.hardware.machine import Tier
-from thermocline.placement.cost import FfnMode
+from thermocline.placement.cost import FfnMode, Sides
 from thermocline.placement.problem import LayerPlace, Placement, Problem
 
 Floats = npt.NDArray[np.float64]
@@ -76,6 +76,7 @@ def choices_of(
     n = len(hot)
     shape = (f.n_layer + 2, len(homes), n)
     seconds, v, r = np.full(shape, np.inf), np.zeros(shape), np.zeros(shape)
+    hots, warms = np.arange(hot[-1] + 1)[:, None], np.arange(warm[0], cost.clusters + 1)[None]
     for h, home in enumerate(homes):
         for part, size, time in ((0, f.embedding, cost.embedding(home)), (-1, f.head, cost.head(home))):
             if tied in (None, home):
@@ -85,8 +86,10 @@ def choices_of(
                     (v if home is Tier.VRAM else r)[part, h, 0] = (0 if tied and part == 0 else size) + positions
                 elif part:
                     r[part, h, 0] = f.head_vectors
-        for layer in range(f.n_layer):
-            _layer(problem, layer, homes, h, (predictor[h], hot, warm), prompt_weight, seconds, v, r)
+    for layer in range(f.n_layer):
+        sides = [cost.sides(phase, layer, hots, warms) for phase in cost.phases]
+        for h in range(len(homes)):
+            _layer(problem, layer, homes, h, (predictor[h], hot, warm), sides, prompt_weight, seconds, v, r)
     if homes_of is not None:
         _keep_homes(homes_of, homes, predictor, problem.mode, seconds)
     edges = [[_edge(problem, a, b, prompt_weight) for b in homes] for a in homes]
@@ -125,6 +128,7 @@ def _layer(
     homes: tuple[Tier, ...],
     h: int,
     grid: tuple[Ints, Ints, Ints],
+    sides: list[Sides],
     prompt_weight: float,
     seconds: Floats,
     v: Floats,
@@ -152,9 +156,9 @@ def _layer(
         if not chosen.any():
             continue
         table = np.zeros(())
-        for phase in cost.phases:
+        for phase, both in zip(cost.phases, sides, strict=True):
             weight = phase.weight * (1.0 if phase is cost.decode else prompt_weight)
-            table = table + weight * cost.layer(phase, layer, homes[h], tier, hots, warms).total
+            table = table + weight * cost.layer(phase, layer, homes[h], tier, hots, warms, both).total
         seconds[at, h, chosen] = table[hot[chosen], warm[chosen] - warm[0]]
         if problem.mode is FfnMode.PREDICTED:
             (v if tier is Tier.VRAM else r)[at, h, chosen] += f.predictor[layer]

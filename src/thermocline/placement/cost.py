@@ -70,6 +70,15 @@ def ffn_mode(mode: Mode | str) -> FfnMode:
     return FfnMode(str(mode))
 
 
+class Sides(NamedTuple):
+    """Seconds that each side takes for a layer's neurons, whatever its home: as in `LayerTime`."""
+
+    hot: Floats
+    cold: Floats
+    disk: Floats
+    run: Ints
+
+
 class LayerTime(NamedTuple):
     """Seconds of one pass through a layer; each an array over the depths asked for, or over those that it depends on.
 
@@ -182,13 +191,34 @@ class CostModel:
         return self._tables[phase.name].rows
 
     def layer(
-        self, phase: Phase, layer: int, home: Tier, predictor: Tier, hot: npt.ArrayLike, warm: npt.ArrayLike
+        self,
+        phase: Phase,
+        layer: int,
+        home: Tier,
+        predictor: Tier,
+        hot: npt.ArrayLike,
+        warm: npt.ArrayLike,
+        sides: Sides | None = None,
     ) -> LayerTime:
         """Seconds of one pass through `layer`.
 
         Attention and its cache are on `home`. Clusters up to `hot` are in VRAM, from there to `warm` in RAM, the
         rest on disk; both may be arrays that broadcast. The residual stream comes from `home` and returns there.
+        `sides` are those of the same depths, if they are known.
         """
+        hot = np.asarray(hot, np.int64)
+        vram, cold, disk, run = self.sides(phase, layer, hot, warm) if sides is None else sides
+        scored = self._predictor(phase, layer, predictor)
+        crossings = self._crossings(home, predictor, scored > 0, hot > 0, hot < self.clusters)
+        scored *= self._corrections(phase).predictor
+        crossing = crossings * self._crossing(phase)
+        time = LayerTime(self.attention(phase, layer, home), scored, crossing, vram, cold, disk, run, hot < 0)
+        return (
+            time if phase is self.decode or self.machine.gpu is None else self._streamed(phase, layer, home, hot, time)
+        )
+
+    def sides(self, phase: Phase, layer: int, hot: npt.ArrayLike, warm: npt.ArrayLike) -> Sides:
+        """What both sides take for a layer's neurons; see `layer`."""
         hot, warm = np.asarray(hot, np.int64), np.asarray(warm, np.int64)
         table, last, gpu = self._tables[phase.name], self.clusters, self.machine.gpu
         works_hot, works_cold = hot > 0, hot < last
@@ -199,17 +229,14 @@ class CostModel:
         if (warm < last).any():
             reads, runs = self._reads(phase)
             disk, run = reads[layer, warm], runs[layer, warm]
-        cold = self._while_reading(computed, disk) + works_cold * FFN_KERNELS * self.machine.cpu.launch
+            computed = self._while_reading(computed, disk)
+        cold = computed + works_cold * FFN_KERNELS * self.machine.cpu.launch
         vram = np.zeros(hot.shape)
         if gpu is not None and table.gpu is not None and table.gpu_busy is not None:
             read = np.where(both, table.gpu_busy[layer, hot], table.gpu[layer, hot])
             vram = read + works_hot * FFN_KERNELS * gpu.launch
-        scored = self._predictor(phase, layer, predictor)
-        crossing = self._crossings(home, predictor, scored > 0, works_hot, works_cold) * self._crossing(phase)
         off = self._corrections(phase)
-        cold, vram, disk, scored = cold * off.cold, vram * off.hot, disk * off.cold, scored * off.predictor
-        time = LayerTime(self.attention(phase, layer, home), scored, crossing, vram, cold, disk, run, hot < 0)
-        return time if phase is self.decode or gpu is None else self._streamed(phase, layer, home, hot, time)
+        return Sides(vram * off.hot, cold * off.cold, disk * off.cold, run)
 
     def attention(self, phase: Phase, layer: int, home: Tier) -> float:
         """Seconds of a layer's attention with its cache: weights, cached keys and values, launches."""

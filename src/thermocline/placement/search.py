@@ -87,16 +87,23 @@ def open_options(
     gap = np.inf if best is None else best.cost - relaxed.bound
     bought = np.zeros(slacks.shape, bool)
     bought[tuple(np.array(sorted(relaxed.seen)).T)] = True
+    limit = min(gap + 1e-9 * abs(relaxed.bound), np.finfo(np.float64).max)  # what is no option has infinite slack
     parts, whole = [], True
     for i, table in enumerate(slacks):
-        home, option = np.nonzero(np.isfinite(table) & (table <= gap + 1e-9 * abs(relaxed.bound)))
+        home, option = np.divmod(np.flatnonzero(table <= limit), table.shape[1])
         if most is not None and len(home) > most:
-            order = np.argsort(table[home, option], kind="stable")
-            keep = np.union1d(order[:most], np.flatnonzero(bought[i, home, option]))
+            keep = np.union1d(_least(table[home, option], most), np.flatnonzero(bought[i, home, option]))
             home, option, whole = home[keep], option[keep], False
         at = (np.full_like(home, i), home, option)
         parts.append(Open(home, option, choices.cost[at], choices.vram[at], choices.ram[at]))
     return parts, whole
+
+
+def _least(values: Floats, count: int) -> Ints:
+    """Where the `count` least values are, the first of equal ones."""
+    last = np.partition(values, count - 1)[count - 1]
+    below, equal = np.flatnonzero(values < last), np.flatnonzero(values == last)
+    return np.append(below, equal[: count - len(below)])
 
 
 def _labels(
