@@ -70,7 +70,7 @@ class Attention {
     queries_size_ = aligned(queries * dim_ + bytes_size_);
     // Queries, scores, widened chunk, sums of the chunk, sums so far.
     scratch_size_ = queries_size_ + aligned(queries * kChunk + kChunk * dim_ + 2 * sums_size_);
-    scratch_ = context.arena.take<float>(scratch_size_ * team_.size());
+    scratch_ = context.arena.take_areas<float>(scratch_size_, team_.size());
     const int64_t blocks = (job.tokens + block_tokens_ - 1) / block_tokens_;
     if (split_) {
       parts_ = context.arena.take<float>(job.kv_heads * chunks_ * sums_size_);
@@ -90,7 +90,7 @@ class Attention {
       prepare_items_.drain(
           [&](int64_t head, int64_t) { prepare(head, 0, job_.tokens, prepared_ + head * queries_size_); });
       team_.barrier();
-      float* scratch = scratch_ + worker * scratch_size_;
+      float* scratch = scratch_.of(worker);
       if (!split_) {
         items_.drain([&](int64_t item, int64_t) { attend_block(item, scratch); });
         return;
@@ -331,7 +331,7 @@ class Attention {
   const int64_t block_tokens_, first_chunk_, chunks_;
   Pool& team_;
   int64_t sums_size_, bytes_size_, queries_size_, scratch_size_;
-  float* scratch_;
+  Areas<float> scratch_;
   float* parts_ = nullptr;
   float* prepared_ = nullptr;
   Items items_, merge_items_, write_items_, prepare_items_;

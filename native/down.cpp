@@ -59,8 +59,8 @@ DownRecords::DownRecords(Context& context, Pool& team, const Matrix& down, const
                                        parts_of(tokens, kTokenBlock));
     most_ = most;
     fired_ = context.arena.take<int32_t>(tokens * (most + 1));
-    scratch_size_ = kTileColumns * kTileRows + (2 * kTileColumns + 1) * parts_of(tokens, token_parts_);
-    scratch_ = context.arena.take<float>(scratch_size_ * team.size());
+    scratch_ = context.arena.take_areas<float>(
+        kTileColumns * kTileRows + (2 * kTileColumns + 1) * parts_of(tokens, token_parts_), team.size());
     token_items_.reset(tokens, 1);
   }
 }
@@ -134,7 +134,7 @@ void DownRecords::add_tile(int worker, int64_t item, float* out) {
   const int64_t c0 = item % column_parts_ * kTileColumns, c1 = std::min(c0 + kTileColumns, down_.cols);
   const int64_t size = parts_of(tokens_, token_parts_);
   const int64_t t0 = std::min(item / column_parts_ * size, tokens_), t1 = std::min(t0 + size, tokens_);
-  float* numbers = scratch_ + worker * scratch_size_;
+  float* numbers = scratch_.of(worker);
   float* sums = numbers + kTileRows * kTileColumns;
   float* total = sums + size * kTileColumns;
   auto* next = reinterpret_cast<int32_t*>(total + size * kTileColumns);  // of each token, in its list

@@ -45,10 +45,9 @@ class DownRecords {
   int32_t *ids_, *positions_;
   int64_t start_[kGroups + 1] = {};
   float* parts_ = nullptr;    // one token: (kGroups, columns)
-  float* scratch_ = nullptr;  // more: per worker a tile of weights, two of sums, and places in the lists
+  Areas<float> scratch_;      // more: per worker a tile of weights, two of sums, and places in the lists
   int32_t* fired_ = nullptr;  // more: per token an ascending list of places, and an end
   int64_t most_ = 0;
-  int64_t scratch_size_ = 0;
   Items items_, reduce_, token_items_;
   // One of these does it all: where panels are faster, and in the other integer formats.
   std::optional<DownPanels> panels_;

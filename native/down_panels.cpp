@@ -58,16 +58,16 @@ void DownPanels::list(const int32_t* ids, const int32_t* rows, const uint8_t* wa
   });
   wide_size_ = kGroupTokens * steps_ * kStep;
   pairs_ = arena.take<uint16_t>(parts_of(tokens_, kGroupTokens) * wide_size_);
-  wide_ = arena.take<float>(wide_size_ * team_.size());
+  wide_ = arena.take_areas<float>(wide_size_, team_.size());
   const PanelKernels& panel = context_.kernels.panel[down_.format];
-  panels_size_ = kAcrossColumns / kPanelRows * panel.bytes(steps_ * kStep) + panel.scratch;
-  panels_ = arena.take<uint8_t>(panels_size_ * team_.size());
+  panels_ = arena.take_areas<uint8_t>(
+      kAcrossColumns / kPanelRows * panel.bytes(steps_ * kStep) + panel.scratch, team_.size());
 }
 
 void DownPanels::pair_group(int worker, int64_t group) {
   const int64_t t0 = group * kGroupTokens, count = std::min<int64_t>(tokens_ - t0, kGroupTokens);
   const int64_t width = steps_ * kStep;
-  float* wide = wide_ + worker * wide_size_;
+  float* wide = wide_.of(worker);
   for (int64_t s = 0; s < width; s += kStep) {
     const int32_t* source = sources_ + s;
     const bool together = source[0] >= 0 && source[kStep - 1] == source[0] + kStep - 1;
@@ -90,7 +90,7 @@ void DownPanels::add_part(int worker, int64_t item, float* out) {
   const int64_t size = parts_of(parts_of(tokens_, kGroupTokens), token_parts_) * kGroupTokens;
   const int64_t t0 = std::min(item / column_parts_ * size, tokens_), t1 = std::min(t0 + size, tokens_);
   if (t0 == t1) return;
-  uint8_t* panels = panels_ + worker * panels_size_;
+  uint8_t* panels = panels_.of(worker);
   kernels.pack_across[down_.format](down_.at(rows_, steps_ * kStep), steps_, c0, c1, down_.cols, panels);
   Tokens tokens{};
   tokens.pairs = pairs_ + t0 * steps_ * kStep;

@@ -36,9 +36,9 @@ class DownPanels {
   int64_t h_stride_ = 0, steps_ = 0;
   int32_t *rows_ = nullptr, *sources_ = nullptr;  // (steps, 32): a record's row, and its place in h; or -1
   uint16_t* pairs_ = nullptr;
-  float* wide_ = nullptr;      // per worker (kGroupTokens, steps * 32): activations by step
-  uint8_t* panels_ = nullptr;  // per worker
-  int64_t wide_size_ = 0, panels_size_ = 0, column_parts_, token_parts_;
+  Areas<float> wide_;  // (kGroupTokens, steps * 32): activations by step
+  Areas<uint8_t> panels_;
+  int64_t wide_size_ = 0, column_parts_, token_parts_;
   Items groups_, items_;
 };
 

@@ -34,17 +34,16 @@ DownSums::DownSums(Context& context, Pool& team, const Matrix& down, const Large
   listed_positions_ = arena.take<int32_t>(most);
   largest_ = kept_ ? *largest : LargestScales{arena.take<float>(most), arena.take<float>(most)};
   scales_ = arena.take<Scale>(tokens);
-  if (tokens == 1) {
-    sums_size_ = steps_;
-  } else {
+  int64_t sums = steps_;
+  if (tokens > 1) {
     const int64_t wanted_items = 4 * static_cast<int64_t>(team.size());
     column_parts_ = parts_of(steps_, kTileSteps);
     token_parts_ = std::max(parts_of(tokens, kTokenBlock),
                             std::min(tokens, parts_of(wanted_items, std::max<int64_t>(column_parts_, 1))));
     fired_ = arena.take<int32_t>(tokens * (most + 1));
-    sums_size_ = parts_of(tokens, token_parts_) * kTileSteps;
+    sums = parts_of(tokens, token_parts_) * kTileSteps;
   }
-  sums_ = arena.take<SumStep>(sums_size_ * team.size());
+  sums_ = arena.take_areas<SumStep>(sums, team.size());
 }
 
 void DownSums::list(const int32_t* ids, const int32_t* rows, const uint8_t* wanted, int64_t count,
@@ -123,7 +122,7 @@ void DownSums::add(int worker, float* out) {
 }
 
 void DownSums::add_one(int worker, float* out) {
-  SumStep* sums = sums_ + worker * sums_size_;
+  SumStep* sums = sums_.of(worker);
   std::memset(static_cast<void*>(sums), 0, static_cast<size_t>(steps_) * sizeof(SumStep));
   const SumJob job = job_of(0, nullptr, sums);
   if (scales_[0].finite) {
@@ -133,7 +132,8 @@ void DownSums::add_one(int worker, float* out) {
   }
   team_.barrier();
   items_.drain([&](int64_t s, int64_t) {
-    finish(0, sums_ + s, team_.size(), s * kSumColumns, std::min((s + 1) * kSumColumns, down_.cols), out);
+    finish(0, sums_.data + s, team_.size(), s * kSumColumns, std::min((s + 1) * kSumColumns, down_.cols),
+           out);
   });
 }
 
@@ -153,8 +153,8 @@ void DownSums::add_tile(int worker, int64_t item, float* out) {
   const int64_t c0 = item % column_parts_ * kTileColumns, c1 = std::min(c0 + kTileColumns, down_.cols);
   const int64_t size = parts_of(tokens_, token_parts_);
   const int64_t t0 = std::min(item / column_parts_ * size, tokens_), t1 = std::min(t0 + size, tokens_);
-  SumStep* sums = sums_ + worker * sums_size_;
-  std::memset(static_cast<void*>(sums), 0, static_cast<size_t>(sums_size_) * sizeof(SumStep));
+  SumStep* sums = sums_.of(worker);
+  std::memset(static_cast<void*>(sums), 0, static_cast<size_t>((t1 - t0) * kTileSteps) * sizeof(SumStep));
   int64_t next[kTokenBlock] = {};  // of each token, in its list
   for (int64_t end = kTileRows; end < count_ + kTileRows; end += kTileRows) {
     for (int64_t t = t0; t < t1; ++t) {
@@ -177,7 +177,7 @@ void DownSums::finish(int64_t t, const SumStep* parts, int64_t count, int64_t c0
     std::fill(to, to + c1 - c0, std::numeric_limits<float>::quiet_NaN());
     return;
   }
-  context_.kernels.finish_sums[down_.format](parts, count, sums_size_, scales_[t].units, c1 - c0, to);
+  context_.kernels.finish_sums[down_.format](parts, count, sums_.stride, scales_[t].units, c1 - c0, to);
 }
 
 }  // namespace thermocline

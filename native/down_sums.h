@@ -51,9 +51,8 @@ class DownSums {
   const bool kept_;
   LargestScales largest_;  // by row if they are kept, else by place
   bool measured_ = false;
-  Scale* scales_;  // of each token
-  SumStep* sums_;  // per worker, for one token `steps_` of them
-  int64_t sums_size_;
+  Scale* scales_;             // of each token
+  Areas<SumStep> sums_;       // for one token `steps_` of them
   int32_t* fired_ = nullptr;  // more: per token an ascending list of places, and an end
   int64_t column_parts_ = 0, token_parts_ = 0;
   Streams streams_;

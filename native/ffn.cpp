@@ -48,21 +48,21 @@ class Slice {
       active_rows_ = rows;
       if (compact_) kept_rows_ = arena.take<int32_t>(count_);
     }
-    scratch_size_ =
+    int64_t scratch_size =
         std::max(dot_scratch(context.kernels, block.up->format, block.up->cols, tokens),
                  block.gate ? dot_scratch(context.kernels, block.gate->format, block.gate->cols, tokens) : 0);
     if (block.records) {
       records_.emplace(context, team, *block.down, block.largest, tokens, count_);
     } else {
-      scratch_size_ =
-          std::max(scratch_size_, dot_scratch(context.kernels, block.down->format, block.down->cols, tokens));
+      scratch_size =
+          std::max(scratch_size, dot_scratch(context.kernels, block.down->format, block.down->cols, tokens));
       full_ = active ? arena.take<float>(tokens * block.neurons) : h_;
       full_batch_.emplace(context, full_, tokens, block.neurons,
                           form_of(context.kernels, block.down->format, tokens));
       down_items_.reset(block.down->rows,
                         row_grain(block.down->rows, block.down->row_bytes, tokens, team.size()), tokens == 1);
     }
-    scratch_ = arena.take<float>(scratch_size_ * team.size());
+    scratch_ = arena.take_areas<float>(scratch_size, team.size());
     const int64_t grain = row_grain(count_, block.up->row_bytes, tokens, team.size());
     first_items_.reset(count_, grain, tokens == 1);
     second_items_.reset(count_, grain, tokens == 1);
@@ -71,7 +71,7 @@ class Slice {
 
   void run(float* out, float* hidden) {
     team_.run([&](int worker) {
-      float* scratch = scratch_ + worker * scratch_size_;
+      float* scratch = scratch_.of(worker);
       if (first_items_.begin(worker) < count_)
         fetch(first_matrix().data + first_row(worker) * first_matrix().row_bytes);
       x_.prepare(context_, team_);
@@ -247,8 +247,7 @@ class Slice {
   std::optional<DownRecords> records_;
   float* full_ = nullptr;  // (tokens, neurons), for the standard layout
   std::optional<Batch> full_batch_;
-  float* scratch_;
-  int64_t scratch_size_;
+  Areas<float> scratch_;
   Streams first_items_, second_items_, down_items_;
   Items token_items_;
   std::atomic<int64_t> fired_{0};

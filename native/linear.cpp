@@ -212,7 +212,7 @@ void linear(Context& context, const float* x, int64_t tokens, int64_t columns, c
 
   Pool& team = context.team(bytes);
   Batch batch(context, x, tokens, columns, forms);
-  float* wide = context.arena.take<float>(scratch * team.size());
+  const Areas<float> wide = context.arena.take_areas<float>(scratch, team.size());
   Streams streams = context.streams(team);
   streams.reset(pieces, 1, tokens == 1);
   const auto part_of = [&](int64_t piece) {
@@ -233,7 +233,7 @@ void linear(Context& context, const float* x, int64_t tokens, int64_t columns, c
         const int64_t r1 = std::min((last - first[p]) * grain[p], part.matrix.rows);
         const DotJob job{part.matrix.all(), columns, batch.tokens(), part.out, part.matrix.rows,
                          part.bias,         add};
-        dot_chunk(kernels, part.matrix.format, job, r0, r1, tokens, wide + worker * scratch);
+        dot_chunk(kernels, part.matrix.format, job, r0, r1, tokens, wide.of(worker));
         piece = last;
       }
     });

@@ -15,12 +15,12 @@ void predict(Context& context, const float* x, int64_t tokens, const Matrix& fc1
   Batch middle(context, hidden, tokens, rank, form_of(context.kernels, fc2.format, tokens));
   const int64_t room = std::max(dot_scratch(context.kernels, fc1.format, fc1.cols, tokens),  //
                                 dot_scratch(context.kernels, fc2.format, rank, tokens));
-  float* scratch = context.arena.take<float>(room * team.size());
+  const Areas<float> scratch = context.arena.take_areas<float>(room, team.size());
   Streams first = context.streams(team), second = context.streams(team);
   first.reset(rank, row_grain(rank, fc1.row_bytes, tokens, team.size()), tokens == 1);
   second.reset(neurons, row_grain(neurons, fc2.row_bytes, tokens, team.size()), tokens == 1);
   team.run([&](int worker) {
-    float* own = scratch + worker * room;
+    float* own = scratch.of(worker);
     fetch(fc1.data + first.begin(worker) * fc1.row_bytes);
     in.prepare(context, team);
     const DotJob down{fc1.all(), fc1.cols, in.tokens(), hidden, rank, nullptr, false};

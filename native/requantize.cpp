@@ -102,12 +102,12 @@ RequantizeError transpose_requantize(Context& context, const Matrix& source, For
   // Not a power of two, or the rows of a tile would fall on the same cache sets.
   const int64_t stride = n + kRows;
   Pool& team = context.team(source.rows * source.row_bytes);
-  float* buffers = context.arena.take<float>((kColumns * stride + n) * team.size());
+  const Areas<float> buffers = context.arena.take_areas<float>(kColumns * stride + n, team.size());
   Deviation* deviations = context.arena.take<Deviation>(pieces);
   Items items;
   items.reset(pieces, 1);
   team.run([&](int worker) {
-    float* rows = buffers + worker * (kColumns * stride + n);
+    float* rows = buffers.of(worker);
     float* back = rows + kColumns * stride;
     items.drain([&](int64_t item, int64_t) {
       const int64_t c0 = item * kColumns, c1 = std::min(c0 + kColumns, source.cols);
