@@ -32,7 +32,10 @@ from thermocline.memory.arena import make_array
 from thermocline.memory.convert import convert
 from thermocline.placement.ledger import Purpose
 from thermocline.placement.plan import Plan
+from thermocline.placement.plan import plan_of as made_of
 from thermocline.placement.plan_file import save_plan
+from thermocline.placement.problem import LayerPlace, Placement, Problem
+from thermocline.placement.solver import Method, Solution
 from thermocline.runtime import loading
 from thermocline.runtime.split import Account, measured_of, recall, remember, split_report
 
@@ -127,7 +130,7 @@ def test_a_run_tells_what_each_side_did(profiled: Path) -> None:
     assert split.crossings > 0
     assert split.crossed_bytes == split.crossings * 384 * 4
     names = [c.name for c in split.components]
-    assert names == ["step", "attention", "ffn", "predictor", "ffn hot", "ffn cold", "crossing", "rest"]
+    assert names == ["step", "attention", "ffn", "predictor", "ffn hot", "ffn cold", "crossing", "rest", "between"]
     assert all(c.predicted_ms >= 0 and c.measured_ms >= 0 for c in split.components)
     assert split.step.measured_ms == pytest.approx(report.decode_seconds * 1e3 / 23)
     parts = sum(c.measured_ms for c in split.components if c.name in ("attention", "ffn", "rest"))
@@ -184,6 +187,38 @@ def test_the_last_run_is_what_replan_plans_with(profiled: Path, tmp_path: Path, 
     file = next((tmp_path / "other").glob("run-*"))
     file.write_text(file.read_text().replace("{", '{"cold": 1e9,', 1).replace(f'"cold": {again.cold}', '"old": 1'))
     assert recall(plan.machine, plan.model) is None
+
+
+def test_what_no_part_takes_makes_the_next_prediction_whole(profiled: Path) -> None:
+    """The same placement, priced with what a run of it measured, takes as long as the run did."""
+    with emulated(profiled, 0.6) as llm:
+        greedy(llm)
+        plan, account, problem = llm.plan, llm._loaded.engine.account, llm._loaded.placing.problem
+    assert plan is not None
+    assert problem is not None
+    measured = measured_of(plan, account)
+    assert measured is not None
+    assert measured.between > 0
+    again = replace(problem, machine=replace(problem.machine, corrections=measured))
+    bounds = problem.cost.bounds.tolist()
+    places = (
+        LayerPlace(layer.home, layer.predictor or layer.home, bounds.index(layer.hot), bounds.index(layer.warm))
+        for layer in plan.layers
+    )
+    priced = made_of(again, solution_of(again, Placement(plan.embedding, plan.head, tuple(places))))
+    assert priced.predicted.step_ms == pytest.approx(1e3 * account.wall / account.steps, rel=0.1)
+    assert priced.predicted.between_ms == pytest.approx(1e3 * measured.between, abs=1e-3)
+    found = measured_of(priced, account)
+    assert found is not None
+    assert found.times(measured).between == pytest.approx(measured.between, rel=0.2)
+    assert split_report(priced, account, fired=1, bytes_read=1.0, seconds=account.wall).off == pytest.approx(
+        0, abs=0.01
+    )
+
+
+def solution_of(problem: Problem, placement: Placement) -> Solution:
+    seconds = problem.seconds(placement)
+    return Solution(placement, seconds, seconds, Method.GREEDY, ())
 
 
 def test_an_order_is_used_only_where_a_layer_is_cut(profiled: Path) -> None:

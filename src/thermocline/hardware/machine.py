@@ -160,7 +160,8 @@ class Corrections:
     """How many times longer parts of a decode step took than the machine's figures say; 1 where nothing was measured.
 
     `hot` and `cold` are the FFN's two sides, `rest` is embedding and output head. `attention_disk` is of layers whose
-    attention is read from disk for every pass.
+    attention is read from disk for every pass. `between` is seconds of a step that none of the parts takes: what calls
+    them, and makes a token of the logits.
     """
 
     attention_vram: float = 1.0
@@ -171,6 +172,7 @@ class Corrections:
     cold: float = 1.0
     crossing: float = 1.0
     rest: float = 1.0
+    between: float = 0.0
 
     def attention(self, home: Tier) -> float:
         """Of attention whose weights are on `home`."""
@@ -178,7 +180,8 @@ class Corrections:
 
     def times(self, other: Corrections) -> Corrections:
         """What was measured against figures that were corrected already, `other`, against the figures themselves."""
-        return Corrections(**{f.name: getattr(self, f.name) * getattr(other, f.name) for f in fields(self)})
+        factors = {f.name: getattr(self, f.name) * getattr(other, f.name) for f in fields(self)}
+        return Corrections(**factors | {"between": self.between})
 
 
 UNCORRECTED = Corrections()

@@ -272,7 +272,9 @@ class CostModel:
         return sum(p.weight * (p.tokens * row / side.bandwidth + side.launch + ids) for p in phases or self.phases)
 
     def head(self, tier: Tier) -> float:
-        """Seconds per token of output for logits and their way to the sampler, which is on the CPU."""
+        """Seconds per token of output for logits and their way to the sampler, which is on the CPU, and for what is
+        between the parts of a step.
+        """
         side, f, batch = self.machine.processor(tier), self.footprint, self.workload.batch
         flops = 2.0 * f.n_vocab * f.n_embd * batch
         time = _roofline(side, f.head, flops) + HEAD_KERNELS * side.launch
@@ -280,7 +282,8 @@ class CostModel:
             time = float(self._while_reading(time, self._streaming(f.head)))
         if tier is Tier.VRAM:
             time += self.machine.crossing + f.n_vocab * ACTIVATION_BYTES * batch / self.machine.link
-        return time * self.decode.weight * self.machine.corrections.rest
+        off = self.machine.corrections
+        return (time * off.rest + off.between) * self.decode.weight
 
     def edge(self, here: Tier, there: Tier) -> float:
         """Seconds per token of output to take the residual stream from one layer's home to the next one's."""

@@ -62,7 +62,8 @@ class Predicted:
     """Predicted times. `token_ms` is what the solver minimised: per token of output, the prompt's share included.
 
     `step_ms` is one decode step of all sequences, `tokens_per_second` what all of them make together in
-    decode. `prefill_ms` is one pass over up to `ubatch` prompt tokens, 0 without a prompt.
+    decode. `prefill_ms` is one pass over up to `ubatch` prompt tokens, 0 without a prompt. `between_ms` is the part of
+    a step that a run was seen to spend between layers and head, 0 where none was.
     """
 
     token_ms: float
@@ -71,6 +72,7 @@ class Predicted:
     prefill_ms: float
     first_token_ms: float
     tokens_per_second: float
+    between_ms: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,6 +150,7 @@ def plan_of(problem: Problem, solution: Solution, activity: str | None = None) -
         prefill_ms=0.0 if prefill is None else _ms(problem.phase_seconds(placement, prefill)),
         first_token_ms=round(first_token_ms(problem, placement), DIGITS),
         tokens_per_second=round(problem.workload.batch / step, DIGITS),
+        between_ms=_ms(problem.machine.corrections.between),
     )
     return Plan(
         model_name=f.name,

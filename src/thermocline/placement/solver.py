@@ -17,7 +17,7 @@ from thermocline.placement.prices import Path, Relaxed, relax, slack
 from thermocline.placement.problem import LayerPlace, Placement, Problem
 from thermocline.placement.search import open_options, search
 
-MILP_SECONDS = 30.0
+MILP_SECONDS = 25.0
 MILP_GAP = 1e-5
 MILP_OPTIONS = 60_000
 """Most options that HiGHS gets unreduced; beyond, those that the bound excludes are left out."""

@@ -203,6 +203,7 @@ class Stream:
             self._first_seconds = seconds
         else:
             self._decode_seconds += seconds
+            self._engine.account.wall += seconds
         engine = self._engine
         self._bytes_read, self._fired, self._selected = engine.bytes_read, engine.fired, engine.selected
         self._spent = engine.account

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from thermocline.memory.record_cache import Uses
 from thermocline.model.feed_forward import Tally
 from thermocline.ops.contract import FfnWork
 from thermocline.placement.budget import size_text
-from thermocline.placement.plan import Plan
+from thermocline.placement.plan import LayerPlan, Plan
 
 LOUD = 0.25
 """The cost model is off by so much of its prediction: that is said aloud."""
@@ -26,6 +26,8 @@ FEWEST_STEPS = 8
 """Fewer steps tell more of the first touch of memory than of the machine."""
 FURTHEST = 20.0
 """Times that a measured figure may differ from the machine's own; beyond, something else was measured."""
+LONGEST_BETWEEN = 10.0
+"""Seconds of a step, likewise."""
 LARGEST = 1 << 16
 
 
@@ -51,9 +53,10 @@ class DiskAccount:
 
 @dataclass(slots=True)
 class Account:
-    """Sums over the decode steps of one generation."""
+    """Sums over the decode steps of one generation. `wall` is their seconds, with those that made tokens and text."""
 
     steps: int = 0
+    wall: float = 0.0
     hot_fired: int = 0
     hot_bytes: float = 0.0
     crossings: int = 0
@@ -132,7 +135,7 @@ class SplitReport:
     """A generation over several devices. Bytes are sums over its `steps` decode steps, as are crossings.
 
     `hot_fired` of `fired` neurons were computed beside VRAM. The component "ffn" holds the predictor, both sides,
-    which overlap, and the crossing.
+    which overlap, and the crossing; "between" is what none of the others takes.
     `vram_busy` and `ram_busy` are seconds that the two sides computed, 0 where that was not measured; RAM's hold the
     waiting for the disk. `disk` is None where nothing is there. `over` is bytes that
     a GPU held beyond its budget in the first prompt.
@@ -224,7 +227,7 @@ def split_report(
     over: int = 0,
 ) -> SplitReport:
     """The report of a generation whose decode steps took `seconds` and read `bytes_read`; `curve` is the disk's."""
-    layers = plan.layers
+    layers, off = plan.layers, _measured(plan, account)
     attention = sum(layer.attention_ms for layer in layers)
     total = sum(layer.total_ms for layer in layers)
     components = (
@@ -235,7 +238,8 @@ def split_report(
         Component("ffn hot", sum(layer.hot_ms for layer in layers), account.mean_ms("ffn hot")),
         Component("ffn cold", sum(layer.cold_ms for layer in layers), account.mean_ms("ffn cold")),
         Component("crossing", sum(layer.crossing_ms for layer in layers), account.mean_ms("crossing")),
-        Component("rest", max(0.0, plan.predicted.step_ms - total), account.mean_ms("head")),
+        Component("rest", _rest(plan), account.mean_ms("head")),
+        Component("between", plan.predicted.between_ms, 1e3 * off.between),
     )
     return SplitReport(
         steps=account.steps,
@@ -273,8 +277,10 @@ def _disk_report(account: Account, seconds: float, curve: ReadCurve | None) -> D
 
 def measured_of(plan: Plan, account: Account) -> Corrections | None:
     """What a generation says of the figures that its plan was priced with; None if it saw too little."""
-    if account.steps < FEWEST_STEPS:
-        return None
+    return None if account.steps < FEWEST_STEPS else _measured(plan, account)
+
+
+def _measured(plan: Plan, account: Account) -> Corrections:
     layers = plan.layers
 
     def ratio(predicted: float, *names: str) -> float:
@@ -283,8 +289,7 @@ def measured_of(plan: Plan, account: Account) -> Corrections | None:
     def attention(tier: Tier) -> float:
         return ratio(sum(layer.attention_ms for layer in layers if layer.home is tier), f"attention {tier}")
 
-    rest = plan.predicted.step_ms - sum(layer.total_ms for layer in layers)
-    return Corrections(
+    found = Corrections(
         attention_vram=attention(Tier.VRAM),
         attention_ram=attention(Tier.RAM),
         attention_disk=attention(Tier.DISK),
@@ -292,8 +297,22 @@ def measured_of(plan: Plan, account: Account) -> Corrections | None:
         hot=ratio(sum(layer.hot_ms for layer in layers), "ffn hot"),
         cold=ratio(sum(layer.cold_ms for layer in layers), "ffn cold"),
         crossing=ratio(sum(layer.crossing_ms for layer in layers), "crossing"),
-        rest=ratio(rest, "head"),
+        rest=ratio(_rest(plan), "head"),
     )
+    parts = _rest(plan) * found.rest + sum(_corrected(layer, found) for layer in layers)
+    return replace(found, between=max(0.0, account.wall / max(account.steps, 1) - parts / 1e3))
+
+
+def _rest(plan: Plan) -> float:
+    """Milliseconds that are predicted for embedding and head."""
+    return max(0.0, plan.predicted.step_ms - plan.predicted.between_ms - sum(layer.total_ms for layer in plan.layers))
+
+
+def _corrected(layer: LayerPlan, off: Corrections) -> float:
+    """Milliseconds of a layer by the plan, corrected."""
+    sides = max(layer.hot_ms * off.hot, layer.cold_ms * off.cold)
+    apart = layer.predictor_ms * off.predictor + layer.crossing_ms * off.crossing
+    return layer.attention_ms * off.attention(layer.home) + apart + sides
 
 
 def remember(plan: Plan, measured: Corrections) -> None:
@@ -317,10 +336,12 @@ def recall(machine: str, model: str) -> Corrections | None:
     try:
         with _path(machine, model).open("rb") as file:
             kept: Mapping[str, Any] = json.loads(file.read(LARGEST))
-        ratios = {f.name: float(kept[f.name]) for f in fields(Corrections)}
+        found = {f.name: float(kept[f.name]) for f in fields(Corrections)}
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
-    return Corrections(**ratios) if all(1 / FURTHEST <= ratio <= FURTHEST for ratio in ratios.values()) else None
+    ratios = [value for name, value in found.items() if name != "between"]
+    usable = all(1 / FURTHEST <= ratio <= FURTHEST for ratio in ratios) and 0 <= found["between"] <= LONGEST_BETWEEN
+    return Corrections(**found) if usable else None
 
 
 def _path(machine: str, model: str) -> Path:
