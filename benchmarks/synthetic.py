@@ -330,6 +330,7 @@ def main() -> None:
     args = parser.parse_args()
     start = time.monotonic()
     generator = Generator(SHAPES[args.shape], args.active, args.seed)
+    args.output.mkdir(parents=True, exist_ok=True)
     tensors = spooled(generator.tensors(), args.output)
     fired = np.mean(generator.measured)
     print(f"{fired:.1%} of neurons fire on the calibration tokens, {time.monotonic() - start:.0f} s", flush=True)
