@@ -152,7 +152,7 @@ def load_model(
             sent_from=() if movable is not None else placing.sent_from,
             predicted_up_to=up_to,
         )
-        notices = [*notices, *_sent_notices(transformer), *_watch_notices(settings, placing, movable)]
+        notices = [*notices, *_sent_notices(transformer)]
         if tell is not None and placing.below.store is not None:
             tell("reading the hottest neurons")
         placing.below.warm_up(placing.order)
@@ -164,7 +164,8 @@ def load_model(
 
             sequence: TransformerSequence
             gpu, more = on_gpu.sequence_of(transformer, cache, ubatch, scratch, settings.crossing, counts)
-            notices = [*notices, *more, *([shrunk] if shrunk else [])]
+            watched = _watch_notices(settings, placing, movable, replayed=gpu.captured is not None)
+            notices = [*notices, *more, *watched, *([shrunk] if shrunk else [])]
             over = on_gpu.excess(placing)
             gpu.look, sequence = partial(on_gpu.beyond, placing), gpu
         else:
@@ -292,11 +293,11 @@ def _context(spec: ModelSpec, settings: LoadSettings, *, scored: int, observed: 
     return wanted, []
 
 
-def _watch_notices(settings: LoadSettings, placing: Placing, movable: Movable | None) -> list[str]:
-    """What watching is not or costs on a GPU."""
-    if not settings.watched or settings.device is not DeviceKind.CUDA:
-        return []
-    notices = ["a GPU replays single tokens as they were captured: what fires is counted in prompts alone"]
+def _watch_notices(settings: LoadSettings, placing: Placing, movable: Movable | None, *, replayed: bool) -> list[str]:
+    """What watching is not, or costs, on a GPU."""
+    notices = []
+    if settings.watched and replayed:
+        notices.append("a GPU replays single tokens as they were captured: what fires is counted in prompts alone")
     if movable is not None and any(placing.sent_from):
         notices.append("with --drift prompts send no cold neurons to the GPU: the CPU computes them")
     return notices
