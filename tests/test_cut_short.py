@@ -167,7 +167,7 @@ SMALL = ["-c", "64", "-t", "1"]
 CONVERT = ["convert", "m.gguf", "--activity", "a.safetensors", "-o", "out.gguf"]
 TRAIN = [
     "train-predictor", "-m", "m.gguf", "--text", "text", "-o", "out.predictor.safetensors", "--epochs", "1",
-    "--train-on", "cpu", "--rank", "32", "--max-share", "0", *SMALL,
+    "--train-on", "cpu", "--rank", "32", "--max-share", "0", "--batch", "128", *SMALL,
 ]  # fmt: skip
 COMMANDS = {
     "convert": Command([*CONVERT, "--outtype", "f16"]),
