@@ -10,7 +10,7 @@ static inline void int_tile(const RowTile<R>& tile, const Tokens& tokens, int64_
     for (int r = 0; r < R; ++r) acc[t][r] = zero();
   }
   constexpr int kStepBytes = kFormatInfo[F].block_bytes * kBlock / kFormatInfo[F].block;
-  for_steps<Fetch, kStepBytes>(tile, 0, n / kBlock, [&](int64_t b) __attribute__((always_inline)) {
+  for_steps<Fetch, false, kStepBytes>(tile, 0, n / kBlock, [&](int64_t b) __attribute__((always_inline)) {
     IntTokens xs[T];
     float sums[T];
 #pragma GCC unroll 8

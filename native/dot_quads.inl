@@ -42,7 +42,7 @@ template <Format F, int R, int T, bool Fetch>
   const int64_t blocks = n / kBlock;
   constexpr int kStepBytes = kFormatInfo[F].block_bytes * 4 * kBlock / kFormatInfo[F].block;
   // Where the last block is surely no nearer than the fourth, the compiler sees that none is clamped.
-  for_steps<Fetch, kStepBytes>(four, 0, blocks / 4, [&](int64_t s) __attribute__((always_inline)) {
+  for_steps<Fetch, false, kStepBytes>(four, 0, blocks / 4, [&](int64_t s) __attribute__((always_inline)) {
     int_step<F, T>(four, tokens, t0, 4 * s, 4 * s + 3, acc);
   });
   if (blocks % 4) int_step<F, T>(four, tokens, t0, blocks / 4 * 4, blocks - 1, acc);

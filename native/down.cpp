@@ -33,14 +33,14 @@ void for_clusters(const int32_t* ids, int64_t count, Body body) {
 }  // namespace
 
 DownRecords::DownRecords(Context& context, Pool& team, const Matrix& down, const LargestScales* largest,
-                         int64_t tokens, int64_t most)
+                         int64_t tokens, int64_t most, bool weighed)
     : context_(context), team_(team), down_(down), tokens_(tokens) {
   if (DownPanels::pays(context.kernels, down.format, tokens)) {
     panels_.emplace(context, team, down, tokens);
     return;
   }
   if (is_integer(down.format)) {
-    sums_.emplace(context, team, down, largest, tokens, most);
+    sums_.emplace(context, team, down, largest, tokens, most, weighed);
     return;
   }
   ids_ = context.arena.take<int32_t>(most);

@@ -18,9 +18,16 @@ constexpr int kClusterShift = 6;
 
 class DownRecords {
  public:
-  // Takes scratch for lists of up to `most` neurons and for the partial sums; `largest` as DownSums has it.
+  // Takes scratch for lists of up to `most` neurons and for the partial sums; `largest` and `weighed` as
+  // DownSums has them.
   DownRecords(Context& context, Pool& team, const Matrix& down, const LargestScales* largest, int64_t tokens,
-              int64_t most);
+              int64_t most, bool weighed);
+
+  // As DownSums has it, for places of a list without `wanted`, or of which all that is not wanted has an h of
+  // 0.
+  void weigh(int worker, const int32_t* rows, const float* h, int64_t k0, int64_t k1) {
+    if (sums_) sums_->weigh(worker, rows, h, k0, k1);
+  }
 
   // Serial: what to add. Neuron i of `count` has the id ids[i] (i if null), its row at rows[i] (at its id if
   // null) and the activations h[t * h_stride + i]; it is left out where `wanted` is given and wanted[i] is 0.

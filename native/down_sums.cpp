@@ -1,6 +1,7 @@
 #include "down_sums.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -20,7 +21,7 @@ constexpr int64_t kRowUnit = 8;  // rows that kernels take together
 }  // namespace
 
 DownSums::DownSums(Context& context, Pool& team, const Matrix& down, const LargestScales* largest,
-                   int64_t tokens, int64_t most)
+                   int64_t tokens, int64_t most, bool weighed)
     : context_(context),
       team_(team),
       down_(down),
@@ -28,6 +29,7 @@ DownSums::DownSums(Context& context, Pool& team, const Matrix& down, const Large
       most_(most),
       steps_(parts_of(down.cols, kSumColumns)),
       kept_(largest),
+      weigh_(weighed && largest && tokens == 1),
       streams_(context.streams(team)) {
   Arena& arena = context.arena;
   listed_rows_ = arena.take<int32_t>(most);
@@ -42,6 +44,10 @@ DownSums::DownSums(Context& context, Pool& team, const Matrix& down, const Large
                             std::min(tokens, parts_of(wanted_items, std::max<int64_t>(column_parts_, 1))));
     fired_ = arena.take<int32_t>(tokens * (most + 1));
     sums = parts_of(tokens, token_parts_) * kTileSteps;
+  }
+  if (weigh_) {
+    weighed_ = arena.take_areas<LargestScale>(1, team.size());
+    for (int w = 0; w < team.size(); ++w) *weighed_.of(w) = {0.0f, 0.0f};
   }
   sums_ = arena.take_areas<SumStep>(sums, team.size());
 }
@@ -65,7 +71,7 @@ void DownSums::list(const int32_t* ids, const int32_t* rows, const uint8_t* want
   }
   measured_ = kept_;
   if (tokens_ == 1 && kept_) {
-    scales_[0] = scale_of(0, nullptr, count_);
+    scales_[0] = weigh_ ? scale_from(heaviest()) : scale_of(0, nullptr, count_);
     measured_ = scales_[0].known;
   }
   if (tokens_ > 1) {
@@ -75,7 +81,7 @@ void DownSums::list(const int32_t* ids, const int32_t* rows, const uint8_t* want
   measure_items_.reset(count_, grain);
   streams_.reset(count_, parts_of(grain, kRowUnit) * kRowUnit, true);
   token_items_.reset(tokens_, 1);
-  items_.reset(tokens_ == 1 ? steps_ : column_parts_ * token_parts_, 1);
+  items_.reset(column_parts_ * token_parts_, 1);
 }
 
 void DownSums::measure(int64_t k0, int64_t k1) {
@@ -92,15 +98,42 @@ void DownSums::measure(int64_t k0, int64_t k1) {
 DownSums::Scale DownSums::scale_of(int64_t t, const int32_t* list, int64_t count) const {
   const float* h = h_ + t * h_stride_;
   const FactorJob job{h, positions_, list, kept_ ? rows_ : nullptr};
-  const float factor = context_.kernels.largest_factor(job, largest_.scale, count);
-  const float least =
-      has_minima(down_.format) ? context_.kernels.largest_factor(job, largest_.least, count) : 0.0f;
+  const auto largest = [&](const float* scales) {
+    return context_.kernels.largest_factor(job, scales, count);
+  };
+  return scale_from({largest(largest_.scale), has_minima(down_.format) ? largest(largest_.least) : 0.0f});
+}
+
+DownSums::Scale DownSums::scale_from(const LargestScale& factor) {
   const auto per = [](double most) { return most > 0 ? kLargestFactor / most : 0.0; };
-  return {per(factor),
-          per(least),
-          {double{factor} / kLargestFactor, double{least} / kLargestFactor},
-          std::isfinite(factor) && std::isfinite(least),
-          !std::signbit(factor)};
+  return {per(factor.scale),
+          per(factor.least),
+          {double{factor.scale} / kLargestFactor, double{factor.least} / kLargestFactor},
+          std::isfinite(factor.scale) && std::isfinite(factor.least),
+          !std::signbit(factor.scale)};
+}
+
+void DownSums::weigh(int worker, const int32_t* rows, const float* h, int64_t k0, int64_t k1) {
+  if (!weigh_) return;
+  const FactorJob job{h + k0, nullptr, nullptr, rows ? rows + k0 : nullptr};
+  const auto keep = [&](float& most, const float* scales) {
+    const float found = context_.kernels.largest_factor(job, rows ? scales : scales + k0, k1 - k0);
+    if (std::bit_cast<uint32_t>(found) > std::bit_cast<uint32_t>(most)) most = found;
+  };
+  keep(weighed_.of(worker)->scale, largest_.scale);
+  if (has_minima(down_.format)) keep(weighed_.of(worker)->least, largest_.least);
+}
+
+LargestScale DownSums::heaviest() const {
+  LargestScale most = *weighed_.of(0);
+  const auto keep = [](float& to, float other) {
+    if (std::bit_cast<uint32_t>(other) > std::bit_cast<uint32_t>(to)) to = other;
+  };
+  for (int w = 1; w < team_.size(); ++w) {
+    keep(most.scale, weighed_.of(w)->scale);
+    keep(most.least, weighed_.of(w)->least);
+  }
+  return most;
 }
 
 SumJob DownSums::job_of(int64_t t, const int32_t* list, SumStep* sums) const {
@@ -131,10 +164,19 @@ void DownSums::add_one(int worker, float* out) {
     });
   }
   team_.barrier();
-  items_.drain([&](int64_t s, int64_t) {
-    finish(0, sums_.data + s, team_.size(), s * kSumColumns, std::min((s + 1) * kSumColumns, down_.cols),
-           out);
-  });
+  finish_one(worker, out);
+}
+
+// What others wrote is asked for at once, for a core answers another one late.
+void DownSums::finish_one(int worker, float* out) {
+  const int64_t s0 = steps_ * worker / team_.size(), s1 = steps_ * (worker + 1) / team_.size();
+  if (s0 == s1) return;
+  for (int w = 0; w < team_.size(); ++w) {
+    const auto* from = reinterpret_cast<const uint8_t*>(sums_.of(w) + s0);
+    for (size_t i = 0; i < static_cast<size_t>(s1 - s0) * sizeof(SumStep); i += 64)
+      __builtin_prefetch(from + i);
+  }
+  finish(0, sums_.data + s0, team_.size(), s0 * kSumColumns, std::min(s1 * kSumColumns, down_.cols), out);
 }
 
 void DownSums::begin_token(int64_t t) {

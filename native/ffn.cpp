@@ -52,7 +52,7 @@ class Slice {
         std::max(dot_scratch(context.kernels, block.up->format, block.up->cols, tokens),
                  block.gate ? dot_scratch(context.kernels, block.gate->format, block.gate->cols, tokens) : 0);
     if (block.records) {
-      records_.emplace(context, team, *block.down, block.largest, tokens, count_);
+      records_.emplace(context, team, *block.down, block.largest, tokens, count_, block.gate != nullptr);
     } else {
       scratch_size =
           std::max(scratch_size, dot_scratch(context.kernels, block.down->format, block.down->cols, tokens));
@@ -80,11 +80,11 @@ class Slice {
         team_.barrier([&] {
           if (compact_) keep_open();
         });
-        second_items_.drain(worker, [&](int64_t k0, int64_t k1) { finish(k0, k1, scratch); });
+        second_items_.drain(worker, [&](int64_t k0, int64_t k1) { finish(worker, k0, k1, scratch); });
       }
       if (block_.records) {
         team_.barrier(
-            [&] { records_->list(ids(), rows(ids()), skip_ ? wanted_ : nullptr, kept_, h_, count_); });
+            [&] { records_->list(ids(), rows(ids()), all_wanted() ? nullptr : wanted_, kept_, h_, count_); });
         if (hidden) token_items_.drain([&](int64_t t, int64_t) { spread(t, hidden); });
         records_->add(worker, out);
       } else {
@@ -169,11 +169,14 @@ class Slice {
   }
 
   // h of the kept neurons k0 .. k1.
-  void finish(int64_t k0, int64_t k1, float* scratch) {
+  void finish(int worker, int64_t k0, int64_t k1, float* scratch) {
     project_up(ids(), kept_, h_, k0, k1, scratch);
     gate(k0, k1);
+    if (records_) records_->weigh(worker, rows(ids()), h_, k0, k1);
     fired_.fetch_add(flag(h_, k0, k1, wanted_), std::memory_order_relaxed);
   }
+
+  bool all_wanted() const { return !skip_ || (tokens_ == 1 && fired_.load() == kept_); }
 
   // h = gate * up, and exactly +0 where the gate is closed, as if the neuron had been skipped.
   void gate(int64_t k0, int64_t k1) {

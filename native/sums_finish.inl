@@ -12,11 +12,28 @@ static inline SumStep whole_step(const SumStep* parts, int64_t count, int64_t st
   return total;
 }
 
+// Four columns, which lie side by side in a step as in a row.
+using Ints4 [[gnu::vector_size(16)]] = int32_t;
+using Doubles4 [[gnu::vector_size(32)]] = double;
+using Floats4 [[gnu::vector_size(16)]] = float;
+
+static inline Ints4 load_four(const int32_t* from) {
+  Ints4 to;
+  memcpy(&to, from, sizeof to);
+  return to;
+}
+
 // What digits come to: below 2^53, so that any digits of a number give the same.
 template <Format F>
 static inline double number_of(const int32_t* digits) {
   constexpr double kBase = kDigitBase<F>;
   return (digits[2] * kBase + digits[1]) * kBase + digits[0];
+}
+template <Format F>
+static inline void numbers_of(const Ints4 (&digits)[kDigits], Doubles4& numbers) {
+  constexpr double kBase = kDigitBase<F>;
+  numbers = __builtin_convertvector(digits[2], Doubles4);
+  for (int d = 1; d >= 0; --d) numbers = numbers * kBase + __builtin_convertvector(digits[d], Doubles4);
 }
 
 // The block, and its half, that the columns at place 4 * lane of a half belong to.
@@ -32,30 +49,25 @@ static inline int part_of(int half, int lane) {
 // One half of a step's columns.
 template <Format F, int half>
 static inline void finish_half(const SumStep& sums, const SumUnits& units, int64_t columns, float* out) {
-  int32_t off[kDigits][16] = {};
-  double least[16] = {};
-  for (int i = 0; i < 16; ++i) {
-    const int part = part_of<F>(half, i / 4), block = block_of<F>(half, i / 4);
-    for (int d = 0; d < kDigits; ++d) {
-      if (kUnsigned<F>) off[d][i] = kUnsigned<F> * sums.factors[F == kQ6_K ? part : 0][4 * block + d];
-    }
-    if (has_minima(F)) least[i] = units.least * number_of<F>(sums.least + 4 * block);
-  }
-  for (int j = 0; j < 4; ++j) {
-    float values[16];
-    for (int i = 0; i < 16; ++i) {
-      const int place = (half * 4 + j) * 16 + i;
-      int32_t digits[kDigits];
+  for (int lane = 0; lane < 4; ++lane) {
+    const int part = part_of<F>(half, lane), block = block_of<F>(half, lane);
+    const int64_t column = block * kBlock + part * 16;
+    if (column >= columns) continue;
+    const int32_t* factors = sums.factors[F == kQ6_K ? part : 0] + 4 * block;
+    const double least = has_minima(F) ? units.least * number_of<F>(sums.least + 4 * block) : 0.0;
+    for (int j = 0; j < 4; ++j) {
+      const int place = (half * 4 + j) * 16 + 4 * lane;
+      Ints4 digits[kDigits];
       for (int d = 0; d < kDigits; ++d) {
-        const int32_t sum = sums.at[d][place];
-        digits[d] = (kWholeBytes<F> && half ? (sum - sums.at[d][place - 64]) >> 4 : sum) - off[d][i];
+        digits[d] = load_four(sums.at[d] + place);
+        if (kWholeBytes<F> && half) digits[d] = (digits[d] - load_four(sums.at[d] + place - 64)) >> 4;
+        if (kUnsigned<F>) digits[d] -= kUnsigned<F> * factors[d];
       }
-      values[i] = static_cast<float>(number_of<F>(digits) * units.factor - least[i]);
-    }
-    for (int lane = 0; lane < 4; ++lane) {
-      const int64_t column = block_of<F>(half, lane) * kBlock + part_of<F>(half, lane) * 16 + 4 * j;
-      if (column >= columns) continue;
-      for (int t = 0; t < 4; ++t) out[column + t] += values[4 * lane + t];
+      Doubles4 numbers;
+      numbers_of<F>(digits, numbers);
+      const Floats4 values = __builtin_convertvector(numbers * units.factor - least, Floats4);
+      float* to = out + column + 4 * j;
+      for (int t = 0; t < 4; ++t) to[t] += values[t];
     }
   }
 }
