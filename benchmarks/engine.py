@@ -34,9 +34,13 @@ class Ours:
         self.start(0)
 
     @classmethod
-    def load(cls, path: Path, mode: Mode, threads: int, n_ctx: int, cache: CacheType = CacheType.F16) -> Ours:
+    def load(
+        cls, path: Path, mode: Mode, threads: int, n_ctx: int, cache: CacheType = CacheType.F16, *, mmap: bool = True
+    ) -> Ours:
         """Load `path` as the command line does."""
-        settings = LoadSettings(mode=mode, threads=threads, ctx_size=n_ctx, cache_type_k=cache, cache_type_v=cache)
+        settings = LoadSettings(
+            mode=mode, threads=threads, ctx_size=n_ctx, cache_type_k=cache, cache_type_v=cache, mmap=mmap
+        )
         with open_model(path) as source:
             model = load_model(source, settings)
         return cls(model, model.engine)

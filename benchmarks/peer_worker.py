@@ -55,9 +55,10 @@ class Worker:
         batch: int = 512,
         logits_all: bool = False,
         mapped: bool = False,
+        mmap: bool = True,
     ) -> dict[str, Any]:
         """`mapped` leaves the weights where the file's mapping has them: some processors have kernels for which they
-        are copied in another order.
+        are copied in another order. Without `mmap` all are read to memory of its own.
         """
         began = time.perf_counter()
         if mapped:
@@ -73,6 +74,7 @@ class Worker:
             type_v=TYPES[cache],
             flash_attn=cache == "q8_0",  # llama.cpp has quantised values with it only
             logits_all=logits_all,
+            use_mmap=mmap,
             verbose=False,
         )
         return {"seconds": time.perf_counter() - began}
