@@ -98,8 +98,8 @@ class LoadSettings:
     """Instruction set of the kernels, as `doctor` lists them; auto leaves out amxbf16: faster prompts, rounded."""
     mlock: bool = False
     """Keep the weights in memory: the system may neither swap them out nor drop them."""
-    mmap: bool = True
-    """Compute with the file as it is mapped; --no-mmap copies the weights to huge pages: faster after a slow start."""
+    mmap: bool | None = None
+    """Compute with the file as mapped, or with a copy in huge pages; without, copy where it pays and there is room."""
     device: DeviceKind = DeviceKind.AUTO
     """What computes beside the CPU: auto, cpu (nothing), emulated, cuda, or cuda:1 for the GPU of that number."""
     gpu: str | None = None

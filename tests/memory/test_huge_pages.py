@@ -66,6 +66,35 @@ def test_the_copy_does_not_need_the_file(mapped: MappedFile, content: bytes) -> 
     assert view.tobytes() == content[2 * HUGE_PAGE : SIZE - 2 * HUGE_PAGE]
 
 
+def test_it_pays_for_small_pages_with_room(mapped: MappedFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    view, room = mapped.view(0, SIZE), {"available": 3 * SIZE, "usable": 4 * SIZE, "huge_pages": "madvise"}
+
+    def pays(aside: int = 0, huge: int = 0, **other: object) -> bool:
+        monkeypatch.setattr(huge_pages, "find_memory", lambda: SimpleNamespace(**room | other))
+        monkeypatch.setattr(huge_pages, "_huge_and_held", lambda _: (huge, SIZE))
+        return huge_pages.pays([view], aside)
+
+    assert pays()
+    assert not pays(aside=SIZE + (1 << 20))
+    assert not pays(available=2 * SIZE - EDGES - 1)
+    assert not pays(usable=2 * SIZE - EDGES - 1)
+    assert not pays(huge_pages="never")
+    assert not huge_pages.pays([np.zeros(HUGE_PAGE, np.uint8)])
+    assert not pays(huge=4 * SIZE // 5)
+
+
+def test_pages_are_counted_as_the_system_tells_them(tmp_path: Path) -> None:
+    maps = tmp_path / "smaps"
+    maps.write_text(
+        "1000-3000 r--s 00000000 fe:00 7 /model\nRss:  8 kB\nAnonHugePages:  0 kB\nFilePmdMapped:  2 kB\n"
+        "3000-5000 r--p 00000000 00:00 0\nRss:  8 kB\nAnonHugePages:  6 kB\nFilePmdMapped:  0 kB\n"
+        "5000-6000 r--p 00000000 00:00 0\nRss:  4 kB\nAnonHugePages:  4 kB\n"
+    )
+    assert huge_pages._huge_and_held([(0x2000, 0x4000)], maps) == (8 << 10, 16 << 10)
+    assert huge_pages._huge_and_held([(0x5000, 0x6000)], maps) == (4 << 10, 4 << 10)
+    assert huge_pages._huge_and_held([(0x5000, 0x6000)], tmp_path / "none") == (0, 0)
+
+
 def test_without_room_nothing_changes(mapped: MappedFile, content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huge_pages, "find_memory", lambda: SimpleNamespace(available=SIZE // 2, usable=SIZE))
     with pytest.raises(HardwareError, match=r"0\.04 GiB of weights cannot be copied: 0\.02 GiB .* leave out --no-mmap"):

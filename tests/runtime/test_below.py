@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,12 @@ from thermocline import LLM, plan
 from thermocline.errors import BudgetError
 from thermocline.files.open import open_model
 from thermocline.hardware.machine import Tier
+from thermocline.hardware.probe import MemorySpeed
 from thermocline.memory import pieces
 from thermocline.memory.bundle import bundle_path
 from thermocline.memory.convert import convert
 from thermocline.placement.workload import Overheads
+from thermocline.runtime import planning
 from thermocline.runtime.split import measured_of
 
 GREEDY = {"temperature": 0.0, "max_tokens": 24, "ignore_eos": True}
@@ -32,12 +35,26 @@ def small(monkeypatch: pytest.MonkeyPatch, own_home: None) -> None:
 
 
 @pytest.fixture
+def steady(monkeypatch: pytest.MonkeyPatch, small: None, tmp_path: Path) -> None:
+    """A machine whose figures do not depend on what else it does while it is measured."""
+    survey, probe = planning.probe_machine(disk=tmp_path)
+    reads = ((4096, 4, 1e8), (65536, 4, 1.3e9), (1 << 20, 4, 1.8e9))
+    disks = tuple(
+        replace(disk, sequential=1.8e9, random=reads, beside_ram=1.7e9, ram_beside=2.2e10) for disk in probe.disks
+    )
+    memory = MemorySpeed(by_threads=((1, 1.5e10), (2, 3e10)), beside_device=8e9, sparse=0.6, sparse_batch=0.85)
+    known = replace(probe, memory=memory, flops=2e11, launch=1e-6, handover=1e-5, disks=disks)
+    monkeypatch.setattr(planning, "probe_machine", lambda **_: (survey, known))
+
+
+@pytest.fixture
 def model(tiny_model: Path, tmp_path: Path) -> Path:
     with open_model(tiny_model) as source:
         convert(source, tmp_path / "tiny.gguf", None, records=True)
     return tmp_path / "tiny.gguf"
 
 
+@pytest.mark.usefixtures("steady")
 def test_the_tokens_are_those_without_a_budget(model: Path) -> None:
     with LLM.load(model, threads=1) as llm:
         wanted = llm.generate("hello", **GREEDY).tokens

@@ -1,8 +1,8 @@
 """Mapped weights in huge pages of memory, at the addresses at which their file is mapped.
 
-Most file systems keep files in pages of 4 KiB, of which every token needs many thousands. What a model is computed
-with can be copied into memory of the process's own, in huge pages, and that memory takes the place of the file's:
-views stay valid, and nothing depends on the file any more.
+Most file systems keep files in pages of 4 KiB, of which every token needs many thousands, and to find the next one
+takes a processor a good part of its time. What a model is computed with can be copied into memory of the process's own,
+in huge pages, which takes the place of the file's: views stay valid, and nothing depends on the file any more.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import functools
 import mmap
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 
@@ -27,12 +28,29 @@ Progress = Callable[[int, int], None]
 HUGE_PAGE = 2 << 20
 PIECE = 16 * HUGE_PAGE
 GIB = 1 << 30
+HUGE_ENOUGH = 0.75
+"""Share of the bytes in huge pages from which on a copy gains little."""
 THREADS = 8
 """Most of them that copy; more only wait for the memory."""
 
 MOVE, TO_A_PLACE = 1, 2
 """MREMAP_MAYMOVE and MREMAP_FIXED of Linux, which Python does not name."""
 FAILED = ctypes.c_void_p(-1).value
+
+
+def pays(views: Sequence[Bytes], aside: int = 0) -> bool:
+    """Whether most of these bytes lie in small pages, and memory has room for them twice and for `aside` bytes more.
+
+    Twice, so that the file stays in the system's cache, from where the next start is fast.
+    """
+    ranges, memory = list(_ranges(views)), find_memory()
+    total = sum(stop - start for start, stop in ranges)
+    if not total or memory.huge_pages not in ("always", "madvise"):
+        return False
+    if 2 * total + aside > min(memory.available, memory.usable):
+        return False
+    huge, held = _huge_and_held(ranges)
+    return huge < HUGE_ENOUGH * held
 
 
 def copy(views: Sequence[Bytes], progress: Progress | None = None) -> int:
@@ -100,6 +118,25 @@ def _replace(piece: tuple[int, int]) -> int:
     libc.munmap(whole, made - whole)
     libc.munmap(made + size * moved, whole + HUGE_PAGE - made + size * (not moved))
     return size * moved
+
+
+def _huge_and_held(ranges: Sequence[tuple[int, int]], maps: Path = Path("/proc/self/smaps")) -> tuple[int, int]:
+    """Bytes in huge pages, and bytes in memory, of the mappings that these addresses belong to."""
+    huge, held, counts = 0, 0, False
+    try:
+        lines = maps.read_text(errors="replace").splitlines()
+    except OSError:
+        return 0, 0
+    for line in lines:
+        name, _, value = line.partition(" ")
+        if not name.endswith(":"):  # a mapping begins: first and last address, and what it is
+            first, last = (int(word, 16) for word in name.split("-"))
+            counts = any(start < last and first < stop for start, stop in ranges)
+        elif counts and name in ("AnonHugePages:", "FilePmdMapped:"):
+            huge += int(value.split()[0]) << 10
+        elif counts and name == "Rss:":
+            held += int(value.split()[0]) << 10
+    return huge, held
 
 
 @functools.cache

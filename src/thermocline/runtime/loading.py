@@ -144,6 +144,7 @@ def load_model(
             predictor=predictor,
             mlock=settings.mlock,
             mapped=settings.mmap,
+            aside=kv_bytes(spec, n_ctx, settings.cache_type_k, settings.cache_type_v),
             progress=progress,
             seats=placing.below.seats,
             order=None if placing.order is None else placing.order.order,
