@@ -35,7 +35,14 @@ class Ours:
 
     @classmethod
     def load(
-        cls, path: Path, mode: Mode, threads: int, n_ctx: int, cache: CacheType = CacheType.F16, *, mmap: bool = True
+        cls,
+        path: Path,
+        mode: Mode,
+        threads: int,
+        n_ctx: int,
+        cache: CacheType = CacheType.F16,
+        *,
+        mmap: bool | None = None,
     ) -> Ours:
         """Load `path` as the command line does."""
         settings = LoadSettings(

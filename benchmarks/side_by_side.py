@@ -99,11 +99,11 @@ def peer_turn(peer: Peer, do: str, tokens: list[int], size: float = 0.0) -> Turn
 def decode_test(path: Path, peer: Peer | None, probe: Probe, args: argparse.Namespace) -> dict[str, Any]:
     """Decoding in every mode that the model has, and by llama.cpp."""
     *others, richest = modes_of(records_of(path))
-    engines = [Ours.load(records_of(path), richest, args.threads, 2 * COUNT, mmap=not args.no_mmap)]
+    engines = [Ours.load(records_of(path), richest, args.threads, 2 * COUNT, mmap=args.mmap)]
     engines = [engines[0].beside(mode) for mode in others] + engines
     tokens = engines[0].random_tokens(COUNT)
     if peer:
-        peer.ask("load", path=str(path), n_ctx=2 * COUNT, threads=args.threads, mmap=not args.no_mmap)
+        peer.ask("load", path=str(path), n_ctx=2 * COUNT, threads=args.threads, mmap=args.mmap is not False)
     for engine in engines:
         engine.decode(4)
     rounds = Rounds(probe)
@@ -123,11 +123,11 @@ def decode_test(path: Path, peer: Peer | None, probe: Probe, args: argparse.Name
 
 def prefill_test(path: Path, peer: Peer | None, probe: Probe, args: argparse.Namespace) -> dict[str, Any]:
     """A prompt of 512 tokens."""
-    engine = Ours.load(records_of(path), Mode.AUTO, args.threads, PROMPT + 1, mmap=not args.no_mmap)
+    engine = Ours.load(records_of(path), Mode.AUTO, args.threads, PROMPT + 1, mmap=args.mmap)
     tokens = engine.random_tokens(PROMPT)
     engine.prefill(tokens)
     if peer:
-        peer.ask("load", path=str(path), n_ctx=PROMPT + 64, threads=args.threads, mmap=not args.no_mmap)
+        peer.ask("load", path=str(path), n_ctx=PROMPT + 64, threads=args.threads, mmap=args.mmap is not False)
         peer.seconds("prefill", tokens=tokens)
     rounds = Rounds(probe)
     for _ in range(args.rounds):
@@ -146,7 +146,7 @@ def context_test(path: Path, peer: Peer | None, probe: Probe, args: argparse.Nam
     results = []
     for cache in (c for c in CacheType if c is not CacheType.F32):
         engine = Ours.load(
-            records_of(path), Mode.AUTO, args.threads, max(args.depths) + 2 * COUNT, cache, mmap=not args.no_mmap
+            records_of(path), Mode.AUTO, args.threads, max(args.depths) + 2 * COUNT, cache, mmap=args.mmap
         )
         engine.fill_cache()
         tokens = engine.random_tokens(SLICE // 2)
@@ -159,7 +159,7 @@ def context_test(path: Path, peer: Peer | None, probe: Probe, args: argparse.Nam
                     n_ctx=depth + 2 * COUNT,
                     threads=args.threads,
                     cache=str(cache),
-                    mmap=not args.no_mmap,
+                    mmap=args.mmap is not False,
                 )
                 peer.ask("prefill", tokens=engine.random_tokens(max(depth, 8)))
             rounds = Rounds(probe)
@@ -238,7 +238,11 @@ def main() -> None:
     )
     parser.add_argument("--peer-depth", type=int, default=8192, help="deepest context that llama.cpp is given")
     parser.add_argument("--alone", action="store_true", help="without llama.cpp")
-    parser.add_argument("--no-mmap", action="store_true", help="both engines with weights in memory of their own")
+    parser.add_argument(
+        "--mmap",
+        action=argparse.BooleanOptionalAction,
+        help="both engines on the mapped file, or on weights in memory of their own; without, each as it is by default",
+    )
     parser.add_argument("--dry", action="store_true", help="keep no results")
     add_flag(parser)
     args = parser.parse_args()
