@@ -18,6 +18,11 @@ constexpr int64_t kTileColumns = kTileSteps * kSumColumns;
 constexpr int64_t kTokenBlock = 32;
 constexpr int64_t kRowUnit = 8;  // rows that kernels take together
 
+// By their bits, as the kernels compare: a NaN is larger than any number, and what has a sign than that.
+void keep_larger(float& to, float other) {
+  if (std::bit_cast<uint32_t>(other) > std::bit_cast<uint32_t>(to)) to = other;
+}
+
 }  // namespace
 
 DownSums::DownSums(Context& context, Pool& team, const Matrix& down, const LargestScales* largest,
@@ -116,22 +121,18 @@ DownSums::Scale DownSums::scale_from(const LargestScale& factor) {
 void DownSums::weigh(int worker, const int32_t* rows, const float* h, int64_t k0, int64_t k1) {
   if (!weigh_) return;
   const FactorJob job{h + k0, nullptr, nullptr, rows ? rows + k0 : nullptr};
-  const auto keep = [&](float& most, const float* scales) {
-    const float found = context_.kernels.largest_factor(job, rows ? scales : scales + k0, k1 - k0);
-    if (std::bit_cast<uint32_t>(found) > std::bit_cast<uint32_t>(most)) most = found;
+  const auto weigh_by = [&](float& most, const float* scales) {
+    keep_larger(most, context_.kernels.largest_factor(job, rows ? scales : scales + k0, k1 - k0));
   };
-  keep(weighed_.of(worker)->scale, largest_.scale);
-  if (has_minima(down_.format)) keep(weighed_.of(worker)->least, largest_.least);
+  weigh_by(weighed_.of(worker)->scale, largest_.scale);
+  if (has_minima(down_.format)) weigh_by(weighed_.of(worker)->least, largest_.least);
 }
 
 LargestScale DownSums::heaviest() const {
   LargestScale most = *weighed_.of(0);
-  const auto keep = [](float& to, float other) {
-    if (std::bit_cast<uint32_t>(other) > std::bit_cast<uint32_t>(to)) to = other;
-  };
   for (int w = 1; w < team_.size(); ++w) {
-    keep(most.scale, weighed_.of(w)->scale);
-    keep(most.least, weighed_.of(w)->least);
+    keep_larger(most.scale, weighed_.of(w)->scale);
+    keep_larger(most.least, weighed_.of(w)->least);
   }
   return most;
 }

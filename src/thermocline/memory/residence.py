@@ -32,7 +32,9 @@ def touch(path: Path, weights: Iterable[Weight], progress: Progress | None = Non
     Raises:
         ModelFormatError: the file cannot be read; without this, the process would die when it meets the bytes.
     """
-    views = [weight.data for weight in weights]
+    views = [
+        data for weight in weights if mapping_below(data := weight.data) is not None
+    ]  # others may be gathered anew
     ranges = [
         (mapping, *_extent(mapping, [view for view in views if mapping_below(view) is mapping]))
         for mapping in mappings_below(views)
