@@ -17,8 +17,8 @@ constexpr int64_t kWidenQueries = 8;  // from here on half keys and values are w
 // Up to so many tokens the chunks of one head are shared among workers; a longer batch has work enough in its
 // blocks.
 constexpr int64_t kSplitTokens = 4;
-constexpr int64_t kAhead = 4 * kStep;  // keys or values that are fetched before they are used
-constexpr int64_t kLine = 64;          // bytes of a cache line
+constexpr int64_t kPlaceBytes =
+    4096;  // least bytes of keys or values between places that are fetched by turns
 constexpr int64_t kNoItem = -1;
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 
@@ -37,15 +37,22 @@ struct Stream {
   };
   Piece pieces[3];
 
-  // What lies kAhead rows after row `k` of a piece, each of which counts whole steps.
+  int64_t place_rows;  // rows from one place to the next that are fetched by turns: whole steps
+
+  // What is fetched during the step at row `k` of a piece: as large a part of the next kPlaces * place_rows
+  // rows.
   Ahead after(int piece, int64_t k) const {
-    for (k += kAhead; piece < 3; ++piece) {
+    const int64_t block = kPlaces * place_rows;
+    for (k += block; piece < 3; ++piece) {
       const Piece& now = pieces[piece];
-      const int64_t rows = (now.rows + kStep - 1) / kStep * kStep;
-      if (k < rows) return {now.data + k * now.row_bytes, now.row_bytes};
+      const int64_t rows = (now.rows + block - 1) / block * block;
+      if (k < rows) {
+        const int64_t row = k / block * block + k % block / kPlaces;
+        return {now.data + row * now.row_bytes, now.row_bytes, place_rows * now.row_bytes};
+      }
       k -= rows;
     }
-    return {nullptr, 0};
+    return {nullptr, 0, 0};
   }
 };
 
@@ -218,8 +225,7 @@ class Attention {
         few(dots, k, end, 0, queries, ahead);
         continue;
       }
-      for (int64_t at = 0; at < kStep * ahead.row_bytes; at += kLine)
-        __builtin_prefetch(ahead.data + at, 0, 2);
+      fetch(ahead, 0, kStep * ahead.row_bytes);
       context_.kernels.dot[format](dots, k, end, 0, queries);
     }
   }
@@ -292,7 +298,9 @@ class Attention {
 
   void attend_chunk(int64_t item, int64_t next, float* scratch) {
     const int64_t head = item / chunks_, chunk = first_chunk_ + item % chunks_;
-    const Stream stream{{piece(job_.keys, item), piece(job_.values, item), piece(job_.keys, next)}};
+    const int64_t steps = (kPlaceBytes / job_.keys.row_bytes + kStep - 1) / kStep;
+    const Stream stream{{piece(job_.keys, item), piece(job_.values, item), piece(job_.keys, next)},
+                        std::max<int64_t>(1, steps) * kStep};
     attend(head, 0, job_.tokens, chunk, tokens_at(prepared_ + head * queries_size_), scratch,
            sums_at(parts_ + item * sums_size_), dim_ % kAttendColumns == 0 ? &stream : nullptr);
   }
