@@ -15,6 +15,7 @@ import pytest
 
 from thermocline import read_activity
 from thermocline.activity import profile as module
+from thermocline.activity.accumulator import Accumulator
 from thermocline.activity.profile import Existing, Profiled, Progress, journal_of
 from thermocline.activity.statistics import Activity
 from thermocline.activity.store import save_activity
@@ -205,6 +206,31 @@ def test_a_run_killed_early_has_its_first_window(
     assert same(done.activity, whole.activity)
 
 
+@pytest.mark.parametrize("windows", [1, 2, 3])
+def test_an_interrupted_run_has_all_windows_that_it_finished(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, same, windows: int
+) -> None:
+    """However long the interval between two saves is, and though it comes amid a window's layers."""
+    whole = run("whole")
+    finished: list[Progress] = []
+    count = Accumulator.ffn_hidden
+
+    def interrupted(self: Accumulator, layer: int, hidden: Any) -> None:
+        count(self, layer, hidden)
+        if len(finished) == windows:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setitem(module.profile.__kwdefaults__, "journal_seconds", 1e9)
+        patched.setattr(Accumulator, "ffn_hidden", interrupted)
+        with pytest.raises(KeyboardInterrupt) as told:
+            run(progress=finished.append)
+    assert [note for note in told.value.__notes__ if "the same command goes on with it" in note]
+    done = run()
+    assert done.resumed == finished[-1].tokens
+    assert same(done.activity, whole.activity)
+
+
 @pytest.mark.parametrize("existing", [Existing.REFUSE, Existing.MERGE])
 def test_a_kill_between_the_result_and_the_end_counts_nothing_twice(
     run: Run, tmp_path: Path, texts: Path, monkeypatch: pytest.MonkeyPatch, same, existing: Existing
@@ -308,6 +334,7 @@ KILLED = """
 import sys
 from pathlib import Path
 from thermocline.activity import profile as module
+from thermocline.activity.accumulator import Accumulator
 from thermocline.config import LoadSettings
 from thermocline.files.open import open_model
 from thermocline.runtime.profiling import profile_model

@@ -224,6 +224,33 @@ def test_a_run_killed_early_has_its_first_sequence(run: Run, tmp_path: Path, mon
     assert same(tmp_path / "x", tmp_path / "whole")
 
 
+@pytest.mark.parametrize("sequences", [1, 2, 3])
+def test_an_interrupted_run_has_all_sequences_that_it_finished(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sequences: int
+) -> None:
+    """However long the interval between two saves is, and though it comes amid a sequence's layers."""
+    whole: list[str] = []
+    first: list[str] = []
+    rest: list[str] = []
+    run("whole", progress=lambda step: whole.append(step.doing))
+    write = Capture.ffn_hidden
+
+    def interrupted(self: Capture, layer: int, hidden: Any) -> None:
+        write(self, layer, hidden)
+        if len(first) == sequences:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("thermocline.activity.capture.SAVE_SECONDS", 1e9)
+        patched.setattr(Capture, "ffn_hidden", interrupted)
+        with pytest.raises(KeyboardInterrupt) as told:
+            run(progress=lambda step: first.append(step.doing))
+    assert [note for note in told.value.__notes__ if "the same command goes on with it" in note]
+    assert run(progress=lambda step: rest.append(step.doing)).resumed
+    assert first + rest == whole
+    assert same(tmp_path / "x", tmp_path / "whole")
+
+
 @pytest.mark.parametrize("rank", [32, 0])
 def test_a_kill_within_the_fit_of_a_layer_loses_none_of_its_steps(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -50,6 +50,14 @@ class LayerData:
     energy: npt.NDArray[np.float16]
 
 
+class _Read(NamedTuple):
+    """What was read to the end of a sequence: how many of them, their tokens, and those kept for measuring."""
+
+    sequences: int
+    tokens: int
+    checked: int
+
+
 class Capture:
     """An observer that writes the data of some layers; sequences come one after another.
 
@@ -77,12 +85,25 @@ class Capture:
         state = place.read_state(STATE)
         same = state.get("layers") == list(self.layers)
         state = state if same else {}
-        self.sequences, self.tokens, self.checked = (
-            int(state.get(name, 0)) for name in ("sequences", "tokens", "checked")
-        )
+        self._read = _Read(*(int(state.get(name, 0)) for name in _Read._fields))
         self.done = bool(state.get("done"))
         self._checking = False
         self._files: dict[tuple[int, str], int] = {}
+
+    @property
+    def sequences(self) -> int:
+        """Sequences that were read to their end."""
+        return self._read.sequences
+
+    @property
+    def tokens(self) -> int:
+        """Their tokens."""
+        return self._read.tokens
+
+    @property
+    def checked(self) -> int:
+        """Tokens of them that are kept for measuring."""
+        return self._read.checked
 
     @property
     def trained(self) -> int:
@@ -97,7 +118,9 @@ class Capture:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Open the files, at the state that was saved last; save it at the end."""
+        """Open the files, at the state that was saved last; save it at the end, and where an interrupt comes, which it
+        may at any moment.
+        """
         with ExitStack() as stack, self._place.explained():
             for layer in self.layers:
                 for name, width in self._widths.items():
@@ -111,7 +134,12 @@ class Capture:
                     os.lseek(descriptor, 0, os.SEEK_END)
                     self._files[layer, name] = descriptor
             self._pace = Pace(SAVE_SECONDS)
-            yield
+            try:
+                yield
+            except KeyboardInterrupt:
+                if self.sequences:
+                    self._save()
+                raise
             self._save()
         self._files.clear()
 
@@ -121,9 +149,8 @@ class Capture:
 
     def end_sequence(self, tokens: int) -> None:
         """It ended, after so many tokens."""
-        self.sequences += 1
-        self.tokens += tokens
-        self.checked += tokens if self._checking else 0
+        checked = tokens if self._checking else 0
+        self._read = _Read(self.sequences + 1, self.tokens + tokens, self.checked + checked)  # at once: see `writing`
         if self._pace.due():
             self._save()
 
@@ -188,11 +215,7 @@ class Capture:
     def _save(self) -> None:
         for descriptor in self._files.values():
             os.fsync(descriptor)
-        state: Mapping[str, Any] = {
-            "layers": list(self.layers), "sequences": self.sequences, "tokens": self.tokens,
-            "checked": self.checked, "done": self.done,
-        }  # fmt: skip
-        self._place.write_state(STATE, state)
+        self._place.write_state(STATE, {"layers": list(self.layers), **self._read._asdict(), "done": self.done})
         self._pace.saved()
 
 

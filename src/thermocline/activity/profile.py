@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -106,6 +106,43 @@ class _Run:
         return {"id": self.id, "tokens": self.tokens, "sequences": self.sequences, **self.identity, **more}
 
 
+class _Counted:
+    """What a run counted up to the end of a window, and the journal that keeps it."""
+
+    def __init__(self, journal: Path, run: _Run, activity: Activity) -> None:
+        self._journal, self._run = journal, run
+        self.grow(activity)
+
+    def grow(self, activity: Activity) -> None:
+        """Another window was counted."""
+        state = {"id": self._run.id, "identity": self._run.identity, "position": self._run.position}
+        self._last = activity, state  # both at once: an interrupt comes at any moment
+
+    def save(self) -> None:
+        """Write the journal.
+
+        Raises:
+            OutputError: it could not be written.
+        """
+        activity, state = self._last
+        try:
+            save_activity(activity, self._journal, kind=SidecarKind.JOURNAL, more={"run": state})
+        except OutputError as error:
+            more = f"; {_goes_on(self._journal)}" if self._journal.exists() else ""
+            raise OutputError(f"the journal of this run: {error}{more}") from error
+
+    @contextmanager
+    def saved_at_interrupt(self) -> Iterator[None]:
+        """Write the journal where the block is interrupted, and note that on the interrupt."""
+        try:
+            yield
+        except KeyboardInterrupt as interrupt:
+            with suppress(OutputError):
+                self.save()
+            interrupt.add_note(_goes_on(self._journal))
+            raise
+
+
 def profile(
     subject: Subject,
     corpus: Corpus,
@@ -149,20 +186,23 @@ def profile(
     )
     accumulator = Accumulator(before or start, subject.down_norms, subject.runner.to_host)
     resumed, pace = run.tokens, Pace(journal_seconds)
+    counted = _Counted(journal, run, accumulator.result())
     if before is None:
-        _save(accumulator, journal, run)  # a disk that cannot be written to shows at once
-    for number, window in enumerate(reading):
-        if number < run.position:
-            continue
-        accumulator.begin_sequence()
-        subject.runner.run(np.asarray(window.tokens, np.int32), accumulator)
-        run.position, run.tokens, run.sequences = number + 1, accumulator.tokens, accumulator.sequences
-        if progress is not None:
-            seconds = time.perf_counter() - began
-            progress(Progress(reading.share, run.tokens, (run.tokens - resumed) / seconds))
-        if pace.due():
-            _save(accumulator, journal, run)
-            pace.saved()
+        counted.save()  # a disk that cannot be written to shows at once
+    with counted.saved_at_interrupt():
+        for number, window in enumerate(reading):
+            if number < run.position:
+                continue
+            accumulator.begin_sequence()
+            subject.runner.run(np.asarray(window.tokens, np.int32), accumulator)
+            run.position, run.tokens, run.sequences = number + 1, accumulator.tokens, accumulator.sequences
+            counted.grow(accumulator.result())
+            if progress is not None:
+                seconds = time.perf_counter() - began
+                progress(Progress(reading.share, run.tokens, (run.tokens - resumed) / seconds))
+            if pace.due():
+                counted.save()
+                pace.saved()
     if not run.tokens:
         journal.unlink(missing_ok=True)
         more = skipped_words(reading.skipped) or "what was read is empty"
@@ -174,7 +214,7 @@ def profile(
         save_activity(activity, output)
     except OutputError as error:
         with suppress(OutputError):
-            _save(accumulator, journal, run)
+            counted.save()
         raise OutputError(f"{error}; {_goes_on(journal)}") from error
     journal.unlink(missing_ok=True)
     return Profiled(activity, run.tokens, resumed, files, tuple(reading.skipped), time.perf_counter() - began)
@@ -232,15 +272,6 @@ def _resume(journal: Path, run: _Run, start: Activity) -> Activity | None:
     run.id, run.position = state["id"], state["position"]
     run.tokens, run.sequences = activity.tokens, activity.sequences
     return activity
-
-
-def _save(accumulator: Accumulator, journal: Path, run: _Run) -> None:
-    state = {"id": run.id, "identity": run.identity, "position": run.position}
-    try:
-        save_activity(accumulator.result(), journal, kind=SidecarKind.JOURNAL, more={"run": state})
-    except OutputError as error:
-        more = f"; {_goes_on(journal)}" if journal.exists() else ""
-        raise OutputError(f"the journal of this run: {error}{more}") from error
 
 
 def _goes_on(journal: Path) -> str:

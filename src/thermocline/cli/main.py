@@ -81,8 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         _silence_stdout()
         return PIPE_CLOSED
-    except KeyboardInterrupt:
-        complain("interrupted")
+    except KeyboardInterrupt as interrupt:
+        complain("; ".join(["interrupted", *getattr(interrupt, "__notes__", ())]))
         return INTERRUPTED
     except UnusedCliTokensError as error:
         extra = error.unused_tokens[0] if error.unused_tokens else ""

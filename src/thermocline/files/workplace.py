@@ -107,7 +107,7 @@ class Workplace:
         is wrong, so that the next one will be another. `other` tells whether that one could go on with it.
 
         Raises:
-            OutputError: the block did; the message tells what is kept.
+            OutputError: the block did; the message tells what is kept, as does a note on any other exception.
         """
         try:
             yield
@@ -115,10 +115,10 @@ class Workplace:
             if not begun() or (self._fails_alike(error) and not other()):
                 self.remove()
                 raise
+            told = f"what was done is kept in {printable(str(self.folder))}: the same command goes on with it"
             if isinstance(error, OutputError):
-                where = printable(str(self.folder))
-                told = f"{error}; what was done is kept in {where}: the same command goes on with it"
-                raise OutputError(told) from error
+                raise OutputError(f"{error}; {told}") from error
+            error.add_note(told)
             raise
 
     def _fails_alike(self, error: BaseException) -> bool:
