@@ -51,7 +51,7 @@ def test_profile_tells_a_machine_and_a_person(command, tiny_model, text, tmp_pat
     assert (part["tokens"], part["files"]) == (100, 1)
     told = command(*call, "-o", "y", "--verbose").err
     assert "1 file was skipped, being no UTF-8 text or none that the vocabulary spells: picture\n" in told
-    assert f"{tokens} tokens of 1 files, " in told
+    assert f"{tokens} tokens of 1 file, " in told
 
 
 def test_merging_by_flag_and_by_verb_is_the_same(command, tiny_model, text, tmp_path) -> None:
@@ -113,7 +113,9 @@ def test_a_predictor_is_trained_audited_and_drawn(command, tiny_model, text, tmp
              "--epochs", 1, "--energy-recall", 0.9, "--train-on", "cpu", "-o", predictor)  # fmt: skip
     done = command(*train)
     assert (done.code, done.err) == (0, "")
-    record = json.loads(command(*train, "--overwrite", "--json").out)
+    again = command(*train, "--overwrite", "--json", "--verbose")
+    assert "not needed" not in again.err  # what is no use for placing is of use here
+    record = json.loads(again.out)
     for layer in record["layers"]:
         assert f"{layer['energy_recall']:.2%}" in done.out
         assert layer["energy_recall"] >= 0.9

@@ -81,7 +81,8 @@ def _told(done: Profiled) -> list[str]:
     if done.skipped:
         lines.append(skipped_words(done.skipped))
     speed = (done.tokens - done.resumed) / done.seconds if done.seconds else 0.0
-    lines.append(f"{done.tokens:,} tokens of {done.files} files, {speed:,.0f} tokens/s, {done.seconds:.1f} s")
+    files = f"{done.files} file{'s' * (done.files != 1)}"
+    lines.append(f"{done.tokens:,} tokens of {files}, {speed:,.0f} tokens/s, {done.seconds:.1f} s")
     return lines
 
 

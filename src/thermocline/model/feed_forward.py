@@ -133,6 +133,8 @@ class FeedForward:
     _sides: tuple[_Side, ...]
     _bounds: Ints
     _alone: Neurons | None
+    foresees: bool
+    """Whether a part reads ahead."""
     sent: FeedForward | None = None
     """The same layer for long prompts, with parts that travel to the device."""
     sent_from: int = 0
@@ -146,18 +148,14 @@ class FeedForward:
         sides = (_Side(d, tuple((i, p) for i, p in enumerate(parts) if p.device is d)) for d in devices)
         bounds = np.array([parts[0].start, *(part.stop for part in parts)], np.int32)
         alone = parts[0] if len(parts) == 1 and parts[0].device is home else None
-        return cls(home, tuple(parts), order, tuple(sides), bounds, alone)
+        foresees = any(isinstance(part, Foreseeing) for part in parts)  # too slow to be asked in every step
+        return cls(home, tuple(parts), order, tuple(sides), bounds, alone, foresees)
 
     def cut_anew(self, parts: Sequence[Neurons], order: Ints) -> None:
         """Go on with other parts, or the same neurons in another order."""
         new = FeedForward.of(self.home, parts, order)
         self.parts, self.order = new.parts, new.order
-        self._sides, self._bounds, self._alone = new._sides, new._bounds, new._alone
-
-    @property
-    def foresees(self) -> bool:
-        """Whether a part reads ahead."""
-        return any(isinstance(part, Foreseeing) for part in self.parts)
+        self._sides, self._bounds, self._alone, self.foresees = new._sides, new._bounds, new._alone, new.foresees
 
     def foresee(self, active: ActiveSet) -> None:
         """Tell the parts what will probably be computed when this layer comes; `active` is overwritten."""

@@ -25,6 +25,7 @@ from thermocline.runtime.below import Below, below, streams
 from thermocline.runtime.planning import AUTO, ONLY_SHARES, PlanSettings, find_order, problem_of, stand_in
 from thermocline.runtime.split import recall
 
+ACTIVITY_UNUSED = "the activity is not needed: everything is in RAM, and nothing is split"
 KERNELS = (Purpose.ACTIVATIONS, Purpose.STAGING, Purpose.GRAPHS, Purpose.MARGIN)
 """What a plan sets aside for memory that no array of ours shows: scratch of kernels, drivers, the interpreter."""
 
@@ -108,7 +109,7 @@ def place(
             raise UsageError("--vram-budget says how much of a GPU to use, and none can be used; try --device emulated")
         if settings.activity is not None:
             find_order(source, settings.activity)
-            notices.append("the activity is not needed: everything is in RAM, and nothing is split")
+            notices.append(ACTIVITY_UNUSED)
         if settings.replan:
             notices.append("--replan does nothing: everything is in RAM, and there is no plan")
         if settings.drift is not None:

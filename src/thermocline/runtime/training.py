@@ -23,6 +23,7 @@ from thermocline.memory.checks import first_bytes
 from thermocline.model.families import family_of
 from thermocline.runtime.loading import LoadedModel, load_model
 from thermocline.runtime.observed import ObservedRunner
+from thermocline.runtime.placing import ACTIVITY_UNUSED
 from thermocline.runtime.profiling import WINDOW
 
 
@@ -64,7 +65,8 @@ def train_predictor(
     with closing(load_model(source, replace(load, ctx_size=window, mode=mode))) as loaded:
         if notice is not None:
             for line in loaded.notices:
-                notice(line)
+                if activity is None or line != ACTIVITY_UNUSED:  # training uses it
+                    notice(line)
         return train(
             _learner(source, loaded, ObservedRunner(loaded.transformer, window, load)),
             corpus,
