@@ -132,6 +132,14 @@ def test_without_verify_the_notes_are_still_held_to_their_seal(tmp_path: Path) -
         read_sidecar(path, KIND, verify=False)
 
 
+def test_a_folder_is_told_how_to_become_one(tmp_path: Path) -> None:
+    for kind in (SidecarKind.ACTIVITY, SidecarKind.PREDICTOR):
+        with pytest.raises(ModelFormatError, match=rf"is a folder; .* `thermocline {kind} import`"):
+            read_sidecar(tmp_path, kind)
+    with pytest.raises(ModelFormatError, match=r"is a folder; needed is one file$"):
+        read_sidecar(tmp_path, SidecarKind.ORDER)
+
+
 @pytest.mark.parametrize("cut", [0, 1, 7, 8, 100, -1])
 def test_a_cut_file_is_refused(tmp_path: Path, cut: int) -> None:
     path = tmp_path / "x"

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from thermocline import LLM, convert, profile, quantize, read_activity
+from thermocline import LLM, convert, describe, profile, quantize, read_activity
 from thermocline import order as make_order
 from thermocline.activity.applied import applied_order
 from thermocline.activity.inside import predictor_inside
@@ -377,6 +377,7 @@ def test_a_file_for_powerinfer_predicts_here_as_there(reglu: Path, oracle: Any, 
     done = convert(reglu, out, predictor=tmp_path / "p.safetensors", powerinfer=True)
     assert done.powerinfer
     assert magic(out) == b"PWRI"
+    assert (describe(out).kind, describe(reglu).kind) == ("powerinfer", "gguf")
     stored = GgufFile.open(out)
     assert stored.metadata["powerinfer.sparse_threshold"] == pytest.approx(1e-20)
     assert {t.format.name for t in stored.tensors.values()} == {"F32", "F16"}

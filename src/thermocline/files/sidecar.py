@@ -64,6 +64,10 @@ class SidecarKind(StrEnum):
     JOURNAL = "journal"
 
 
+FROM_FOLDERS: Final = (SidecarKind.ACTIVITY, SidecarKind.PREDICTOR)
+"""What PowerInfer keeps in folders."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Sidecar:
     """An opened sidecar. `arrays` and `weights` are read-only views on the mapped file.
@@ -178,6 +182,9 @@ def read_sidecar(path: Path | str, kind: SidecarKind | None = None, *, verify: b
         UnsupportedModelError: it is of a version that this one cannot read.
     """
     path = Path(path)
+    if path.is_dir():
+        hint = f": of PowerInfer's folders `thermocline {kind} import` makes one" if kind in FROM_FOLDERS else ""
+        raise ModelFormatError(path, "file", f"is a folder; needed is one file{hint}")
     header = read_safetensors_header(map_file(path, minimum=8))
     notes = header.notes
     _check_notes(path, notes, kind)

@@ -48,8 +48,9 @@ class PredictorInfo:
 class ModelInfo:
     """A model file in words and numbers.
 
-    `spec` and `tokenizer` are None where `problems` say why the model cannot be run. `activity_tokens` is over how many
-    tokens the activity inside was counted (None: there is none).
+    `kind` is gguf, hf, or powerinfer for one of its sparse models (magic PWRI). `spec` and `tokenizer` are None where
+    `problems` say why the model cannot be run. `activity_tokens` is over how many tokens the activity inside was
+    counted (None: there is none).
     """
 
     path: str
@@ -95,7 +96,7 @@ def describe(source: ModelSource) -> ModelInfo:
         activity = _attempt(lambda: activity_inside(source), doubts)
     return ModelInfo(
         path=str(source.path),
-        kind=source.kind,
+        kind="powerinfer" if isinstance(source, GgufFile) and source.powerinfer else source.kind,
         name=spec.name if spec else source.path.name,
         spec=spec,
         types=_count_types(source),
