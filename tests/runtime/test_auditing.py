@@ -40,6 +40,7 @@ GREEDY = {"temperature": 0, "ignore_eos": True, "max_tokens": 12}
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(auditing, "BATCH", 7)
     monkeypatch.setattr(auditing, "FREE_TOKENS", 8)
+    monkeypatch.setattr("thermocline.activity.audit.MIN_TOKENS", TOKENS)
 
 
 @pytest.fixture
@@ -170,6 +171,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "exact differs": ({"exact": GOOD.exact._replace(max_kl=1e-3)}, "KL of exact, largest 0.001 > 1e-06"),
     "the mask differs": ({"oracle": GOOD.exact._replace(max_kl=1e-3)}, "KL of the oracle mask, largest 0.001 > 1e-06"),
     "repetition": ({"generated": (Generated(0.2, 0.0), Generated(0.4, 0.0))}, "repetition beyond exact's 0.2 > 0.1"),
+    "few tokens": ({"tokens": TOKENS - 1}, "tokens read 59 < 60"),
     "invalid": ({"generated": (Generated(0.2, 0.0), Generated(0.2, 0.1))}, "invalid text beyond exact's 0.1 > 0.01"),
 }  # fmt: skip
 

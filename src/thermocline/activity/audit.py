@@ -20,7 +20,7 @@ from thermocline.activity.likelihood import Likelihood
 Floats = npt.NDArray[np.float64]
 
 MIN_TOKENS: Final = 8192
-"""How many tokens an audit reads unless somebody says otherwise."""
+"""How many tokens an audit reads unless somebody says otherwise; over fewer none passes."""
 MEAN_ENERGY_RECALL: Final = 0.98
 WORST_ENERGY_RECALL: Final = 0.95
 MEAN_KL: Final = 0.010
@@ -48,12 +48,17 @@ class Gate(NamedTuple):
         return self.found >= self.limit if self.at_least else self.found <= self.limit
 
     @property
+    def figure(self) -> str:
+        """What was found, as it is told: a count whole."""
+        return f"{self.found:,}" if isinstance(self.found, int) else f"{self.found:.4g}"
+
+    @property
     def words(self) -> str:
         """Figure, relation and limit."""
         relation = {(True, True): ">=", (True, False): "<=", (False, True): "<", (False, False): ">"}[
             self.passed, self.at_least
         ]
-        return f"{self.name} {self.found:.4g} {relation} {self.limit:g}"
+        return f"{self.name} {self.figure} {relation} {self.limit:g}"
 
 
 @dataclass(slots=True)
@@ -153,6 +158,7 @@ class AuditResult:
             Gate("KL of the oracle mask, largest", self.oracle.max_kl, SAME_KL, False),
             Gate("repetition beyond exact's", predicted.repeated - exact.repeated, MORE_REPEATED, False),
             Gate("invalid text beyond exact's", predicted.invalid - exact.invalid, MORE_INVALID, False),
+            Gate("tokens read", self.tokens, MIN_TOKENS, True),
         )
 
     @property

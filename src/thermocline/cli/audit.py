@@ -26,7 +26,9 @@ def audit(
     *,
     model: ModelFlag = None,
     text: TextFlag,
-    tokens: Annotated[int, count("--tokens", "-n", help="How many tokens to read.")] = 8192,
+    tokens: Annotated[
+        int, count("--tokens", "-n", help="How many tokens to read; over fewer than 8192 none passes.")
+    ] = 8192,
     as_json: JsonFlag = False,
     verbose: VerboseFlag = False,
     load: LoadSettings,
@@ -89,7 +91,7 @@ def _gates(found: AuditResult) -> Table:
     table = _table("gate", "found", "needed", "")
     for gate in found.gates:
         needed = f"{'>=' if gate.at_least else '<='} {gate.limit:g}"
-        table.add_row(gate.name, f"{gate.found:.4g}", needed, "passed" if gate.passed else "FAILED")
+        table.add_row(gate.name, gate.figure, needed, "passed" if gate.passed else "FAILED")
     return table
 
 
