@@ -48,13 +48,16 @@ from benchmarks.synthetic_gpu import Source, synthetic
 from benchmarks.tables import RESULTS, print_table, write_results
 from thermocline import _native
 from thermocline.config import CrossingKind, Mode
-from thermocline.errors import ThermoclineError
+from thermocline.errors import HardwareError, ThermoclineError
 from thermocline.files.formats import BF16, F16, Q4_0, Q8_0, BlockFormat
 from thermocline.files.quantize import from_float
 from thermocline.files.weight import Weight
 from thermocline.hardware import catalogue
-from thermocline.hardware.machine import Machine, Processor, Tier
-from thermocline.hardware.probe import sparse_rate
+from thermocline.hardware.bandwidth import memory_load
+from thermocline.hardware.gpu import measure_gpu
+from thermocline.hardware.machine import Machine, Processor, Shares, Tier
+from thermocline.hardware.probe import SECONDS, with_link
+from thermocline.hardware.rates import flops_rate, sparse_rate
 from thermocline.memory.arena import Memory
 from thermocline.memory.kv_cache import KVCache
 from thermocline.memory.loader import load_transformer
@@ -338,41 +341,26 @@ def machine_of(bench: Bench, rows: list[Row], crossings: list[Row]) -> Machine:
     crossing = min((row["µs a layer"] for row in crossings), default=30.0) * 0.5e-6
     buffer = np.ones(1 << 30, np.uint8)
     ram = max(_native.read_bandwidth(bench.cpu.context, buffer) for _ in range(3))
+    fast = measure_gpu(bench.gpu.device.index or 0, memory_load(buffer, bench.cpu.threads, SECONDS))
+    if fast is None:
+        raise HardwareError("torch sees no GPU that can be measured")
     capacity = torch.cuda.get_device_properties(bench.gpu.device).total_memory
     halves = {str(row["kernel"])[:6]: row["GB/s"] * GB for row in rows if row["format"] == F16.name}
-    vram, apart = halves["matrix"], halves["sparse"]
-    side = 4096
-    square = torch.ones((side, side), device=bench.gpu.device)
-
-    def product() -> Any:
-        with bench.gpu.precision():
-            return square @ square
-
+    vram, apart = (max(halves[name], 1.0) for name in ("matrix", "sparse"))
     gpu = Processor(
-        name=bench.gpu.name, capacity=capacity, bandwidth=max(vram, 1.0), bandwidth_busy=max(vram, 1.0),
-        flops=2 * side**3 / bench.seconds(product), launch=2e-6, sparse=min(1.0, max(apart, 1.0) / max(vram, 1.0)),
+        name=bench.gpu.name, capacity=capacity, bandwidth=vram,
+        bandwidth_busy=vram * min(1.0, fast.vram_beside_ram / fast.vram), flops=fast.flops, launch=2e-6,
+        sparse=min(1.0, apart / vram),
     )  # fmt: skip
     cpu = Processor(
-        name="cpu", capacity=1 << 37, bandwidth=ram, bandwidth_busy=ram, flops=cpu_flops(bench.cpu), launch=2e-6,
-        sparse=min(1.0, sparse_rate(buffer, bench.cpu.threads) / ram),
+        name="cpu", capacity=1 << 37, bandwidth=ram, bandwidth_busy=min(ram, fast.ram_beside_vram),
+        flops=flops_rate(bench.cpu.threads), launch=2e-6,
+        sparse=min(1.0, sparse_rate(buffer, bench.cpu.threads, SECONDS) / ram),
     )  # fmt: skip
-    host = bench.gpu.streams.pinned((1 << 28,), torch.uint8)
-    there = torch.zeros_like(host, device=bench.gpu.device)
-    link = len(host) / bench.seconds(lambda: there.copy_(host, non_blocking=True))
-    return Machine(name="this machine", cpu=cpu, gpu=gpu, link=link, crossing=max(crossing, 0.0))
-
-
-def cpu_flops(cpu: CpuOps) -> float:
-    """Operations/s of products over a prompt's tokens."""
-    tokens, side = 256, 2048
-    matrix = cpu.place(random_weight(side, side, F16))
-    x, out = np.ones((tokens, side), np.float32), np.zeros((tokens, side), np.float32)
-    times = []
-    for _ in range(7):
-        began = time.perf_counter()
-        cpu.linear(x, (matrix,), (out,))
-        times.append(time.perf_counter() - began)
-    return 2.0 * tokens * side * side / median(times)
+    shares = with_link(Shares(), fast, ram)
+    return Machine(
+        name="this machine", cpu=cpu, gpu=gpu, link=fast.link, crossing=max(crossing, 0.0), shares=shares
+    )  # fmt: skip
 
 
 def arguments() -> argparse.Namespace:

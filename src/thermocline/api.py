@@ -27,7 +27,7 @@ from thermocline.activity.training import Step, Trained
 from thermocline.config import LoadSettings, SamplingSettings, TrainSettings, settings_of
 from thermocline.errors import ThermoclineError, UsageError
 from thermocline.files.source import ModelSource
-from thermocline.hardware.probe import Probe, probe_machine
+from thermocline.hardware.probe import Probe
 from thermocline.hardware.survey import Survey, examine
 from thermocline.model.spec import ModelSpec
 from thermocline.placement.explain import Table as PlanTable
@@ -53,6 +53,7 @@ from thermocline.runtime.powerinfer import (
     import_predictor,
 )
 from thermocline.runtime.report import RunReport
+from thermocline.runtime.step_costs import probe_machine
 from thermocline.tasks import (
     audit,
     compare_plans,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from thermocline.hardware import bandwidth, disk, gpu, probe
 from thermocline.hardware.cache import recall, remember
 from thermocline.hardware.disk import DiskSpeed, find_disk, measure_disk
 from thermocline.hardware.gpu import Gpu, GpuSpeed, find_gpus
-from thermocline.hardware.probe import MemorySpeed, Probe, emulated, machine_of, probe_machine
+from thermocline.hardware.machine import Calls
+from thermocline.hardware.probe import MemorySpeed, Probe, StepCosts, emulated, machine_of, probe_machine
 from thermocline.hardware.survey import examine
 
 CARD = Gpu(index=0, name="card", total=1 << 33, free=0, pcie=4, lanes=16, driver="1")
@@ -24,12 +26,17 @@ FAST = GpuSpeed(
 )  # fmt: skip
 
 
+CALLS = Calls(attention=1e-5, predictor=2e-6, ffn=3e-6, head=4e-6)
+
+
 @pytest.fixture(autouse=True)
 def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("THERMOCLINE_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(bandwidth, "BUFFER", 1 << 20)
     monkeypatch.setattr(bandwidth, "LARGE_CACHES", 0)
     monkeypatch.setattr(probe, "SECONDS", 0.005)
+    monkeypatch.setattr(probe, "UNDISTURBED", 0.0)  # tests run beside others
+    monkeypatch.setattr(probe, "CONTRADICTION", 1e9)
     monkeypatch.setattr(disk, "SCRATCH", 2 << 20)
     monkeypatch.setattr(disk, "SMALLEST", 2 << 20)
     monkeypatch.setattr(measure_disk, "__kwdefaults__", {"seconds": 0.002, "beside": None})
@@ -44,8 +51,12 @@ def known() -> Probe:
         random=((4096, 1, 1e8), (4096, 4, 2e8), (65536, 1, 5e8)), beside_ram=1e8, ram_beside=1e9,
     )  # fmt: skip
     return Probe(
-        measured=1.0, flops=1e11, launch=1e-6,
-        memory=MemorySpeed(by_threads=((1, 1e10), (2, 2e10)), beside_device=8e9, sparse=0.7, sparse_batch=0.9),
+        measured=1.0, undisturbed=0.99, flops=1e11, launch=1e-6,
+        memory=MemorySpeed(
+            by_threads=((1, 1e10), (2, 2e10)), unpacking=((1, 2e10), (2, 4e10)), beside_device=8e9, sparse=0.7,
+            sparse_batch=0.9,
+        ),
+        steps=StepCosts(host=CALLS, half=replace(CALLS, ffn=5e-6), crossing=1e-5, meeting=1e-4, between=5e-5),
         handover=1e-5, disks=(speed, replace(speed, device=find_disk(Path("/tmp")).device)), gpus=(CARD,),
         gpu_speeds=(FAST,), unmeasured=("x",),
     )  # fmt: skip
@@ -76,7 +87,7 @@ def test_everything_is_measured_once(quick: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_refresh_measures_again(monkeypatch: pytest.MonkeyPatch) -> None:
     _, first = probe_machine()
-    monkeypatch.setattr(probe, "_flops", lambda _: 123.0)
+    monkeypatch.setattr(probe, "flops_rate", lambda _: 123.0)
     assert probe_machine()[1].flops == first.flops
     assert probe_machine(refresh=True)[1].flops == 123.0
     assert probe_machine()[1].flops == 123.0
@@ -87,7 +98,7 @@ def test_another_machine_measures_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     content = recall(survey.fingerprint)
     assert content is not None
     remember("another", {key: value for key, value in content.items() if key != "fingerprint"})
-    monkeypatch.setattr(probe, "_flops", lambda _: 5.0)
+    monkeypatch.setattr(probe, "flops_rate", lambda _: 5.0)
     assert probe_machine()[1].flops == 5.0 != first.flops
 
 
@@ -101,6 +112,10 @@ def test_another_machine_measures_anew(monkeypatch: pytest.MonkeyPatch) -> None:
         lambda k: k["probe"].update(flops=float("nan")),
         lambda k: k["probe"].update(flops=-1),
         lambda k: k["probe"]["memory"].update(by_threads=[]),
+        lambda k: k["probe"]["memory"].update(unpacking=[[1, 0.0], [2, 1.0]]),
+        lambda k: k["probe"].pop("undisturbed"),
+        lambda k: k["probe"]["steps"]["half"].update(ffn=-1.0),
+        lambda k: k["probe"]["steps"].pop("meeting"),
         lambda k: k["probe"]["memory"].pop("sparse"),
         lambda k: k["probe"]["memory"].update(sparse_batch=0.0),
         lambda k: k["probe"]["disks"][0].update(random=[[4096, 1, 0.0]]),
@@ -170,7 +185,7 @@ def test_machines_for_placement(tmp_path: Path) -> None:
     split = emulated(plain, found, 1 << 20)
     assert split.gpu is not None
     assert split.gpu.capacity == 1 << 20
-    assert split.crossing == found.handover
+    assert split.meeting == 2 * found.handover
     assert split.gpu.sparse == plain.cpu.sparse == found.memory.sparse
     best = found.memory.best
     fast = replace(FAST, ram_beside_vram=0.9 * best, ram_beside_link=0.7 * best)
@@ -189,6 +204,74 @@ def test_machines_for_placement(tmp_path: Path) -> None:
     alone = here.disk.curve.bandwidth(64 << 10)
     assert shares.disk_beside_ram == min(1.0, reads.beside_ram / alone)
     assert machine_of(survey, replace(found, gpus=(CARD,), gpu_speeds=(None,))).gpu is None
+
+
+def test_an_emulated_device_and_its_host_have_half_of_the_threads_each(known: Probe) -> None:
+    survey = examine()
+    alone = replace(known, gpus=(), gpu_speeds=())
+    plain = machine_of(survey, alone)
+    assert (plain.cpu.bandwidth, plain.cpu.unpacking, plain.cpu.calls) == (2e10, 4e10, CALLS)
+    split = emulated(plain, alone, 1 << 20)
+    assert split.gpu is not None
+    for side in (split.cpu, split.gpu):
+        assert (side.bandwidth, side.bandwidth_busy, side.unpacking, side.flops) == (1e10, 8e9, 2e10, 5e10)
+        assert side.calls == replace(CALLS, ffn=5e-6)
+    assert (split.crossing, split.meeting, split.between) == (1e-5, 1e-4, 5e-5)
+    assert machine_of(survey, known).cpu.calls is None  # a GPU's steps are replayed
+
+
+def test_steps_are_measured_once_where_they_are_asked_for() -> None:
+    costs = StepCosts(host=CALLS, half=CALLS, crossing=1e-5, meeting=1e-4, between=5e-5)
+    _, first = probe_machine(any_disk=False)
+    assert first.steps is None
+    seen: list[Probe] = []
+
+    def measure(_, found: Probe) -> StepCosts:
+        seen.append(found)
+        return costs
+
+    _, second = probe_machine(any_disk=False, steps=measure)
+    assert second == replace(first, steps=costs)
+    assert probe_machine(any_disk=False, steps=measure)[1] == second
+    assert seen == [first]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"undisturbed": 0.6}, "other programs took 40% of the processors"),
+        ({"beside_device": 1.3e8}, "all threads read 20.0 GB/s of memory, half of them 0.1"),
+        ({"by_threads": ((1, 4e10), (2, 2e10))}, "one thread reads 40.0 GB/s of memory, and all threads 20.0"),
+        ({"unpacking": ((1, 2e10), (2, 8e10))}, "kernels read 45.0 GB/s of memory, and all threads 20.0"),
+        ({}, ""),
+    ],
+)
+def test_figures_that_contradict_one_another_are_doubted(monkeypatch: pytest.MonkeyPatch, known, change, words) -> None:
+    monkeypatch.undo()
+    memory = {key: value for key, value in change.items() if key != "undisturbed"}
+    rest = {key: value for key, value in change.items() if key == "undisturbed"}
+    assert replace(known, memory=replace(known.memory, **memory), **rest).doubt.startswith(words)
+    assert bool(words) == bool(replace(known, memory=replace(known.memory, **memory), **rest).doubt)
+
+
+def test_what_is_in_doubt_is_measured_again(monkeypatch: pytest.MonkeyPatch, known: Probe) -> None:
+    monkeypatch.setattr(probe, "UNDISTURBED", 0.8)
+    monkeypatch.setattr(probe, "find_gpus", tuple)
+    shares = iter((0.5, 0.7, 0.6, 0.95))
+
+    def measured(*_) -> Probe:
+        return replace(known, measured=time.time(), undisturbed=next(shares), disks=(), gpus=(), gpu_speeds=())
+
+    monkeypatch.setattr(probe, "_measured", measured)
+    told: list[str] = []
+    _, first = probe_machine(any_disk=False, tell=told.append)
+    assert first.undisturbed == 0.7  # the better one of two turns, both of them disturbed
+    assert "measuring again: other programs took 50%" in told[0]
+    assert "doctor --refresh" in told[-1]
+    assert probe_machine(any_disk=False)[1] == first
+    monkeypatch.setattr(probe, "RETRY", -1.0)
+    assert probe_machine(any_disk=False)[1].undisturbed == 0.95
+    assert probe_machine(any_disk=False)[1].undisturbed == 0.95  # which nothing speaks against
 
 
 def test_disks_are_found_by_their_mounts(tmp_path: Path) -> None:

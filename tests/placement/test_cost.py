@@ -12,12 +12,22 @@ from hypothesis import strategies as st
 from thermocline.config import Mode
 from thermocline.errors import HardwareError, UsageError
 from thermocline.files.formats import F16
-from thermocline.hardware.machine import Corrections, Disk, Machine, Processor, ReadCurve, Shares, Tier
-from thermocline.memory.reads import Way, merged
-from thermocline.placement.cost import (
+from thermocline.hardware.machine import (
     ATTENTION_KERNELS,
     FFN_KERNELS,
+    HEAD_KERNELS,
     PREDICTOR_KERNELS,
+    Calls,
+    Corrections,
+    Disk,
+    Machine,
+    Processor,
+    ReadCurve,
+    Shares,
+    Tier,
+)
+from thermocline.memory.reads import Way, merged
+from thermocline.placement.cost import (
     STAGED,
     CostModel,
     FfnMode,
@@ -70,6 +80,39 @@ def test_attention_reads_weights_and_cache() -> None:
     windowed = priced(FfnMode.DENSE, footprint=model(windows=(16, 0)))
     expected = (f.attention[0] + f.kv_token * 16) / 400e9 + ATTENTION_KERNELS * 3e-6
     assert windowed.attention(windowed.decode, 0, Tier.VRAM) == pytest.approx(expected)
+
+
+def test_calls_that_were_measured_take_the_place_of_launches() -> None:
+    measured = Calls(attention=5e-3, predictor=2e-3, ffn=3e-3, head=7e-3)
+    called = replace(MACHINE, cpu=replace(CPU, calls=measured), meeting=11e-3, between=13e-3)
+
+    def more(call) -> float:
+        return call(priced(FfnMode.PREDICTED, machine=called)) - call(priced(FfnMode.PREDICTED))
+
+    def layer(home: Tier, hot: int):
+        return lambda c: float(c.layer(c.decode, 0, home, home, hot, c.clusters).total)
+
+    attention, ffn, predictor = (n * CPU.launch for n in (ATTENTION_KERNELS, FFN_KERNELS, PREDICTOR_KERNELS))
+    assert more(lambda c: c.attention(c.decode, 0, Tier.RAM)) == pytest.approx(5e-3 - attention)
+    assert more(layer(Tier.RAM, 0)) == pytest.approx(10e-3 - attention - predictor - ffn)
+    assert more(layer(Tier.VRAM, 0)) == pytest.approx(3e-3 - ffn)
+    clusters = priced(FfnMode.PREDICTED).clusters
+    assert more(layer(Tier.VRAM, clusters)) == 0.0  # all on one side: nobody is woken
+    assert more(layer(Tier.RAM, clusters)) == pytest.approx(18e-3 - attention - predictor)
+    assert more(lambda c: c.head(Tier.RAM)) == pytest.approx(20e-3 - HEAD_KERNELS * CPU.launch)
+    corrected = replace(called, corrections=Corrections(between=17e-3))
+    assert priced(FfnMode.DENSE, machine=corrected).machine.between_parts == 17e-3
+
+
+def test_packed_numbers_take_time_to_unpack() -> None:
+    slow = replace(MACHINE, cpu=replace(CPU, unpacking=1e9))
+    cost, f = priced(FfnMode.DENSE, machine=slow), model()
+    assert cost.attention(cost.decode, 0, Tier.RAM) == pytest.approx(
+        f.attention_params / 1e9 + ATTENTION_KERNELS * 2e-6
+    )
+    time = cost.layer(cost.decode, 0, Tier.RAM, Tier.RAM, 0, cost.clusters)
+    assert float(time.cold) == pytest.approx(3 * N_EMBD * N_FF / 1e9 + FFN_KERNELS * 2e-6)
+    assert cost.head(Tier.RAM) == pytest.approx(1000 * N_EMBD / 1e9 + HEAD_KERNELS * 2e-6)
 
 
 @pytest.mark.parametrize("mode", list(FfnMode))

@@ -42,8 +42,14 @@ def steady(monkeypatch: pytest.MonkeyPatch, small: None, tmp_path: Path) -> None
     disks = tuple(
         replace(disk, sequential=1.8e9, random=reads, beside_ram=1.7e9, ram_beside=2.2e10) for disk in probe.disks
     )
-    memory = MemorySpeed(by_threads=((1, 1.5e10), (2, 3e10)), beside_device=8e9, sparse=0.6, sparse_batch=0.85)
-    known = replace(probe, memory=memory, flops=2e11, launch=1e-6, handover=1e-5, disks=disks)
+    memory = MemorySpeed(
+        by_threads=((1, 1.5e10), (2, 3e10)),
+        unpacking=((1, 3e10), (2, 6e10)),
+        beside_device=8e9,
+        sparse=0.6,
+        sparse_batch=0.85,
+    )
+    known = replace(probe, memory=memory, flops=2e11, launch=1e-6, handover=1e-5, steps=None, disks=disks)
     monkeypatch.setattr(planning, "probe_machine", lambda **_: (survey, known))
 
 

@@ -165,7 +165,7 @@ def test_the_last_run_is_what_replan_plans_with(profiled: Path, tmp_path: Path, 
     account = Account(steps=10, seconds=seconds)
     measured = measured_of(plan, account)
     assert measured is not None
-    assert replace(measured, attention_vram=1.0) == Corrections(cold=pytest.approx(2.0))  # type: ignore[arg-type]
+    assert replace(measured, attention_vram=1.0) == Corrections(cold=pytest.approx(2.0), between=0.0)  # type: ignore[arg-type]
     assert measured.attention_vram == pytest.approx(3.0 if attention else 1.0)
     assert measured_of(plan, replace(account, steps=2)) is None
     monkeypatch.setenv("THERMOCLINE_HOME", str(tmp_path / "other"))
@@ -225,9 +225,10 @@ def run_of(plan: Plan, times: float, between: float) -> Account:
     ms = {f"attention {home}": sum(x.attention_ms for x in layers if x.home is home) for home in (VRAM, RAM)}
     ms |= {"ffn hot": sum(x.hot_ms for x in layers), "ffn cold": sum(x.cold_ms for x in layers)}
     ms |= {"predictor": sum(x.predictor_ms for x in layers), "crossing": sum(x.crossing_ms for x in layers)}
-    ms |= {"head": p.step_ms - sum(x.total_ms for x in layers)}
+    parts = p.step_ms - p.between_ms
+    ms |= {"head": parts - sum(x.total_ms for x in layers)}
     seconds = {name: times * value / 100 for name, value in ms.items()}
-    return Account(steps=10, wall=10 * (times * p.step_ms / 1e3 + between), seconds=seconds)
+    return Account(steps=10, wall=10 * (times * parts / 1e3 + between), seconds=seconds)
 
 
 def solution_of(problem: Problem, placement: Placement) -> Solution:

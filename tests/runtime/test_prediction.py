@@ -88,9 +88,10 @@ def test_what_was_measured_of_the_machine_says_how_long_a_batch_is_predicted(
 ) -> None:
     survey, probe = probe_machine(any_disk=False)
     thin = PredictorLayer(*(from_float("w", np.ones(shape, np.float32), F32) for shape in ((1, 64), (96, 1))))
+    free = replace(probe.memory, unpacking=((1, 1e17),))
     found = []
     for share in (1.0, 0.5, 0.1):
-        slower = replace(probe, flops=1e17, launch=0.0, memory=replace(probe.memory, sparse_batch=share))
+        slower = replace(probe, flops=1e17, launch=0.0, steps=None, memory=replace(free, sparse_batch=share))
         monkeypatch.setattr(planning, "probe_machine", lambda probe=slower, **_: (survey, probe))
         with open_model(tiny_model) as source:
             path = tmp_path / "x"

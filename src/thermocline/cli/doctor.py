@@ -66,17 +66,36 @@ def _rows(survey: Survey, probe: Probe) -> list[tuple[str, str]]:
         ("memory", f"{size_of(memory.total)}, {size_of(memory.available)} free{limit}"),
         ("pages", f"{size_of(memory.page)}, transparent huge pages: {memory.huge_pages}"),
         ("reading memory", speeds),
-        ("rows apart", f"{probe.memory.sparse:.0%} of that, where a tenth of the neurons fires"),
+        ("packed weights", f"{probe.memory.unpacking[-1][1] / 1e9:.1f} billion numbers/s of Q4_0, for one token"),
+        ("rows apart", f"{probe.memory.sparse:.0%} of that bandwidth, where a tenth of the neurons fires"),
         ("in batches", f"{probe.memory.sparse_batch:.0%} of what rows reach that are neighbours"),
         ("beside a device", f"{probe.memory.beside_device / 1e9:.1f} GB/s for half of the threads while others read"),
         ("products", f"{probe.flops / 1e9:.0f} billion operations/s over many tokens (F16 weights)"),
         ("launch", f"{probe.launch * 1e6:.1f} µs to start an op on all threads"),
-        ("hand-over", f"{probe.handover * 1e6:.1f} µs to wake another thread: the crossing to an emulated device"),
+        ("hand-over", f"{probe.handover * 1e6:.1f} µs to wake another thread"),
+        *_step_rows(probe),
         *_gpu_rows(probe),
         *(("GPU lacks", lack) for lack in survey.gpu_lacks),
         *_disk_rows(probe),
         *(("not measured", reason) for reason in probe.unmeasured),
+        *((("in doubt", f"{probe.doubt}; measure again when the machine is idle"),) if probe.doubt else ()),
         ("measured", time.strftime("%Y-%m-%d %H:%M", time.localtime(probe.measured)) + "; again with --refresh"),
+    ]
+
+
+def _step_rows(probe: Probe) -> list[tuple[str, str]]:
+    """What a step takes beside what it reads."""
+    steps = probe.steps
+    if steps is None:
+        return []
+    calls, between = steps.host, steps.between
+    layer = calls.attention + calls.predictor + calls.ffn
+    return [
+        (
+            "a step's calls",
+            f"{layer * 1e6:.0f} µs a layer, and {(calls.head + between) * 1e6:.0f} µs beside the layers",
+        ),
+        ("emulated device", f"{steps.crossing * 1e6:.0f} µs a crossing, {steps.meeting * 1e6:.0f} µs where both work"),
     ]
 
 

@@ -22,6 +22,35 @@ class Tier(StrEnum):
     DISK = "disk"
 
 
+ATTENTION_KERNELS = 7
+"""Two norms, projections, rotation, cache and attention, output projection, residual."""
+FFN_KERNELS = 3
+"""Gate and up, activation, down; on each side that works."""
+PREDICTOR_KERNELS = 3
+"""Two products and the selection of the active set."""
+HEAD_KERNELS = 2
+"""Norm and product."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calls:
+    """Seconds that parts of a step take beside what they read and compute: of a layer's attention, with all that is
+    between the layer's parts, of its predictor, of its FFN on a side that works, and of embedding and output head.
+
+    Raises:
+        HardwareError: a figure is not a number of seconds.
+    """
+
+    attention: float
+    predictor: float
+    ffn: float
+    head: float
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            _seconds("calls", f.name, getattr(self, f.name))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Processor:
     """A memory and what computes beside it.
@@ -30,7 +59,9 @@ class Processor:
     `bandwidth_busy` while that reads its own memory. `flops` in floating-point operations/s of matrix products over
     many tokens. `launch` in seconds to start one kernel. `sparse` is the share of the bandwidth that kernels reach over
     rows that lie apart, as those of the few neurons that fire; `sparse_batch` is that share where a row meets several
-    tokens, None for the same.
+    tokens, None for the same. `unpacking` is how many numbers of packed weights a second are made ready to be
+    multiplied, None where memory is always slower. `calls` are what parts of a step take beside that, None where
+    they are launches of kernels.
 
     Raises:
         HardwareError: a figure is not a positive number, the busy bandwidth exceeds the idle one, or a share exceeds 1.
@@ -44,10 +75,14 @@ class Processor:
     launch: float
     sparse: float = 1.0
     sparse_batch: float | None = None
+    unpacking: float | None = None
+    calls: Calls | None = None
 
     def __post_init__(self) -> None:
         for name in ("capacity", "bandwidth", "bandwidth_busy", "flops"):
             _positive(self.name, name, getattr(self, name))
+        if self.unpacking is not None:
+            _positive(self.name, "unpacking", self.unpacking)
         for name, share in (("sparse", self.sparse), ("sparse_batch", self.apart(2))):
             _positive(self.name, name, share)
             if share > 1:
@@ -58,6 +93,21 @@ class Processor:
                 f"{self.name}: {self.bandwidth_busy:.3g} bytes/s beside a busy neighbour are more than "
                 f"{self.bandwidth:.3g} alone; measure again"
             )
+
+    @property
+    def started(self) -> Calls:
+        """What parts take to be called: as it was measured, or their kernels' launches."""
+        return self.calls or Calls(
+            attention=ATTENTION_KERNELS * self.launch,
+            predictor=PREDICTOR_KERNELS * self.launch,
+            ffn=FFN_KERNELS * self.launch,
+            head=HEAD_KERNELS * self.launch,
+        )
+
+    def seconds(self, nbytes: float, numbers: float, flops: float) -> float:
+        """To read `nbytes`, which are so many `numbers`, and compute so much with them: the longest of the three."""
+        unpacked = 0.0 if self.unpacking is None else numbers / self.unpacking
+        return max(nbytes / self.bandwidth, unpacked, flops / self.flops)
 
     def apart(self, tokens: int) -> float:
         """Share of the bandwidth that a step of `tokens` tokens reaches over rows that lie apart."""
@@ -161,7 +211,7 @@ class Corrections:
 
     `hot` and `cold` are the FFN's two sides, `rest` is embedding and output head. `attention_disk` is of layers whose
     attention is read from disk for every pass. `between` is seconds of a step that none of the parts takes: what calls
-    them, and makes a token of the logits.
+    them, and makes a token of the logits; None stands for the machine's own figure.
     """
 
     attention_vram: float = 1.0
@@ -172,7 +222,7 @@ class Corrections:
     cold: float = 1.0
     crossing: float = 1.0
     rest: float = 1.0
-    between: float = 0.0
+    between: float | None = None
 
     def attention(self, home: Tier) -> float:
         """Of attention whose weights are on `home`."""
@@ -180,8 +230,8 @@ class Corrections:
 
     def times(self, other: Corrections) -> Corrections:
         """What was measured against figures that were corrected already, `other`, against the figures themselves."""
-        factors = {f.name: getattr(self, f.name) * getattr(other, f.name) for f in fields(self)}
-        return Corrections(**factors | {"between": self.between})
+        names = [f.name for f in fields(self) if f.name != "between"]
+        return Corrections(**{n: getattr(self, n) * getattr(other, n) for n in names}, between=self.between)
 
 
 UNCORRECTED = Corrections()
@@ -192,8 +242,10 @@ class Machine:
     """One computer. `gpu` may be an emulated device; None means that everything runs on the CPU.
 
     `link` is bytes/s from RAM to VRAM through pinned memory; `crossing` is the seconds that handing a small
-    vector to the other side costs, waiting included. `shares` are what is left of bandwidths beside others. `source`
-    says where the figures come from, `corrections` how far off a run found what they predict.
+    vector to the other side costs, waiting included; `meeting` what it takes besides where the other side is woken to
+    work on a layer and waited for, and `between` the seconds of a step outside of the network. `shares` are what is
+    left of bandwidths beside others. `source` says where the figures come from, `corrections` how far off a run found
+    what they predict.
 
     Raises:
         HardwareError: a figure is not a usable number.
@@ -205,13 +257,22 @@ class Machine:
     disk: Disk | None = None
     link: float = 1.0
     crossing: float = 0.0
+    meeting: float = 0.0
+    between: float = 0.0
     source: str = "measured"
     shares: Shares = field(default_factory=Shares)
     corrections: Corrections = UNCORRECTED
 
     def __post_init__(self) -> None:
         _positive(self.name, "link", self.link)
-        _seconds(self.name, "crossing", self.crossing)
+        for name in ("crossing", "meeting", "between"):
+            _seconds(self.name, name, getattr(self, name))
+
+    @property
+    def between_parts(self) -> float:
+        """Seconds of a step that none of its parts takes: as a run has measured them, if one did."""
+        measured = self.corrections.between
+        return self.between if measured is None else measured
 
     def processor(self, tier: Tier) -> Processor:
         """What computes beside a tier; neurons on disk are computed by the CPU.

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import queue
-import statistics
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -13,39 +10,54 @@ from typing import Any
 
 import numpy as np
 
-from thermocline import _native
 from thermocline.errors import HardwareError, OutputError, UsageError, printable
-from thermocline.hardware.bandwidth import Load, best_rate, memory_load, read_buffer, together
+from thermocline.hardware.bandwidth import Buffer, Load, best_rate, memory_load, read_buffer, together
 from thermocline.hardware.cache import home, recall, remember
 from thermocline.hardware.disk import DiskSpeed, find_disk, measure_disk, random_rate
 from thermocline.hardware.gpu import Gpu, GpuSpeed, find_gpus, measure_gpu
-from thermocline.hardware.machine import Machine, Processor, Shares
+from thermocline.hardware.machine import Calls, Machine, Processor, Shares
+from thermocline.hardware.rates import (
+    Q4_0_BYTES,
+    flops_rate,
+    handover_seconds,
+    launch_seconds,
+    sparse_rate,
+    unpacking_rate,
+)
 from thermocline.hardware.reader import Reader
 from thermocline.hardware.survey import Survey, examine
 
-SECONDS = 0.2
-"""How long memory is read for one figure."""
-F16, RELU = 1, 1
-"""ggml's number of the format, and the kernels' of the activation."""
-GEMM_TOKENS, GEMM_SIZE = 256, 1024
+SECONDS = 0.1
+"""How long memory is read for one figure, each time."""
 BESIDE_SIZE = 64 << 10
 """Bytes of the reads that run beside memory's."""
-SPARSE_ROW, SPARSE_SETS = 4096, 10
-"""Elements of a row, in half precision, and how many sets of neurons share a layer's: one fires at a time."""
 FEW_TOKENS = 4
 """What stands for a small batch."""
-VERSION = 4
+UNDISTURBED = 0.8
+"""Share of the processors' time that measuring must get: with less, something else is running."""
+TURNS, RETRY = 2, 600.0
+"""How often a disturbed measurement is repeated at once, and the seconds after which it is tried again."""
+CONTRADICTION = 1.5
+"""Times that figures may differ of which none can be larger than the other."""
+ROUNDS = 2
+"""Times that memory is measured, one after another; the best of each figure counts."""
+VERSION = 5
+
+Curve = tuple[tuple[int, float], ...]
+"""Pairs of threads and a rate, by rising threads, all of them last."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemorySpeed:
     """Bytes/s of reading RAM: (threads, bytes/s) alone, and `beside_device` with one half of the threads (at least one)
-    while as many others read too, as an emulated device does. `sparse` is the share of `best` that the FFN's kernels
+    while as many others read too, as an emulated device does. `unpacking` is how many numbers of weights in Q4_0 a
+    second are multiplied with one token's, (threads, numbers/s). `sparse` is the share of `best` that the FFN's kernels
     reach where a tenth of the neurons fires, and `sparse_batch` what they reach so for a few tokens, of what they
     reach for as many over neighbours.
     """
 
-    by_threads: tuple[tuple[int, float], ...]
+    by_threads: Curve
+    unpacking: Curve
     beside_device: float
     sparse: float
     sparse_batch: float
@@ -57,23 +69,54 @@ class MemorySpeed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StepCosts:
+    """What decode steps of the engine take beside what they read: calls of the `host`, and with `half` of its threads;
+    seconds of a `crossing` to an emulated device, of a layer's `meeting` where both work, and `between` those of a step
+    outside of the network.
+    """
+
+    host: Calls
+    half: Calls
+    crossing: float
+    meeting: float
+    between: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
     """What was measured here, at Unix time `measured`.
 
-    `flops` of products over many tokens. `launch` is the seconds to hand an op to the pool of threads and get it
-    back; `handover` to wake another thread with work and hear from it, which is the crossing to an emulated device.
+    `undisturbed` is the share of the processors' time that was got for it. `flops` of products over many tokens.
+    `launch` is the seconds to hand an op to the pool of threads and get it back; `handover` to wake another thread with
+    work and hear from it. `steps` is None where only a part was asked for.
     `disks` go by device. `unmeasured` says in words what could not be measured.
     """
 
     measured: float
+    undisturbed: float
     memory: MemorySpeed
     flops: float
     launch: float
     handover: float
+    steps: StepCosts | None
     disks: tuple[DiskSpeed, ...]
     gpus: tuple[Gpu, ...]
     gpu_speeds: tuple[GpuSpeed | None, ...]
     unmeasured: tuple[str, ...]
+
+    @property
+    def doubt(self) -> str:
+        """Why these figures are not to be relied on, in words; "" where nothing speaks against them."""
+        if self.undisturbed < UNDISTURBED:
+            return f"other programs took {1 - self.undisturbed:.0%} of the processors meanwhile"
+        memory = self.memory
+        best, packed = memory.best, memory.unpacking[-1][1] * Q4_0_BYTES
+        for who, rate in (("one thread reads", memory.by_threads[0][1]), ("kernels read", packed)):
+            if rate > best * CONTRADICTION:
+                return f"{who} {rate / 1e9:.1f} GB/s of memory, and all threads {best / 1e9:.1f}"
+        if len(memory.by_threads) > 1 and best > 2 * memory.beside_device * CONTRADICTION:
+            return f"all threads read {best / 1e9:.1f} GB/s of memory, half of them {memory.beside_device / 1e9:.1f}"
+        return ""
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, for JSON."""
@@ -85,18 +128,24 @@ class Probe:
         return next((disk for disk in self.disks if disk.device == device), None)
 
 
+Steps = Callable[[Survey, Probe], StepCosts]
+"""Measures steps, by what was measured without them."""
+
+
 def probe_machine(
     *,
     refresh: bool = False,
     disk: Path | None = None,
     any_disk: bool = True,
+    steps: Steps | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> tuple[Survey, Probe]:
-    """Look at this machine; what was measured on it before is taken as it is, unless `refresh`.
+    """Look at this machine; what was measured on it before is taken as it is, unless `refresh`, or there is doubt about
+    it and it is `RETRY` seconds old.
 
     `disk` is a file or folder whose disk to measure; without, it is that of the folder where measurements are kept.
-    A disk that is not yet known is measured and added, unless no disk is asked for (`any_disk`). `tell` hears what is
-    measured next.
+    A disk that is not yet known is measured and added, unless no disk is asked for (`any_disk`); so are `steps`, where
+    they are given. `tell` hears what is measured next.
 
     Raises:
         UsageError: `disk` does not exist.
@@ -107,9 +156,15 @@ def probe_machine(
     say = tell or (lambda _: None)
     place = home() if disk is None else disk
     kept = None if refresh else _restored(recall(survey.fingerprint))
-    probe = kept
-    if probe is None or probe.gpus != _without_free(find_gpus()):
-        probe = _measured(survey, say)
+    probe, gpus = kept, _without_free(find_gpus())
+    if probe is None or probe.gpus != gpus:
+        probe = _with_gpus(_settled(survey, say), survey, gpus, say)
+    elif probe.doubt and abs(time.time() - probe.measured) > RETRY:
+        again, old = _settled(survey, say), probe
+        probe = replace(again, disks=old.disks, gpus=gpus, gpu_speeds=old.gpu_speeds, unmeasured=old.unmeasured)
+    if steps is not None and probe.steps is None:
+        say("measuring steps")
+        probe = replace(probe, steps=steps(survey, probe))
     if any_disk and probe.disk_of(place) is None:
         probe = _with_disk(probe, survey, place, say)
     if probe != kept:
@@ -117,6 +172,8 @@ def probe_machine(
             remember(survey.fingerprint, {"version": VERSION, "probe": probe.as_dict()})
         except OutputError as error:
             say(f"these measurements cannot be kept: {error}")
+    if probe.doubt:
+        say(f"this machine's figures are in doubt ({probe.doubt}): when it is idle, `thermocline doctor --refresh`")
     return survey, probe
 
 
@@ -124,6 +181,7 @@ def machine_of(survey: Survey, probe: Probe, disk: Path | None = None) -> Machin
     """This machine as placement sees it; with the disk of the path `disk`, if that was measured."""
     memory, speed = probe.memory, None if disk is None else probe.disk_of(disk)
     gpu, link, crossing, busy, shares = None, 1.0, 0.0, memory.best, Shares()
+    steps = None if probe.gpus else probe.steps  # beside a GPU, steps are replayed without Python
     if speed is not None and speed.beside_ram and speed.ram_beside:
         shares = Shares(
             ram_beside_disk=_share(speed.ram_beside, memory.best),
@@ -141,13 +199,7 @@ def machine_of(survey: Survey, probe: Probe, disk: Path | None = None) -> Machin
             sparse=fast.sparse,
         )
         link, crossing, busy = fast.link, fast.crossing, fast.ram_beside_vram
-        shares = replace(
-            shares,
-            ram_beside_link=_share(fast.ram_beside_link, memory.best),
-            link_beside_ram=_share(fast.link_beside_ram, fast.link),
-            vram_beside_link=_share(fast.vram_beside_link, fast.vram),
-            link_beside_vram=_share(fast.link_beside_vram, fast.link),
-        )
+        shares = with_link(shares, fast, memory.best)
     return Machine(
         name=survey.cores.model,
         cpu=Processor(
@@ -159,30 +211,61 @@ def machine_of(survey: Survey, probe: Probe, disk: Path | None = None) -> Machin
             launch=probe.launch,
             sparse=memory.sparse,
             sparse_batch=memory.sparse_batch,
+            unpacking=memory.unpacking[-1][1],
+            calls=None if steps is None else steps.host,
         ),
         gpu=gpu,
         disk=None if speed is None else speed.disk,
         link=link,
         crossing=crossing,
+        between=0.0 if steps is None else steps.between,
         shares=shares,
     )
 
 
 def emulated(machine: Machine, probe: Probe, capacity: int) -> Machine:
-    """The same machine with a device that is emulated by half of its threads, with `capacity` bytes of arena."""
-    half, alone = probe.memory.beside_device, probe.memory.by_threads[0][1]
-    device = Processor(
-        name="emulated device",
-        capacity=capacity,
-        bandwidth=max(half, alone),
-        bandwidth_busy=half,
-        flops=machine.cpu.flops / 2,
-        launch=probe.launch,
-        sparse=machine.cpu.sparse,
-        sparse_batch=machine.cpu.sparse_batch,
+    """The same machine with a device that is emulated by half of its threads, with `capacity` bytes of arena.
+
+    The host is left with the other half.
+    """
+    memory, steps = probe.memory, probe.steps
+    threads = memory.by_threads[-1][0]
+    half = max(1, threads // 2)
+    alone = max(memory.beside_device, _at(memory.by_threads, half))
+    halved = replace(
+        machine.cpu,
+        bandwidth=alone,
+        bandwidth_busy=memory.beside_device,
+        flops=machine.cpu.flops * half / threads,
+        unpacking=_at(memory.unpacking, half),
+        calls=None if steps is None else steps.half,
     )
-    cpu = replace(machine.cpu, bandwidth_busy=min(half, machine.cpu.bandwidth))
-    return replace(machine, cpu=cpu, gpu=device, link=machine.cpu.bandwidth, crossing=probe.handover)
+    return replace(
+        machine,
+        cpu=halved,
+        gpu=replace(halved, name="emulated device", capacity=capacity),
+        link=machine.cpu.bandwidth,
+        crossing=0.0 if steps is None else steps.crossing,
+        meeting=2 * probe.handover if steps is None else steps.meeting,
+        between=0.0 if steps is None else steps.between,
+    )
+
+
+def _at(curve: Curve, threads: int) -> float:
+    """The rate with so many threads, between those that were measured."""
+    counts, rates = zip(*curve, strict=True)
+    return float(np.interp(threads, np.array(counts), np.array(rates)))
+
+
+def with_link(shares: Shares, fast: GpuSpeed, ram: float) -> Shares:
+    """The shares with those of a GPU's link, and of what is used beside it, where `ram` is RAM's bandwidth alone."""
+    return replace(
+        shares,
+        ram_beside_link=_share(fast.ram_beside_link, ram),
+        link_beside_ram=_share(fast.link_beside_ram, fast.link),
+        vram_beside_link=_share(fast.vram_beside_link, fast.vram),
+        link_beside_vram=_share(fast.link_beside_vram, fast.link),
+    )
 
 
 def _share(beside: float, alone: float) -> float:
@@ -190,35 +273,72 @@ def _share(beside: float, alone: float) -> float:
     return min(beside / alone, 1.0)
 
 
+def _settled(survey: Survey, say: Callable[[str], None]) -> Probe:
+    """What was measured undisturbed, or else the least disturbed of some turns; without steps, disks and GPUs."""
+    found = [_measured(survey, say)]
+    while found[-1].doubt and len(found) < TURNS:
+        say(f"measuring again: {found[-1].doubt}")
+        found.append(_measured(survey, say))
+    return max(found, key=lambda probe: (not probe.doubt, probe.undisturbed))
+
+
 def _measured(survey: Survey, say: Callable[[str], None]) -> Probe:
     threads = survey.cores.threads
     say("measuring memory")
     buffer = read_buffer(max((cache.size for cache in survey.caches), default=0))
-    counts = sorted({1, *(1 << i for i in range(1, threads.bit_length()) if 1 << i < threads), threads})
-    by_threads = tuple((count, best_rate(buffer, count, SECONDS)) for count in counts)
-    half = max(1, threads // 2)
-    beside, _ = together(memory_load(buffer, half, SECONDS), memory_load(buffer, half, SECONDS))
-    sparse = min(1.0, sparse_rate(buffer, threads) / by_threads[-1][1])
-    few, line = (sparse_rate(buffer, threads, FEW_TOKENS, neighbours=side) for side in (False, True))
+    used, began = time.process_time(), time.perf_counter()
+    best_rate(buffer, threads, SECONDS)
+    undisturbed = (time.process_time() - used) / (threads * (time.perf_counter() - began))
+    memory = _memory_speed(buffer, threads)
     say("measuring arithmetic and hand-overs")
-    gpus = _without_free(find_gpus())
-    if gpus:
-        say("measuring the GPU")
-    speeds = tuple(measure_gpu(gpu.index, memory_load(buffer, threads, SECONDS)) for gpu in gpus)
-    slow = [gpu.name for gpu, speed in zip(gpus, speeds, strict=True) if speed is None]
     return Probe(
         measured=time.time(),
-        memory=MemorySpeed(
-            by_threads=by_threads, beside_device=beside, sparse=sparse, sparse_batch=min(1.0, few / line)
-        ),
-        flops=_flops(threads),
-        launch=_launch(threads),
-        handover=_handover(),
+        undisturbed=min(1.0, undisturbed),
+        memory=memory,
+        flops=flops_rate(threads),
+        launch=launch_seconds(threads),
+        handover=handover_seconds(),
+        steps=None,
         disks=(),
-        gpus=gpus,
-        gpu_speeds=speeds,
-        unmeasured=tuple(f"{name}: nothing is measured without torch and CUDA" for name in slow),
+        gpus=(),
+        gpu_speeds=(),
+        unmeasured=(),
     )
+
+
+def _memory_speed(buffer: Buffer, threads: int) -> MemorySpeed:
+    counts = sorted({1, *(1 << i for i in range(1, threads.bit_length()) if 1 << i < threads), threads})
+    half = memory_load(buffer, max(1, threads // 2), SECONDS)
+    reading, unpacking = dict.fromkeys(counts, 0.0), dict.fromkeys(counts, 0.0)
+    beside = sparse = few = line = 0.0
+    for _ in range(ROUNDS):
+        for count in counts:
+            reading[count] = max(reading[count], best_rate(buffer, count, SECONDS))
+            unpacking[count] = max(unpacking[count], unpacking_rate(buffer, count, SECONDS))
+        beside = max(beside, together(half, half)[0])
+        sparse = max(sparse, sparse_rate(buffer, threads, SECONDS))
+        few = max(few, sparse_rate(buffer, threads, SECONDS, FEW_TOKENS))
+        line = max(line, sparse_rate(buffer, threads, SECONDS, FEW_TOKENS, neighbours=True))
+    return MemorySpeed(
+        by_threads=tuple(reading.items()),
+        unpacking=tuple(unpacking.items()),
+        beside_device=beside,
+        sparse=min(1.0, sparse / reading[threads]),
+        sparse_batch=min(1.0, few / line),
+    )
+
+
+def _with_gpus(probe: Probe, survey: Survey, gpus: tuple[Gpu, ...], say: Callable[[str], None]) -> Probe:
+    """The probe with what was measured of the GPUs."""
+    if not gpus:
+        return probe
+    say("measuring the GPU")
+    buffer = read_buffer(max((cache.size for cache in survey.caches), default=0))
+    load = memory_load(buffer, survey.cores.threads, SECONDS)
+    speeds = tuple(measure_gpu(gpu.index, load) for gpu in gpus)
+    slow = (gpu.name for gpu, speed in zip(gpus, speeds, strict=True) if speed is None)
+    words = tuple(f"{name}: nothing is measured without torch and CUDA" for name in slow)
+    return replace(probe, gpus=gpus, gpu_speeds=speeds, unmeasured=words)
 
 
 def _with_disk(probe: Probe, survey: Survey, place: Path, say: Callable[[str], None]) -> Probe:
@@ -241,77 +361,6 @@ def _with_disk(probe: Probe, survey: Survey, place: Path, say: Callable[[str], N
     return replace(probe, disks=(*probe.disks, speed))
 
 
-def sparse_rate(
-    buffer: np.ndarray[Any, np.dtype[np.uint8]], threads: int, tokens: int = 1, *, neighbours: bool = False
-) -> float:
-    """Bytes/s of the FFN's kernels over the rows of a tenth of the neurons, at best; each call takes another set.
-
-    They lie apart, unless it is to be of `neighbours`.
-    """
-    neurons = len(buffer) // (6 * SPARSE_ROW)
-    rows = buffer[: 6 * SPARSE_ROW * neurons].reshape(3, neurons, 2 * SPARSE_ROW)
-    gate, up, down = (_native.Matrix(part, F16, neurons, SPARSE_ROW) for part in rows)
-    context, order = _native.Context(threads, "auto"), np.arange(neurons, dtype=np.int32)
-    if not neighbours:
-        np.random.default_rng(0).shuffle(order)
-    sets = [np.sort(part) for part in np.array_split(order, min(SPARSE_SETS, neurons))]
-    x, out = np.ones((tokens, SPARSE_ROW), np.float32), np.zeros((tokens, SPARSE_ROW), np.float32)
-    best, end, turn = 0.0, time.perf_counter() + SECONDS, 0
-    while not best or time.perf_counter() < end:
-        active = sets[turn % len(sets)]
-        began = time.perf_counter()
-        context.ffn(x, gate, up, down, True, RELU, False, 0.0, None, None, active, out, True, None)
-        best = max(best, 6 * SPARSE_ROW * len(active) / (time.perf_counter() - began))
-        turn += 1
-    return best
-
-
-def _flops(threads: int) -> float:
-    """Operations/s of a product of 256 tokens with a half-precision matrix."""
-    context = _native.Context(threads, "auto")
-    weights = np.ones((GEMM_SIZE, GEMM_SIZE), np.float16).view(np.uint8)
-    matrix = _native.Matrix(weights, F16, GEMM_SIZE, GEMM_SIZE)
-    x, out = np.ones((GEMM_TOKENS, GEMM_SIZE), np.float32), np.zeros((GEMM_TOKENS, GEMM_SIZE), np.float32)
-    seconds = _median(lambda: context.linear(x, (matrix,), (out,), None, False), 9)
-    return 2.0 * GEMM_TOKENS * GEMM_SIZE * GEMM_SIZE / seconds
-
-
-def _launch(threads: int) -> float:
-    context, byte = _native.Context(threads, "auto"), np.ones(1, np.uint8)
-    return _median(lambda: _native.read_bandwidth(context, byte), 2000)
-
-
-def _handover() -> float:
-    """Half of the way there and back through a waiting thread."""
-    there: queue.SimpleQueue[int] = queue.SimpleQueue()
-    back: queue.SimpleQueue[int] = queue.SimpleQueue()
-
-    def serve() -> None:
-        while there.get():
-            back.put(1)
-
-    thread = threading.Thread(target=serve, daemon=True)
-    thread.start()
-
-    def call() -> None:
-        there.put(1)
-        back.get()
-
-    seconds = _median(call, 500)
-    there.put(0)
-    thread.join()
-    return seconds / 2
-
-
-def _median(call: Callable[[], Any], repeats: int) -> float:
-    times = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - began)
-    return max(statistics.median(times), 1e-9)
-
-
 def _without_free(gpus: tuple[Gpu, ...]) -> tuple[Gpu, ...]:
     """Free memory changes by the second and is no property of the machine."""
     return tuple(replace(gpu, free=0) for gpu in gpus)
@@ -326,8 +375,10 @@ def _restored(kept: dict[str, Any] | None) -> Probe | None:
         memory = found["memory"]
         probe = Probe(
             measured=float(found["measured"]),
+            undisturbed=float(found["undisturbed"]),
             memory=MemorySpeed(
-                by_threads=tuple((int(n), float(rate)) for n, rate in memory["by_threads"]),
+                by_threads=_curve(memory["by_threads"]),
+                unpacking=_curve(memory["unpacking"]),
                 beside_device=float(memory["beside_device"]),
                 sparse=float(memory["sparse"]),
                 sparse_batch=float(memory["sparse_batch"]),
@@ -335,20 +386,33 @@ def _restored(kept: dict[str, Any] | None) -> Probe | None:
             flops=float(found["flops"]),
             launch=float(found["launch"]),
             handover=float(found["handover"]),
+            steps=None if (steps := found["steps"]) is None else _steps(steps),
             disks=tuple(_disk(d) for d in found["disks"]),
             gpus=tuple(Gpu(**g) for g in found["gpus"]),
             gpu_speeds=tuple(None if s is None else GpuSpeed(**s) for s in found["gpu_speeds"]),
             unmeasured=tuple(str(reason) for reason in found["unmeasured"]),
         )
-        rates = [rate for _, rate in probe.memory.by_threads]
+        rates = [rate for _, rate in (*probe.memory.by_threads, *probe.memory.unpacking)]
         rates += [probe.flops, probe.memory.beside_device, probe.memory.sparse, probe.memory.sparse_batch]
         rates += [rate for s in probe.gpu_speeds if s is not None for rate in asdict(replace(s, context=1)).values()]
         usable = (
-            len(probe.gpus) == len(probe.gpu_speeds) and memory["by_threads"] and all(0 < rate < 1e18 for rate in rates)
+            len(probe.gpus) == len(probe.gpu_speeds)
+            and len(probe.memory.by_threads) == len(probe.memory.unpacking) > 0
+            and all(0 < rate < 1e18 for rate in rates)
         )
         return probe if usable and all(disk.disk for disk in probe.disks) else None
     except (HardwareError, ValueError, TypeError, KeyError, AttributeError):
         return None
+
+
+def _curve(pairs: Any) -> Curve:
+    return tuple((int(n), float(rate)) for n, rate in pairs)
+
+
+def _steps(found: dict[str, Any]) -> StepCosts:
+    host, half = (Calls(**{k: float(v) for k, v in found[name].items()}) for name in ("host", "half"))
+    crossing, meeting, between = (float(found[name]) for name in ("crossing", "meeting", "between"))
+    return StepCosts(host=host, half=half, crossing=crossing, meeting=meeting, between=between)
 
 
 def _disk(found: dict[str, Any]) -> DiskSpeed:

@@ -29,14 +29,6 @@ from thermocline.placement.workload import Workload
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
-ATTENTION_KERNELS = 7
-"""Two norms, projections, rotation, cache and attention, output projection, residual."""
-FFN_KERNELS = 3
-"""Gate and up, activation, down; on each side that works."""
-PREDICTOR_KERNELS = 3
-"""Two products and the selection of the active set."""
-HEAD_KERNELS = 2
-"""Norm and product."""
 ACTIVATION_BYTES = 4
 """Of one number of the residual stream."""
 
@@ -211,7 +203,7 @@ class CostModel:
         scored = self._predictor(phase, layer, predictor)
         crossings = self._crossings(home, predictor, scored > 0, hot > 0, hot < self.clusters)
         scored *= self._corrections(phase).predictor
-        crossing = crossings * self._crossing(phase)
+        crossing = crossings * self._crossing(phase) + self._meetings(home, hot) * self._meeting
         time = LayerTime(self.attention(phase, layer, home), scored, crossing, vram, cold, disk, run, hot < 0)
         return (
             time if phase is self.decode or self.machine.gpu is None else self._streamed(phase, layer, home, hot, time)
@@ -230,11 +222,11 @@ class CostModel:
             reads, runs = self._reads(phase)
             disk, run = reads[layer, warm], runs[layer, warm]
             computed = self._while_reading(computed, disk)
-        cold = computed + works_cold * FFN_KERNELS * self.machine.cpu.launch
+        cold = computed + works_cold * self.machine.cpu.started.ffn
         vram = np.zeros(hot.shape)
         if gpu is not None and table.gpu is not None and table.gpu_busy is not None:
             read = np.where(both, table.gpu_busy[layer, hot], table.gpu[layer, hot])
-            vram = read + works_hot * FFN_KERNELS * gpu.launch
+            vram = read + works_hot * gpu.started.ffn
         off = self._corrections(phase)
         return Sides(vram * off.hot, cold * off.cold, disk * off.cold, run)
 
@@ -245,7 +237,7 @@ class CostModel:
         seen = min(phase.position, window) if window else phase.position
         flops = phase.tokens * (2.0 * f.attention_params + 4.0 * seen * f.n_q)
         nbytes = f.attention[layer] + f.kv_token * seen * phase.sequences
-        computed = _roofline(side, nbytes, flops) + ATTENTION_KERNELS * side.launch
+        computed = side.seconds(nbytes, f.attention_params, flops) + side.started.attention
         if home is Tier.DISK:
             computed = float(self._while_reading(computed, self._streaming(f.attention[layer])))
         return computed * self._corrections(phase).attention(home)
@@ -269,7 +261,11 @@ class CostModel:
         ids = self.machine.crossing if tier is Tier.VRAM else 0.0
         if tier is Tier.DISK:
             ids = self._streaming(int(row))  # a row is fetched for each token
-        return sum(p.weight * (p.tokens * row / side.bandwidth + side.launch + ids) for p in phases or self.phases)
+
+        def passing(phase: Phase) -> float:
+            return (phase.tokens * row / side.bandwidth + side.launch + ids) * self._corrections(phase).rest
+
+        return sum(phase.weight * passing(phase) for phase in phases or self.phases)
 
     def head(self, tier: Tier) -> float:
         """Seconds per token of output for logits and their way to the sampler, which is on the CPU, and for what is
@@ -277,13 +273,13 @@ class CostModel:
         """
         side, f, batch = self.machine.processor(tier), self.footprint, self.workload.batch
         flops = 2.0 * f.n_vocab * f.n_embd * batch
-        time = _roofline(side, f.head, flops) + HEAD_KERNELS * side.launch
+        time = side.seconds(f.head, f.n_vocab * f.n_embd, flops) + side.started.head
         if tier is Tier.DISK:
             time = float(self._while_reading(time, self._streaming(f.head)))
         if tier is Tier.VRAM:
             time += self.machine.crossing + f.n_vocab * ACTIVATION_BYTES * batch / self.machine.link
         off = self.machine.corrections
-        return (time * off.rest + off.between) * self.decode.weight
+        return (time * off.rest + self.machine.between_parts) * self.decode.weight
 
     def edge(self, here: Tier, there: Tier) -> float:
         """Seconds per token of output to take the residual stream from one layer's home to the next one's."""
@@ -332,11 +328,12 @@ class CostModel:
         nbytes: Floats = np.einsum("lct,lt->lc", rows, records)
         lone = 1 - (rows / np.diff(self.bounds)[:, None]) ** NEIGHBOURS
         apart: Floats = np.einsum("lct,lt->lc", rows * lone, records)
-        flops: Floats = rows.sum(axis=-1) * 2.0 * f.n_embd * phase.tokens
+        numbers: Floats = rows.sum(axis=-1) * f.n_embd
 
         def prefix(side: Processor, bandwidth: float) -> Floats:
-            read = nbytes + apart * (1 / side.apart(phase.tokens) - 1)
-            return _prefix(np.maximum(read / bandwidth, flops / side.flops))
+            read = (nbytes + apart * (1 / side.apart(phase.tokens) - 1)) / bandwidth
+            computed = numbers * max(1 / (side.unpacking or np.inf), 2.0 * phase.tokens / side.flops)
+            return _prefix(np.maximum(read, computed))
 
         return _Table(
             rows=rows,
@@ -382,8 +379,8 @@ class CostModel:
             return 0.0
         side, f = self.machine.processor(tier), self.footprint
         record = self.record_bytes[layer] / (f.n_embd * (2 + f.gated))  # bytes of a number in this model's format
-        flops = 2.0 * nbytes / record * phase.tokens
-        return _roofline(side, nbytes, flops) + PREDICTOR_KERNELS * side.launch
+        numbers = nbytes / record
+        return side.seconds(nbytes, numbers, 2.0 * numbers * phase.tokens) + side.started.predictor
 
     @staticmethod
     def _crossings(
@@ -394,6 +391,14 @@ class CostModel:
         far_predictor = scored and _computed_by(predictor) is not _computed_by(home)
         scores_back = at_home if far_predictor else np.zeros_like(at_home)
         return (away | far_predictor).astype(np.float64) + away + scores_back
+
+    def _meetings(self, home: Tier, hot: Ints) -> npt.NDArray[np.bool_]:
+        """Where the device has to be woken: what the home's own thread computes begins at once."""
+        return (hot > 0) & ((hot < self.clusters) | (home is not Tier.VRAM))
+
+    @property
+    def _meeting(self) -> float:
+        return self.machine.meeting * self.machine.corrections.crossing
 
     def _corrections(self, phase: Phase) -> Corrections:
         """Those of the machine, which are of decode steps."""
@@ -414,7 +419,7 @@ class CostModel:
         a_byte = max(1 / (machine.link * shares.link_beside_ram), copied)
         bytes_sent = self.record_bytes[layer] * (f.n_ff - self.bounds[hot]).astype(np.float64)
         whole = f.n_ff * self.record_bytes[layer] / gpu.bandwidth
-        computed = max(table.gpu_dense, whole) + FFN_KERNELS * gpu.launch
+        computed = max(table.gpu_dense, whole) + gpu.started.ffn
         sent = together(bytes_sent * a_byte, computed, shares.link_beside_vram, shares.vram_beside_link)
         stream = np.maximum(sent, split.disk)
         crossing = np.full_like(stream, 0.0 if home is Tier.VRAM else 2 * self._crossing(phase))
@@ -466,10 +471,6 @@ def together(one: npt.ArrayLike, other: npt.ArrayLike, one_beside: float, other_
 def _computed_by(tier: Tier) -> Tier:
     """The memory beside which a tier's tensors are computed: the CPU reads what is on disk."""
     return Tier.RAM if tier is Tier.DISK else tier
-
-
-def _roofline(side: Processor, nbytes: float, flops: float) -> float:
-    return max(nbytes / side.bandwidth, flops / side.flops)
 
 
 def _prefix(values: Floats) -> Floats:

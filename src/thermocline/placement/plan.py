@@ -63,7 +63,7 @@ class Predicted:
 
     `step_ms` is one decode step of all sequences, `tokens_per_second` what all of them make together in
     decode. `prefill_ms` is one pass over up to `ubatch` prompt tokens, 0 without a prompt. `between_ms` is the part of
-    a step that a run was seen to spend between layers and head, 0 where none was.
+    a step that is spent outside of layers and head, 0 where that was not measured.
     """
 
     token_ms: float
@@ -150,7 +150,7 @@ def plan_of(problem: Problem, solution: Solution, activity: str | None = None) -
         prefill_ms=0.0 if prefill is None else _ms(problem.phase_seconds(placement, prefill)),
         first_token_ms=round(first_token_ms(problem, placement), DIGITS),
         tokens_per_second=round(problem.workload.batch / step, DIGITS),
-        between_ms=_ms(problem.machine.corrections.between),
+        between_ms=_ms(problem.machine.between_parts),
     )
     return Plan(
         model_name=f.name,

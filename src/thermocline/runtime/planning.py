@@ -27,7 +27,7 @@ from thermocline.hardware.gpu import find_gpus
 from thermocline.hardware.gpu_choice import choose_gpu
 from thermocline.hardware.gpu_software import gpu_lacks
 from thermocline.hardware.machine import Machine, Tier
-from thermocline.hardware.probe import Probe, emulated, machine_of, probe_machine
+from thermocline.hardware.probe import Probe, emulated, machine_of
 from thermocline.memory.checks import first_bytes
 from thermocline.memory.kv_cache import kv_bytes_per_token
 from thermocline.model.families import family_of
@@ -44,6 +44,7 @@ from thermocline.placement.problem import Problem
 from thermocline.placement.solver import Method, Solution, solve
 from thermocline.placement.workload import EMULATED, Overheads, Workload
 from thermocline.runtime.prediction import choose_prediction
+from thermocline.runtime.step_costs import probe_machine
 
 AUTO = "auto"
 LIKE_A_GPU = 8
@@ -171,9 +172,17 @@ def as_for_a_gpu(problem: Problem) -> Problem:
     if machine.gpu is None:
         raise UsageError(f"{machine.name} has no emulated device")
     rate = LIKE_A_GPU * machine.cpu.bandwidth
-    gpu = replace(machine.gpu, bandwidth=rate, bandwidth_busy=rate, flops=LIKE_A_GPU * machine.cpu.flops, launch=0.0)
+    gpu = replace(
+        machine.gpu,
+        bandwidth=rate,
+        bandwidth_busy=rate,
+        flops=LIKE_A_GPU * machine.cpu.flops,
+        launch=0.0,
+        unpacking=None,
+        calls=None,
+    )
     cpu = replace(machine.cpu, bandwidth_busy=machine.cpu.bandwidth)  # a GPU leaves the CPU its memory
-    return replace(problem, machine=replace(machine, cpu=cpu, gpu=gpu, crossing=0.0, link=rate))
+    return replace(problem, machine=replace(machine, cpu=cpu, gpu=gpu, crossing=0.0, meeting=0.0, link=rate))
 
 
 def problem_of(

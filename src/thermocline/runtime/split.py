@@ -239,7 +239,7 @@ def split_report(
         Component("ffn cold", sum(layer.cold_ms for layer in layers), account.mean_ms("ffn cold")),
         Component("crossing", sum(layer.crossing_ms for layer in layers), account.mean_ms("crossing")),
         Component("rest", _rest(plan), account.mean_ms("head")),
-        Component("between", plan.predicted.between_ms, 1e3 * off.between),
+        Component("between", plan.predicted.between_ms, 1e3 * (off.between or 0.0)),
     )
     return SplitReport(
         steps=account.steps,
