@@ -211,8 +211,33 @@ def test_a_step_stays_on_its_device() -> None:
     fitter = Fitter(data, first, N_FF, SMALL, device)
     device.name = "meta"
     random = np.random.default_rng(1)
-    fc1, fc2 = (matrix.requires_grad_() for matrix in fitter._initial(96, random))
+    fc1, fc2 = fitter._initial(96, random)
     optimizer = torch.optim.AdamW([fc1, fc2])
-    loss = fitter._step(fc1, fc2, optimizer, *fitter._batch(random, 64))
-    assert {loss.device.type, fc1.device.type, fc2.device.type, fc1.grad.device.type} == {"meta"}
+    fitter._step(fc1, fc2, optimizer, *fitter._batch(random, 64))
+    assert {fc1.device.type, fc2.device.type, fc1.grad.device.type, fc2.grad.device.type} == {"meta"}
     assert fitting._moments(torch.ones(8, 4, device="meta")).device.type == "meta"
+
+
+@pytest.mark.parametrize("n_ff", [N_FF, N_FF - 1])
+@pytest.mark.parametrize("firing", ["some", "none", "all"])
+def test_the_gradient_is_that_of_the_balanced_loss(n_ff: int, firing: str) -> None:
+    """Written with torch's own cross-entropy in float64; the rest is rounding of float32."""
+    random = np.random.default_rng(5)
+    x = random.standard_normal((64, 64)).astype(np.float16)
+    energy = {"none": np.zeros, "all": np.ones}.get(firing, random.standard_normal)((64, n_ff)).clip(0)
+    level = pack_levels(energy.astype(np.float32))
+    settings = TrainSettings(epochs=1, batch=64, train_on="cpu")
+    fitter = Fitter(LayerData(x, level, x, x), None, n_ff, settings)
+    fc1, fc2 = fitter._initial(32, random)
+    inputs, weights = fitter._batch(np.random.default_rng(1), 64)
+    rows = (fitter._starts(np.random.default_rng(1), 64)[:, None] + np.arange(fitting.RUN)).reshape(-1)
+    wide = np.stack([level & 15, level >> 4], 2).reshape(64, -1)[rows, :n_ff]
+    fired, energy = torch.from_numpy(wide > 0), torch.from_numpy(2.0 ** ((wide - 15.0) / 2))
+    a, b = (matrix.double().requires_grad_() for matrix in (fc1, fc2))
+    scores = torch.relu(inputs.double() @ a.T) @ b.T
+    loss = torch.nn.functional.binary_cross_entropy_with_logits(scores, fired.double(), reduction="none")
+    sides = [(loss * side * w).sum() / (side * w).sum().clamp_min(1e-9) for side, w in ((fired, energy), (~fired, 1))]
+    (sum(sides) / 2).backward()
+    fitter._step(fc1, fc2, torch.optim.SGD([fc1, fc2], 0.0), inputs, weights)
+    for found, wanted in ((fc1.grad, a.grad), (fc2.grad, b.grad)):
+        assert float((found - wanted).abs().max()) <= 1e-5 * float(wanted.abs().max())

@@ -1,7 +1,8 @@
 """Fits one layer's predictor with torch. Only whoever trains imports this file.
 
 scores = fc2 · relu(fc1 · x), trained to tell the firing neurons by a balanced loss: binary cross-entropy in which
-firing and silent neurons weigh the same in all, and a firing one by the root of its energy among the token's.
+firing and silent neurons weigh the same in all, and a firing one by the root of its energy among the token's. Its
+gradient is written out: the neurons' weights come from a table of what a byte of two levels means.
 
 The start is not random. Whether a neuron fires is, but for the scale of the norm, the sign of W x, with W the first
 matrix of the FFN times the norm's weights. Its best approximation of rank k on the tokens' residual streams is A B
@@ -42,6 +43,8 @@ WARM_UP: Final = 0.1
 """Share of the steps in which the learning rate rises."""
 MOMENTS: Final = ("exp_avg", "exp_avg_sq")
 """What the optimizer knows of a matrix, beside the number of steps."""
+SILENT: Final = -1.0
+"""The sign of a silent neuron's weight."""
 SPREAD: Final = 2.0
 """Standard deviation of the scores at the start: what a cross-entropy tells apart."""
 
@@ -107,7 +110,7 @@ class Fitter:
 
     def _fit(self, rank: int, share: float, tick: Callable[[int], None] | None, state: FitState | None) -> Fitted:
         random = np.random.default_rng([self._settings.seed, rank])
-        fc1, fc2 = (matrix.requires_grad_() for matrix in self._initial(rank, random))
+        fc1, fc2 = self._initial(rank, random)
         groups = [{"params": [matrix], "scale": min(FAN_IN / matrix.shape[1], 1.0)} for matrix in (fc1, fc2)]
         optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0)
         batch = min(self._settings.batch, max(len(self._data.x), 1))
@@ -121,24 +124,23 @@ class Fitter:
             rate = min((step + 1) / max(WARM_UP * steps, 1), 1.0) * (1 - step / steps)
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["scale"] * self._settings.learning_rate
-            loss = self._step(fc1, fc2, optimizer, *self._batch(random, batch))
+            self._step(fc1, fc2, optimizer, *self._batch(random, batch))
             if state is not None:
                 state.save(rank, steps, step + 1, lambda: _state(optimizer, {"fc1": fc1, "fc2": fc2}))
             if tick is not None:
                 tick(batch)
-        if not bool(torch.isfinite(loss)):
-            raise NumericalError("training diverged: the loss is not finite; use a smaller --learning-rate")
-        return Fitted((fc1.detach() / self._scale).cpu().numpy(), fc2.detach().cpu().numpy())
+        if not all(bool(torch.isfinite(matrix).all()) for matrix in (fc1, fc2)):
+            raise NumericalError("training diverged: the matrices are not finite; use a smaller --learning-rate")
+        return Fitted((fc1 / self._scale).cpu().numpy(), fc2.cpu().numpy())
 
     @staticmethod
     def _step(
-        fc1: torch.Tensor, fc2: torch.Tensor, optimizer: torch.optim.Optimizer, x: torch.Tensor, level: torch.Tensor
-    ) -> torch.Tensor:
-        loss = _loss(torch.relu(x @ fc1.T) @ fc2.T, level)
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        fc1: torch.Tensor, fc2: torch.Tensor, optimizer: torch.optim.Optimizer, x: torch.Tensor, weights: torch.Tensor
+    ) -> None:
+        hidden = torch.relu(x @ fc1.T)
+        error = torch.sigmoid_(hidden @ fc2.T).add_(weights > 0, alpha=-1.0).mul_(weights.abs())
+        fc1.grad, fc2.grad = ((error @ fc2) * (hidden > 0)).T @ x, error.T @ hidden
         optimizer.step()
-        return loss
 
     def scores(self, fitted: Fitted, x: npt.NDArray[np.float16]) -> Floats:
         """Scores (T, n_ff) of residual streams.
@@ -160,10 +162,12 @@ class Fitter:
         return random.integers(0, len(self._data.x) - length + 1, -(-count // length))
 
     def _batch(self, random: np.random.Generator, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs (T, n_embd) and the neurons' weights (T, n_ff), those of silent ones below zero."""
         rows = (self._starts(random, count)[:, None] + np.arange(min(RUN, count))).reshape(-1)[:count]
-        packed = torch.from_numpy(np.ascontiguousarray(self._data.level[rows])).to(self._device.name)
-        level = torch.stack([packed & 15, packed >> 4], dim=2).flatten(1)[:, : self._n_ff]
-        return self._tensor(self._data.x[rows]) / self._scale, level
+        packed = torch.from_numpy(np.ascontiguousarray(self._data.level[rows]))
+        meaning = _meaning(packed, self._n_ff).to(self._device.name)
+        weights = torch.nn.functional.embedding(packed.to(self._device.name).int(), meaning).flatten(1)
+        return self._tensor(self._data.x[rows]) / self._scale, weights[:, : self._n_ff]
 
     def _initial(self, rank: int, random: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         n_embd = self._data.x.shape[1]
@@ -203,7 +207,7 @@ def _state(optimizer: torch.optim.Optimizer, matrices: Mapping[str, torch.Tensor
     """All that the next step depends on."""
     arrays = {}
     for name, matrix in matrices.items():
-        arrays[name] = matrix.detach().cpu().numpy()
+        arrays[name] = matrix.cpu().numpy()
         for moment in MOMENTS:
             arrays[f"{name}.{moment}"] = optimizer.state[matrix][moment].cpu().numpy()
     return arrays
@@ -229,13 +233,18 @@ def _moments(sample: torch.Tensor) -> torch.Tensor:
     return total / len(sample)
 
 
-def _loss(scores: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
-    fired = level > 0
-    losses = torch.nn.functional.softplus(torch.where(fired, -scores, scores))
-    weights = fired * torch.exp2((level.float() - 15) / 2)
-    positive = (losses * weights).sum() / weights.sum().clamp_min(1e-9)
-    negative = (losses * ~fired).sum() / (~fired).sum().clamp_min(1)
-    return (positive + negative) / 2
+def _meaning(packed: torch.Tensor, n_ff: int) -> torch.Tensor:
+    """What each byte says of its two neurons' weights (256, 2), where the levels are those of `packed` (T, bytes): in
+    all, firing ones add up to a half, and silent ones to minus a half.
+    """
+    byte = torch.arange(256)
+    level = torch.stack([byte & 15, byte >> 4], 1)
+    weight = torch.where(level > 0, torch.exp2((level.double() - 15) / 2), SILENT)
+    often = torch.bincount(packed.flatten(), minlength=256)[:, None]
+    fired = (often * weight.clamp_min(0)).sum().clamp_min(1e-9)
+    padding = len(packed) * (2 * packed.shape[1] - n_ff)
+    silent = ((often * (level == 0)).sum() - padding).clamp_min(1)
+    return (weight / torch.where(level > 0, fired, silent) / 2).float()
 
 
 def _spread(x: npt.NDArray[np.float16], most: int) -> npt.NDArray[np.float16]:
