@@ -9,8 +9,8 @@ the same limit of memory, page cache included, of the budget and a twentieth mor
 none can be made, the result says so. Reported are the greedy tokens (they must be the same), the peak of resident
 memory (VmHWM), the most that the group was charged, what of the model's files is in the page cache at the end (mincore;
 it is emptied first), tokens/s, and what was read: bytes and requests a token, and the time that random reads as large
-would take alone, as many in flight, measured in the same process afterwards, beside the time that something was in
-flight.
+would take alone, as many in flight, measured in the same process in turns with decoding (a disk that others use is not
+as fast now as it was), beside the time that something was in flight.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,18 @@ from thermocline.runtime.loading import load_model
 PROMPT = 8
 CONTEXT = 256
 MB = 1e6
+TURN, PROBE_SECONDS = 4, 0.25
+"""Tokens between two probes of the disk, and how long each takes."""
 ALLOWANCE = 1.05
 """Memory that the processes get, as a multiple of the budget."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some tokens: their seconds, and of each kind what was read and the bytes/s that reads alone reached then."""
+
+    seconds: float
+    reads: dict[str, tuple[ReadStats, float]]
 
 
 def forget(path: Path) -> None:
@@ -89,12 +100,17 @@ def measure(path: Path, budget: str | None, tokens: int, threads: int, mode: str
     ticket = engine.begin()
     logits = engine.prefill(list(range(100, 100 + PROMPT)), reuse=False)[0]
     made: list[int] = []
-    before, uses, began = stats(below), below.uses, time.perf_counter()
-    for _ in range(tokens):
-        made.append(int(np.argmax(logits)))
-        logits = engine.step(made[-1], ticket)
-    seconds = time.perf_counter() - began
-    after = stats(below)
+    parts: list[Part] = []
+    uses = below.uses
+    while len(made) < tokens:
+        before, began = stats(below), time.perf_counter()
+        for _ in range(min(TURN, tokens - len(made))):
+            made.append(int(np.argmax(logits)))
+            logits = engine.step(made[-1], ticket)
+        seconds = time.perf_counter() - began
+        read = {name: found.since(before[name]) for name, found in stats(below).items()}
+        parts.append(Part(seconds, {name: (r, probed(name, r, files)) for name, r in read.items() if r.requests}))
+    seconds = sum(part.seconds for part in parts)
     record: dict[str, Any] = {"budget": budget, "tokens": made, "tokens_per_second": tokens / seconds, **status()}
     record["page_cache"] = sum(cached(file) for file in files)
     record["notices"] = list(model.notices)
@@ -104,10 +120,9 @@ def measure(path: Path, budget: str | None, tokens: int, threads: int, mode: str
     if below.reads:
         asked, found = below.uses.asked - uses.asked, below.uses.found - uses.found
         record["seconds"], record["hit_rate"] = seconds, found / max(asked, 1)
-        record["reads"] = {
-            name: kind_of_read(name, after[name].since(read), files, tokens) for name, read in before.items()
-        }
-        alone = sum(read["seconds_alone"] for read in record["reads"].values() if read)
+        kinds = dict.fromkeys(kind for part in parts for kind in part.reads)
+        record["reads"] = {kind: kind_of_read(kind, parts, tokens) for kind in kinds}
+        alone = sum(read["seconds_alone"] for read in record["reads"].values())
         record["of_allowed"] = alone / seconds  # of all the time, computing included; reads of both kinds overlap
     return record
 
@@ -118,23 +133,28 @@ def stats(below: Below) -> dict[str, ReadStats]:
     return {name: part.stats for name, part in parts.items() if part is not None}
 
 
-def kind_of_read(kind: str, read: ReadStats, files: tuple[Path, Path], tokens: int) -> dict[str, float]:
-    """What was read, and what random reads of that mean size reach alone."""
-    if not read.requests:
-        return {}
+def probed(kind: str, read: ReadStats, files: tuple[Path, Path]) -> float:
+    """Bytes/s that random reads as large as these on average reach alone."""
     size = max(4096, round(read.nbytes / read.requests / 4096) * 4096)
     depth = disk_store.IN_FLIGHT if kind == "neurons" else pieces.IN_FLIGHT
     with Reader(files[kind == "neurons" and files[1].is_file()], depth=depth, largest=size) as reader:
-        probe = random_rate(reader, size, 1.0)
+        return random_rate(reader, size, PROBE_SECONDS)
+
+
+def kind_of_read(kind: str, parts: list[Part], tokens: int) -> dict[str, float]:
+    """What was read, and what random reads of that mean size reach alone."""
+    found = [part.reads[kind] for part in parts if kind in part.reads]
+    read = sum((read for read, _ in found), ReadStats())
+    alone = sum(read.nbytes / rate for read, rate in found)
     return {
         "megabytes_a_token": read.nbytes / tokens / MB,
         "requests_a_token": read.requests / tokens,
-        "bytes_of_a_read": size,
+        "bytes_of_a_read": read.nbytes / read.requests,
         "busy_seconds": read.busy,
         "rate": read.bandwidth / MB,
-        "probe_rate": probe / MB,
-        "of_probe": read.bandwidth / probe,
-        "seconds_alone": read.nbytes / probe,
+        "probe_rate": read.nbytes / alone / MB,
+        "of_probe": read.bandwidth / (read.nbytes / alone),
+        "seconds_alone": alone,
     }
 
 
@@ -183,6 +203,7 @@ def compare(args: argparse.Namespace) -> None:
     print(limit.means or f"memory is not limited but by the budget: no control group could be made ({limit.why})")
     records: dict[str, Any] = {}
     rates: dict[str, list[float]] = {}
+    allowed: list[float] = []
     with limit:
         for name in which[:1] + which[1:] * args.rounds:
             for file in (args.model, bundle_path(args.model), args.llama_model):
@@ -202,9 +223,13 @@ def compare(args: argparse.Namespace) -> None:
                 continue
             records[name] = json.loads(out) | {"most_charged": charged}
             rates.setdefault(name, []).append(records[name]["tokens_per_second"])
+            if "of_allowed" in records[name]:
+                allowed.append(records[name]["of_allowed"])
     for name, found in rates.items():
         records[name]["rates"] = found
         records[name]["tokens_per_second"] = statistics.median(found)
+    if allowed:
+        records["with"] |= {"of_allowed": statistics.median(allowed), "all_of_allowed": allowed}
     show(records, args)
     if not args.dry:
         about = {"model": args.model.name, "mode": args.mode, "limited_by": limit.means or limit.why, "rest": args.rest}
@@ -234,8 +259,8 @@ def show(records: dict[str, Any], args: argparse.Namespace) -> None:
             print(
                 f"{kind}: {read['megabytes_a_token']:.0f} MB in {read['requests_a_token']:.0f} reads a token at "
                 f"{read['rate']:.0f} MB/s while in flight, {read['of_probe']:.0%} of what random reads of "
-                f"{read['bytes_of_a_read']} bytes reach alone; in flight {read['busy_seconds'] / with_['seconds']:.0%} "
-                "of the time"
+                f"{read['bytes_of_a_read'] / 1024:.0f} KiB reach alone; in flight "
+                f"{read['busy_seconds'] / with_['seconds']:.0%} of the time"
             )
     if "of_allowed" in with_:
         print(f"one after another at those rates, the reads alone would take {with_['of_allowed']:.0%} of the time")

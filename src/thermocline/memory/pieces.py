@@ -166,10 +166,10 @@ class PieceStream:
         step, stride = _step(matrix), matrix.place.stride
         start = number * step
         size = (min(start + step, matrix.rows) - start) * stride
-        whole = np.array([[matrix.place.offset + start * stride, size, 0]], np.int64)
         buffer = self._free.pop()
         try:
-            ticket = self._readers[matrix.place.path].submit(*merged(whole, SINGLE), buffer)
+            reads = _from_end_to_end(matrix.place.offset + start * stride, size)
+            ticket = self._readers[matrix.place.path].submit(*reads, buffer)
         except BaseException:
             self._free.append(buffer)
             raise
@@ -187,3 +187,11 @@ class PieceStream:
 def _step(matrix: StreamedMatrix) -> int:
     """Rows of a piece."""
     return PIECE // matrix.place.stride
+
+
+def _from_end_to_end(offset: int, size: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Requests and parts for `Reader.submit` of bytes that lie together: as `merged` makes them, but sooner."""
+    at = np.arange(0, size, LARGEST_READ)
+    sizes = np.minimum(LARGEST_READ, size - at)
+    requests, parts = (np.stack([offset + at, sizes, last], axis=1) for last in (np.ones_like(at), at))
+    return requests, parts
