@@ -36,11 +36,11 @@ static inline void axpy_one(const RowTile<R>& tile, const float* const (&h)[R], 
   };
   constexpr int kStep = 4 * kBlock, kStepBytes = kStep * kFormatInfo[F].block_bytes / kFormatInfo[F].block;
   const int64_t steps = (c1 - c0) / kStep;
-  for_steps<true, kLongRows<F>, kStepBytes>(tile, bytes_of<F>(c0), steps,
-                                            [&](int64_t s) __attribute__((always_inline)) {
-                                              for (int u = 0; u < kStep; u += kUnit<F>)
-                                                add_unit(c0 + s * kStep + u);
-                                            });
+  for_steps<true, kLongRows<F>, kStepBytes, R>(tile.next, bytes_of<F>(c0), steps,
+                                               [&](int64_t s) __attribute__((always_inline)) {
+                                                 for (int u = 0; u < kStep; u += kUnit<F>)
+                                                   add_unit(c0 + s * kStep + u);
+                                               });
   int64_t c = c0 + steps * kStep;
   for (; c + kUnit<F> <= c1; c += kUnit<F>) add_unit(c);
   if constexpr (!is_integer(F)) {
@@ -83,7 +83,8 @@ static inline void axpy_many(const AxpyJob& job, const RowTile<R>& tile, const f
 template <Format F, int R>
 static void axpy_rows(const AxpyJob& job, int64_t k, int64_t end, int64_t t0, int64_t t1, int64_t c0,
                       int64_t c1) {
-  const RowTile<R> tile = row_tile<R, kLongRows<F>>(job.rows, k, end);
+  RowTile<R> tile;
+  find_tile<R, kLongRows<F>>(job.rows, k, end, tile);
   const float* h[R];
   for (int r = 0; r < R; ++r) h[r] = job.h + (job.positions ? job.positions[k + r] : k + r);
   if (t1 - t0 > 1) return axpy_many<F, R>(job, tile, h, t0, t1, c0, c1);

@@ -37,12 +37,12 @@ static inline void float_tile(const RowTile<R>& tile, const float* x, int64_t x_
   };
   // A cache line of halves.
   constexpr int kVecs = 32 / kLanes;
-  for_steps<Fetch, true, 32 * kFormatInfo[F].block_bytes>(tile, 0, n / 32,
-                                                          [&](int64_t s) __attribute__((always_inline)) {
+  for_steps<Fetch, true, 32 * kFormatInfo[F].block_bytes, R>(tile.next, 0, n / 32,
+                                                             [&](int64_t s) __attribute__((always_inline)) {
 #pragma GCC unroll 8
-                                                            for (int v = 0; v < kVecs; ++v)
-                                                              add_vector(32 * s + v * kLanes);
-                                                          });
+                                                               for (int v = 0; v < kVecs; ++v)
+                                                                 add_vector(32 * s + v * kLanes);
+                                                             });
   int64_t c = n / 32 * 32;
   for (; c + kLanes <= n; c += kLanes) add_vector(c);
 #pragma GCC unroll 8
@@ -82,7 +82,8 @@ static void dot_tile(const DotJob& job, const RowTile<R>& tile, int64_t r0, int6
 template <Format F, int R>
 static inline void dot_rows(const DotJob& job, int64_t r, int64_t end, int64_t t0, int64_t t1) {
   constexpr int kTokens = is_integer(F) ? kIntTokens : kFloatTokens;
-  const RowTile<R> tile = row_tile<R, kLongRows<F>>(job.rows, r, end);
+  RowTile<R> tile;
+  find_tile<R, kLongRows<F>>(job.rows, r, end, tile);
   if (t1 - t0 == 1) return dot_tile<F, R, 1, true>(job, tile, r, t0);
   int64_t t = t0;
   for (; t + kTokens <= t1; t += kTokens) dot_tile<F, R, kTokens, false>(job, tile, r, t);
@@ -97,8 +98,8 @@ static inline void dot_rows(const DotJob& job, int64_t r, int64_t end, int64_t t
 template <Format F>
 static void dot(const DotJob& job, int64_t r0, int64_t r1, int64_t t0, int64_t t1) {
   int64_t r = r0;
-  if (!is_integer(F) && t1 - t0 == 1) {
-    for (; r + 2 <= r1; r += 2) dot_rows<F, 2>(job, r, r1, t0, t1);
+  if constexpr (!is_integer(F)) {
+    for (; t1 - t0 == 1 && r + 2 <= r1; r += 2) dot_rows<F, 2>(job, r, r1, t0, t1);
   }
   for (; r + kDotRows <= r1; r += kDotRows) dot_rows<F, kDotRows>(job, r, r1, t0, t1);
   for (; r < r1; ++r) dot_rows<F, 1>(job, r, r1, t0, t1);

@@ -3,12 +3,12 @@
 constexpr int kVecBlocks = 4 / kQuadVecs;  // of a row, that share a vector
 
 template <Format F, int v, int T>
-[[gnu::always_inline]] static inline void add_vec(const RowTile<4>& tile, const QuadScales& scales,
+[[gnu::always_inline]] static inline void add_vec(const uint8_t* const (&rows)[4], const QuadScales& scales,
                                                   const Tokens& tokens, int64_t t0, int64_t b, int64_t last,
                                                   Vec (&acc)[T][kQuadVecs]) {
   Quad w[4];
 #pragma GCC unroll 4
-  for (int r = 0; r < 4; ++r) w[r] = load_quad_of<F, v>(tile.now[r], b, last);
+  for (int r = 0; r < 4; ++r) w[r] = load_quad_of<F, v>(rows[r], b, last);
 #pragma GCC unroll 8
   for (int t = 0; t < T; ++t) {
     const int64_t at = (t0 + t) * tokens.q_stride + (b + v * kVecBlocks) * kBlock;
@@ -18,23 +18,18 @@ template <Format F, int v, int T>
 }
 
 template <Format F, int T>
-[[gnu::always_inline]] static inline void int_step(const RowTile<4>& tile, const Tokens& tokens, int64_t t0,
-                                                   int64_t b, int64_t last, Vec (&acc)[T][kQuadVecs]) {
-  const QuadScales scales = load_scales<F>(tile.now, b, last);
-  add_vec<F, 0, T>(tile, scales, tokens, t0, b, last, acc);
-  if constexpr (kQuadVecs > 1) add_vec<F, 1, T>(tile, scales, tokens, t0, b, last, acc);
+[[gnu::always_inline]] static inline void int_step(const uint8_t* const (&rows)[4], const Tokens& tokens,
+                                                   int64_t t0, int64_t b, int64_t last,
+                                                   Vec (&acc)[T][kQuadVecs]) {
+  const QuadScales scales = load_scales<F>(rows, b, last);
+  add_vec<F, 0, T>(rows, scales, tokens, t0, b, last, acc);
+  if constexpr (kQuadVecs > 1) add_vec<F, 1, T>(rows, scales, tokens, t0, b, last, acc);
 }
 
-template <Format F, int R, int T, bool Fetch>
-[[gnu::always_inline]] static inline void int_tile(const RowTile<R>& tile, const Tokens& tokens, int64_t t0,
-                                                   int64_t n, float (&out)[T][R]) {
-  RowTile<4> four;
-  four.scattered = tile.scattered;
-  four.far = tile.far;
-  for (int i = 0; i < 4; ++i) {
-    four.now[i] = tile.now[i % R];
-    four.next[i] = tile.next[i % R];
-  }
+template <Format F, int T, bool Fetch>
+[[gnu::always_inline]] static inline void int_quad(const uint8_t* const (&rows)[4], const NextRows& next,
+                                                   const Tokens& tokens, int64_t t0, int64_t n,
+                                                   float (&out)[T][4]) {
   Vec acc[T][kQuadVecs];
   for (int t = 0; t < T; ++t) {
     for (int v = 0; v < kQuadVecs; ++v) acc[t][v] = zero();
@@ -42,13 +37,23 @@ template <Format F, int R, int T, bool Fetch>
   const int64_t blocks = n / kBlock;
   constexpr int kStepBytes = kFormatInfo[F].block_bytes * 4 * kBlock / kFormatInfo[F].block;
   // Where the last block is surely no nearer than the fourth, the compiler sees that none is clamped.
-  for_steps<Fetch, false, kStepBytes>(four, 0, blocks / 4, [&](int64_t s) __attribute__((always_inline)) {
-    int_step<F, T>(four, tokens, t0, 4 * s, 4 * s + 3, acc);
+  for_steps<Fetch, false, kStepBytes, 4>(next, 0, blocks / 4, [&](int64_t s) __attribute__((always_inline)) {
+    int_step<F, T>(rows, tokens, t0, 4 * s, 4 * s + 3, acc);
   });
-  if (blocks % 4) int_step<F, T>(four, tokens, t0, blocks / 4 * 4, blocks - 1, acc);
-  for (int t = 0; t < T; ++t) {
-    float sums[4];
-    _mm_storeu_ps(sums, sum_blocks(acc[t]));
-    for (int r = 0; r < R; ++r) out[t][r] = sums[r];
+  if (blocks % 4) int_step<F, T>(rows, tokens, t0, blocks / 4 * 4, blocks - 1, acc);
+  for (int t = 0; t < T; ++t) _mm_storeu_ps(out[t], sum_blocks(acc[t]));
+}
+
+template <Format F, int R, int T, bool Fetch>
+[[gnu::always_inline]] static inline void int_tile(const RowTile<R>& tile, const Tokens& tokens, int64_t t0,
+                                                   int64_t n, float (&out)[T][R]) {
+  if constexpr (R == 4) {
+    int_quad<F, T, Fetch>(tile.now, tile.next, tokens, t0, n, out);
+  } else {
+    static_assert(R == 1);
+    const uint8_t* const rows[4] = {tile.now[0], tile.now[0], tile.now[0], tile.now[0]};
+    float four[T][4];
+    int_quad<F, T, Fetch>(rows, tile.next, tokens, t0, n, four);
+    for (int t = 0; t < T; ++t) out[t][0] = four[t][0];
   }
 }

@@ -10,76 +10,115 @@ static inline int64_t bytes_of(int64_t c) {
   return c / kFormatInfo[F].block * kFormatInfo[F].block_bytes;
 }
 
-// What a tile reads: R rows, and the rows that are fetched meanwhile: of the tile after it or, where rows are
-// short, of the one after that, for memory answers late.
-constexpr int64_t kAhead = 8192;
-
-// Rows of floats that lie apart are long: they are always brought two tiles ahead, and to the second cache,
-// for the first one has no room for so many.
+// Rows of floats are long: where they lie apart they are brought to the second cache, for the first one has
+// no room for so many.
 template <Format F>
 constexpr bool kLongRows = !is_integer(F);
 
-// Where all rows are wanted, what lies so much further is brought to the second cache: it has room for more
-// lines on their way than the first one, whose prefetches then find them there.
-constexpr int64_t kFarAhead = 16384;
+// Rows that lie apart are fetched so many at a time, the same line of each, then the next: a processor's own
+// prefetching follows each page by itself, and several banks of the memory answer at once.
+constexpr int kSideBySide = 8;
+
+// Neighbours are fetched one tile ahead, or two where a tile is shorter than this; and what lies so much
+// further is brought to the second cache, if all rows are wanted as far as that: it has room for more lines
+// on their way than the first one, whose prefetches then find them there.
+constexpr int64_t kAhead = 8192, kFarAhead = 16384;
+
+// What is fetched while a tile is worked on.
+struct NextRows {
+  const uint8_t* first;  // the neighbours', where the tile after it or the one after that begins
+  int64_t row_bytes;
+  bool far;    // what lies kFarAhead further is wanted too
+  bool apart;  // not neighbours, but `rows`, of which this tile fetches the lines of parts begin .. end
+  int begin, end;
+  const uint8_t* rows[kSideBySide];
+};
 
 template <int R>
 struct RowTile {
   const uint8_t* now[R];
-  const uint8_t* next[R];
-  bool scattered;  // the next rows are not neighbours
-  int64_t far;     // bytes from them to what is fetched for later
+  NextRows next;
 };
 
-// kFarAhead if all rows are wanted as far as that from row r on, else 0.
-static inline int64_t far_from(const Rows& rows, int64_t r, int64_t limit) {
-  if (!rows.ids) return kFarAhead;
-  const int64_t end = r + 2 * kFarAhead / rows.row_bytes;
-  return end < limit && rows.ids[end] - rows.ids[r] == end - r ? kFarAhead : 0;
-}
-
-template <int R, bool Long>
-static inline RowTile<R> row_tile(const Rows& rows, int64_t r, int64_t end) {
-  const int64_t limit = end > rows.count ? end : rows.count;
-  RowTile<R> tile;
-  for (int i = 0; i < R; ++i) {
-    tile.now[i] = row_at(rows, r + i);
-    const int64_t next = r + i + (Long || R * rows.row_bytes < kAhead ? 2 * R : R);
-    tile.next[i] = row_at(rows, next < limit ? next : r + i);
+// What is fetched with the rows in places k .. k + R of `limit`; place(k) says which row is there. `all`: it
+// is row k.
+template <int R, bool Long, class Place>
+static inline void find_next(const Rows& rows, int64_t k, int64_t limit, bool all, Place place,
+                             NextRows& next) {
+  next.row_bytes = rows.row_bytes;
+  const int64_t after = k + (Long || R * rows.row_bytes < kAhead ? 2 * R : R);
+  const auto run = [&](int64_t from, int64_t to) {
+    return to < limit && place(to) - place(from) == to - from;
+  };
+  next.apart = !all && !run(after, after + R - 1);
+  if (!next.apart) {
+    next.first = rows.base + (all ? after : place(after)) * rows.row_bytes;
+    next.far = all || run(k, k + 2 * kFarAhead / rows.row_bytes);
+    return;
   }
-  tile.scattered = tile.next[R - 1] != tile.next[0] + (R - 1) * rows.row_bytes;
-  tile.far = far_from(rows, r, limit);
-  return tile;
+  next.begin = static_cast<int>(k % kSideBySide);
+  next.end = next.begin + R < kSideBySide ? next.begin + R : kSideBySide;
+  const int64_t from = k - next.begin + kSideBySide;
+  for (int i = 0; i < kSideBySide; ++i)
+    next.rows[i] = rows.base + place(from + i < limit ? from + i : k) * rows.row_bytes;
 }
 
-// step(s) for all steps, which read kStepBytes of every row of a tile. If FETCH, the next tile is fetched
-// meanwhile: where rows are neighbours one after another, so that memory sees a single stream, and else side
-// by side, so that several of its banks answer at once.
+// Written in place, here as elsewhere: a copy would wait until all that was stored before has reached the
+// cache.
+template <int R, bool Long>
+static inline void find_tile(const Rows& rows, int64_t r, int64_t end, RowTile<R>& tile) {
+  const int64_t limit = end > rows.count ? end : rows.count;
+  for (int i = 0; i < R; ++i) tile.now[i] = row_at(rows, r + i);
+  const auto place = [&](int64_t k) { return rows.ids ? rows.ids[k] : k; };
+  find_next<R, Long>(rows, r, limit, !rows.ids, place, tile.next);
+}
+
+// Instead of the lines `from` .. `to` of some pages, as many of the pages after them, by turns: for short
+// rows, several of which lie in a page.
+static inline void fetch_by_turns(const uint8_t* from, const uint8_t* to) {
+  constexpr uintptr_t kPage = kFarAhead / kPlaces, kTurn = kPlaces * 64;
+  const auto end = reinterpret_cast<uintptr_t>(to);
+  for (uintptr_t at = (reinterpret_cast<uintptr_t>(from) + kTurn - 1) / kTurn * kTurn; at < end;
+       at += kTurn) {
+    const uintptr_t window = at / kFarAhead * kFarAhead, line = (at - window) / kPlaces;
+    const Ahead ahead{reinterpret_cast<const uint8_t*>(window + kFarAhead + line), 0, kPage};
+    fetch(ahead, 0, kTurn);
+  }
+}
+
+// step(s) for all steps, which read kStepBytes of every row of a tile from `offset` on. If FETCH, its next
+// rows are fetched meanwhile.
 template <bool Fetch, bool Long, int kStepBytes, int R, class Step>
-static inline void for_steps(const RowTile<R>& tile, int64_t offset, int64_t steps, Step step) {
+[[gnu::always_inline]] static inline void for_steps(const NextRows& next, int64_t offset, int64_t steps,
+                                                    Step step) {
   constexpr int kLine = 64;
   if constexpr (!Fetch) {
     for (int64_t s = 0; s < steps; ++s) step(s);
     return;
   }
-  if (tile.scattered) {
-    int64_t at = 0;
+  if (next.apart) {
+    const int64_t lines = (steps * kStepBytes + kLine - 1) / kLine;
+    const int64_t begin = lines * next.begin / kSideBySide, end = lines * next.end / kSideBySide;
+    int64_t at = offset + begin * kLine, due = 0;
     for (int64_t s = 0; s < steps; ++s) {
-      for (; at < (s + 1) * kStepBytes; at += kLine) {
+      for (due += end - begin; due > 0; due -= steps, at += kLine) {
 #pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) __builtin_prefetch(tile.next[r] + offset + at, 0, Long ? 2 : 3);
+        for (int i = 0; i < kSideBySide; ++i) __builtin_prefetch(next.rows[i] + at, 0, Long ? 2 : 3);
       }
       step(s);
     }
     return;
   }
+  const bool turns = next.far && next.row_bytes - steps * kStepBytes < kStepBytes;
+  const int64_t far = next.far ? kFarAhead : 0;
   int64_t s = 0;
   for (int r = 0; r < R; ++r) {
-    const uint8_t* ahead = tile.next[r] + offset;
+    const uint8_t* ahead = next.first + r * next.row_bytes + offset;
     for (const int64_t end = steps * (r + 1) / R; s < end; ++s) {
+      if (!Long && turns) fetch_by_turns(ahead, ahead + R * kStepBytes);
 #pragma GCC unroll 16
       for (int i = 0; i < R * kStepBytes; i += kLine) {
-        __builtin_prefetch(ahead + tile.far + i, 0, 2);
+        if constexpr (Long) __builtin_prefetch(ahead + far + i, 0, 2);
         __builtin_prefetch(ahead + i);
       }
       ahead += R * kStepBytes;

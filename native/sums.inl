@@ -156,30 +156,44 @@ template <Format F, int Q, int v>
   add_factors<F, Q>(whole, v, to);
 }
 
+// Those of four rows, 0 from `end` on. They stay in registers, for a vector that is read where its numbers
+// were stored one by one waits until all stores before have reached the cache.
+static inline __m256d four_weights(const SumJob& job, int64_t k, int64_t end) {
+  const auto weight = [&](int i) { return k + i < end ? weight_of(job, k + i) : 0.0; };
+  return _mm256_setr_pd(weight(0), weight(1), weight(2), weight(3));
+}
+
+static inline __m128 factors_of(__m256d weights, double per_unit) {
+  const __m256d most = _mm256_set1_pd(kMostFactor), least = _mm256_set1_pd(-kMostFactor);
+  return _mm256_cvtpd_ps(
+      _mm256_max_pd(least, _mm256_min_pd(most, _mm256_mul_pd(weights, _mm256_set1_pd(per_unit)))));
+}
+
 // Q quads of rows: those in places k to end, of which there are fewer if the last quad is not full.
 template <Format F, int Q>
 static void add_sum_tile(const SumJob& job, int64_t k, int64_t end, int64_t limit, int64_t c0, int64_t c1) {
-  constexpr int kRows = 4 * Q;
-  const SumTile<kRows> tile = sum_tile<kRows>(job, k, end, limit);
+  RowTile<4 * Q> tile;
+  find_sums(job, k, end, limit, tile);
   Vec factor[Q], least[Q];
+#pragma GCC unroll 2
   for (int g = 0; g < Q; ++g) {
-    factor[g] = spread_rows(_mm_loadu_ps(tile.factor + 4 * g));
-    least[g] = spread_rows(_mm_loadu_ps(tile.least + 4 * g));
+    const __m256d weights = four_weights(job, k + 4 * g, end);
+    factor[g] = spread_rows(factors_of(weights, job.per_factor));
+    least[g] = spread_rows(factors_of(weights, job.per_least));
   }
   const int64_t first = c0 / kBlock, blocks = (c1 - c0) / kBlock;
   const auto step = [&](int64_t s, int64_t last) __attribute__((always_inline)) {
     const int64_t b = first + 4 * s;
     WholeFactors whole[Q];
 #pragma GCC unroll 2
-    for (int g = 0; g < Q; ++g)
-      whole[g] = whole_factors<F>(tile.rows.now + 4 * g, b, last, factor[g], least[g]);
-    add_sum_vec<F, Q, 0>(tile.rows.now, b, last, whole, job.sums + s);
-    if constexpr (kQuadVecs > 1) add_sum_vec<F, Q, 1>(tile.rows.now, b, last, whole, job.sums + s);
+    for (int g = 0; g < Q; ++g) whole[g] = whole_factors<F>(tile.now + 4 * g, b, last, factor[g], least[g]);
+    add_sum_vec<F, Q, 0>(tile.now, b, last, whole, job.sums + s);
+    if constexpr (kQuadVecs > 1) add_sum_vec<F, Q, 1>(tile.now, b, last, whole, job.sums + s);
   };
   constexpr int kStepBytes = kSumColumns * kFormatInfo[F].block_bytes / kFormatInfo[F].block;
-  for_steps<true, false, kStepBytes>(tile.rows, bytes_of<F>(c0), blocks / 4,
-                                     [&](int64_t s)
-                                         __attribute__((always_inline)) { step(s, first + 4 * s + 3); });
+  for_steps<true, false, kStepBytes, 4 * Q>(
+      tile.next, bytes_of<F>(c0), blocks / 4,
+      [&](int64_t s) __attribute__((always_inline)) { step(s, first + 4 * s + 3); });
   if (blocks % 4) step(blocks / 4, first + blocks - 1);
 }
 

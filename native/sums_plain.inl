@@ -43,13 +43,21 @@ static void add_part(const Part<F>& part, int i, float factor, float least, SumS
   }
 }
 
+static inline float factor_of(double weight, double per_unit) {
+  const double factor = weight * per_unit;
+  return static_cast<float>(factor > kMostFactor    ? kMostFactor
+                            : factor < -kMostFactor ? -kMostFactor
+                                                    : factor);
+}
+
 template <Format F>
 static void add_sums(const SumJob& job, int64_t k0, int64_t k1, int64_t c0, int64_t c1) {
   for (int64_t k = k0; k < k1; ++k) {
-    const SumTile<1> tile = sum_tile<1>(job, k, k + 1, k1);
+    const uint8_t* row = row_at(job.rows, sum_place(job, k));
+    const double weight = weight_of(job, k);
+    const float factor = factor_of(weight, job.per_factor), least = factor_of(weight, job.per_least);
     for (int64_t b = 0; b < (c1 - c0) / kBlock; ++b) {
-      add_part<F>(part_at<F>(tile.rows.now[0], c0 / kBlock + b), static_cast<int>(b % 4), tile.factor[0],
-                  tile.least[0], job.sums + b / 4);
+      add_part<F>(part_at<F>(row, c0 / kBlock + b), static_cast<int>(b % 4), factor, least, job.sums + b / 4);
     }
   }
 }

@@ -1,32 +1,24 @@
-// The rows of a tile of a weighted sum, with their factors.
+// The rows of a tile of a weighted sum.
 
+static inline int64_t sum_place(const SumJob& job, int64_t k) { return job.list ? job.list[k] : k; }
+
+// Those in places k .. k + R; in place of those past the last, of which `end` is one after, this.
 template <int R>
-struct SumTile {
-  RowTile<R> rows;
-  float factor[R], least[R];  // 0 for rows past the last, in whose place the last is read
-};
+static inline void find_sums(const SumJob& job, int64_t k, int64_t end, int64_t limit, RowTile<R>& tile) {
+  const auto row = [&](int64_t at) {
+    const int64_t place = sum_place(job, at);
+    return job.rows.ids ? job.rows.ids[place] : place;
+  };
+  for (int i = 0; i < R; ++i)
+    tile.now[i] = job.rows.base + row(k + i < end ? k + i : end - 1) * job.rows.row_bytes;
+  find_next<R, false>(job.rows, k, limit, !job.list && !job.rows.ids, row, tile.next);
+}
+
+// What row k is to be multiplied with, in units of the token.
+static inline double weight_of(const SumJob& job, int64_t k) {
+  const int64_t place = sum_place(job, k);
+  return static_cast<double>(job.h[job.positions ? job.positions[place] : place]);
+}
 
 // A factor that a zero scale meets may be of any size.
-static inline float factor_of(double h, double per_unit) {
-  constexpr double kMost = 1e30;
-  const double factor = h * per_unit;
-  return static_cast<float>(factor > kMost ? kMost : factor < -kMost ? -kMost : factor);
-}
-
-template <int R>
-static inline SumTile<R> sum_tile(const SumJob& job, int64_t k, int64_t end, int64_t limit) {
-  const auto place = [&](int64_t at) { return job.list ? job.list[at] : at; };
-  const int64_t ahead = R * job.rows.row_bytes < kAhead ? 2 * R : R;
-  SumTile<R> tile;
-  for (int i = 0; i < R; ++i) {
-    const int64_t at = k + i < end ? k + i : end - 1, now = place(at);
-    tile.rows.now[i] = row_at(job.rows, now);
-    tile.rows.next[i] = at + ahead < limit ? row_at(job.rows, place(at + ahead)) : tile.rows.now[i];
-    const double h = k + i < end ? job.h[job.positions ? job.positions[now] : now] : 0.0;
-    tile.factor[i] = factor_of(h, job.per_factor);
-    tile.least[i] = factor_of(h, job.per_least);
-  }
-  tile.rows.far = job.list ? 0 : far_from(job.rows, k, limit);
-  tile.rows.scattered = tile.rows.next[R - 1] != tile.rows.next[0] + (R - 1) * job.rows.row_bytes;
-  return tile;
-}
+constexpr double kMostFactor = 1e30;
