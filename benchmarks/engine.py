@@ -70,7 +70,7 @@ class Ours:
         self.sampler = Sampler(FREE, engine.width, engine.n_ctx)
         self.ticket = engine.begin()
         engine._held[:] = [0] * depth
-        self.cache.length = depth
+        self.cache.fill(depth)
         self.logits = engine.step(1, self.ticket) if depth else engine.prefill([0], reuse=False)[0]
         engine.bytes_read, engine.fired = 0.0, 0
 

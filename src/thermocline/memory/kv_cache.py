@@ -9,7 +9,7 @@ import numpy as np
 from thermocline.config import CacheType
 from thermocline.errors import UsageError
 from thermocline.files.formats import F16, F32, Q8_0
-from thermocline.memory.residence import in_small_pages
+from thermocline.memory.growing import GrowingPages
 from thermocline.model.spec import ModelSpec
 from thermocline.ops.contract import Array, Arrays, KVLayer
 
@@ -67,15 +67,19 @@ class KVCache:
         def rows(maker: Arrays, cache_type: CacheType) -> Array:
             size = row_bytes(spec, cache_type)
             width = size if cache_type is CacheType.Q8_0 else spec.head_dim
-            array = maker.array((spec.n_head_kv, n_ctx, width), DTYPES[cache_type])
-            if isinstance(array, np.ndarray):
-                in_small_pages(array)
-            return array
+            return maker.array((spec.n_head_kv, n_ctx, width), DTYPES[cache_type])
 
         self.layers = tuple(KVLayer(rows(maker, type_k), rows(maker, type_v)) for maker in makers)
+        arrays = (array for layer in self.layers for array in (layer.keys, layer.values))
+        self._pages = GrowingPages([array for array in arrays if isinstance(array, np.ndarray)])
         self.n_ctx = n_ctx
         self.length = 0
         self.nbytes = kv_bytes(spec, n_ctx, type_k, type_v)
+
+    def fill(self, length: int) -> None:
+        """Note that the positions up to `length` are filled."""
+        self._pages.grow(length, max(1, length - self.length))  # no token waits for many
+        self.length = length
 
     def truncate(self, length: int) -> None:
         """Forget the positions from `length` on.

@@ -70,19 +70,6 @@ def settle(path: Path, arrays: Iterable[Bytes]) -> None:
             os.close(descriptor)
 
 
-def in_small_pages(array: Bytes) -> None:
-    """Have memory for a fresh array of zeros come by ordinary pages, as they are first written.
-
-    numpy asks for huge pages. A cache for a long context has a region for each head, so that its first token would
-    wait until a huge page of every region is zeroed.
-    """
-    start = -(-array.ctypes.data // mmap.PAGESIZE) * mmap.PAGESIZE
-    size = (array.ctypes.data + array.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - start
-    if size > 0:
-        libc = ctypes.CDLL(None, use_errno=True)  # where it fails, the first token waits
-        libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_NOHUGEPAGE)
-
-
 def lock(arrays: Iterable[Bytes]) -> None:
     """Forbid the system to drop or swap these bytes; it ends with their memory.
 

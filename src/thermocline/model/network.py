@@ -31,13 +31,16 @@ from thermocline.ops.device import Device
 class SequenceCache(Protocol):
     """Keys and values of one sequence; positions 0 to `length` - 1 are filled."""
 
-    length: int
+    @property
+    def length(self) -> int: ...
 
     @property
     def n_ctx(self) -> int: ...
 
     @property
     def layers(self) -> Sequence[KVLayer]: ...
+
+    def fill(self, length: int) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +198,7 @@ class Transformer:
             if tally.timed:
                 clock = tally.lap("ffn", clock)
         for segment in segments:
-            segment.cache.length = segment.start + segment.count
+            segment.cache.fill(segment.start + segment.count)
         if self.exit is not here and outputs is not Outputs.NONE:
             views = _moved(views, here, self.exit, workspace, tally)
         logits = self._logits(views, segments, workspace, outputs)

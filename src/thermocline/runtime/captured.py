@@ -113,7 +113,7 @@ class CapturedStep:
             finally:  # also who interrupts waits for what was begun
                 self.ops.streams.settle(self._worker, SLEEPS * self._took)
         self._took = time.perf_counter() - began
-        self.cache.length = position + 1
+        self.cache.fill(position + 1)
         cold = self._worker.take_work() if self._worker is not None else FfnWork(0, 0, 0, 0)
         return self._logits[0], FfnWork(*self._counts[0].tolist()), cold
 

@@ -138,7 +138,7 @@ class TapedStep:
         self._token[0], self._position[0] = token, position
         self._transformer.embed(self._token, self._position, self._views.x, self._views.normed)
         work = self._tape.play()
-        self._cache.length = position + 1
+        self._cache.fill(position + 1)
         return self._logits[0], work
 
 

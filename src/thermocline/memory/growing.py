@@ -1,0 +1,88 @@
+"""Memory that fills slowly from many places at once: small pages first, and huge ones for what is filled.
+
+A KV cache has a region of every head, of which the first positions are written first. In huge pages its first token
+would wait for one of every region; in small ones a long context is read slowly, as finding the next page takes a
+processor a good part of its time.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from thermocline.hardware.memory import find_memory
+from thermocline.memory.huge_pages import HUGE_PAGE
+
+Places = NDArray[np.int64]
+
+COLLAPSE = 25
+"""MADV_COLLAPSE of Linux 6.1, which Python does not name: put a huge page in the place of small ones."""
+
+
+class GrowingPages:
+    """Arrays (regions, rows, width) whose rows are written in order, in all regions at the same pace.
+
+    They begin in small pages, which come as they are written. A huge page takes their place once half of it is filled;
+    it has room for no more than the arrays themselves.
+    """
+
+    def __init__(self, arrays: Sequence[NDArray[Any]]) -> None:
+        for array in arrays:
+            _advise(*_whole_pages(array, mmap.PAGESIZE), mmap.MADV_NOHUGEPAGE)
+        self._arrays = tuple(arrays)
+        wanted = find_memory().huge_pages in ("always", "madvise")
+        found = [due_pages(array) for array in arrays if wanted]
+        due = np.concatenate([rows for rows, _ in found]) if found else np.empty(0, np.int64)
+        order = np.argsort(due, kind="stable")
+        self._due = due[order].tolist()
+        self._pages = np.concatenate([pages for _, pages in found])[order].tolist() if found else []
+        self._next = 0
+
+    def grow(self, rows: int, most: int) -> int:
+        """Note that so many rows are filled; how many huge pages were made, of which there are at most `most`.
+
+        Where the system has no memory for one, it stays as it is.
+        """
+        made = 0
+        while made < most and self._next < len(self._due) and self._due[self._next] <= rows:
+            page = self._pages[self._next]
+            _advise(page, HUGE_PAGE, mmap.MADV_HUGEPAGE)
+            _advise(page, HUGE_PAGE, COLLAPSE)
+            self._next += 1
+            made += 1
+        return made
+
+
+def due_pages(array: NDArray[Any]) -> tuple[Places, Places]:
+    """Of each huge page that lies within the array: how many rows fill half of it, and its address."""
+    start, size = _whole_pages(array, HUGE_PAGE)
+    pages = np.arange(start, start + size, HUGE_PAGE, dtype=np.int64)
+    offsets = pages - array.ctypes.data
+    region, row = array.strides[0], array.strides[1]
+
+    def filled(to: Places, rows: Places) -> Places:
+        return to // region * rows * row + np.minimum(to % region, rows * row)
+
+    low, high = np.zeros_like(pages), np.full_like(pages, array.shape[1])
+    while (low < high).any():
+        middle = (low + high) // 2
+        enough = filled(offsets + HUGE_PAGE, middle) - filled(offsets, middle) >= HUGE_PAGE // 2
+        low, high = np.where(enough, low, np.minimum(middle + 1, high)), np.where(enough, middle, high)
+    return low, pages
+
+
+def _whole_pages(array: NDArray[Any], page: int) -> tuple[int, int]:
+    """Address and bytes of the pages of this size that lie within an array."""
+    start = -(-array.ctypes.data // page) * page
+    return start, max(0, (array.ctypes.data + array.nbytes) // page * page - start)
+
+
+def _advise(address: int, size: int, advice: int) -> None:
+    """Where the system does not follow, memory is only slower."""
+    if size:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), advice)
