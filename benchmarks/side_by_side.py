@@ -172,7 +172,7 @@ def context_test(path: Path, peer: Peer | None, probe: Probe, args: argparse.Nam
             spec = engine.model.transformer.spec
             cached = depth * kv_bytes_per_token(spec, cache, cache)
             results.append({"cache": str(cache), "depth": depth, "cache_bytes": cached, "rounds": rounds.rows})
-        del engine
+        del engine, turns  # which hold its memory
         gc.collect()
     return {"count": SLICE // 2, "depths": results}
 

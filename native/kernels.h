@@ -178,7 +178,7 @@ struct FactorJob {
 
 // Places that are fetched by turns. A processor's own prefetching follows each page apart, so that lines of a
 // few pages arrive faster than those of one.
-constexpr int64_t kPlaces = 4;
+constexpr int64_t kPlaces = 8;
 
 // What will be read soon: it is fetched meanwhile, so many bytes for each row that is worked on, an equal
 // share of them at each of kPlaces that lie `apart` bytes from each other.

@@ -76,13 +76,14 @@ static inline void find_tile(const Rows& rows, int64_t r, int64_t end, RowTile<R
 // Instead of the lines `from` .. `to` of some pages, as many of the pages after them, by turns: for short
 // rows, several of which lie in a page.
 static inline void fetch_by_turns(const uint8_t* from, const uint8_t* to) {
-  constexpr uintptr_t kPage = kFarAhead / kPlaces, kTurn = kPlaces * 64;
+  constexpr uintptr_t kPage = 4096, kPages = kFarAhead / kPage, kTurn = kPages * 64;
   const auto end = reinterpret_cast<uintptr_t>(to);
   for (uintptr_t at = (reinterpret_cast<uintptr_t>(from) + kTurn - 1) / kTurn * kTurn; at < end;
        at += kTurn) {
-    const uintptr_t window = at / kFarAhead * kFarAhead, line = (at - window) / kPlaces;
-    const Ahead ahead{reinterpret_cast<const uint8_t*>(window + kFarAhead + line), 0, kPage};
-    fetch(ahead, 0, kTurn);
+    const uintptr_t window = at / kFarAhead * kFarAhead, line = (at - window) / kPages;
+    const auto* next = reinterpret_cast<const uint8_t*>(window + kFarAhead + line);
+#pragma GCC unroll 4
+    for (uintptr_t page = 0; page < kPages; ++page) __builtin_prefetch(next + page * kPage, 0, 2);
   }
 }
 

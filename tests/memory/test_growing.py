@@ -8,19 +8,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from thermocline.memory.growing import GrowingPages, due_pages
+from thermocline.memory.growing import ENOUGH, GrowingPages, due_pages
 from thermocline.memory.huge_pages import HUGE_PAGE
 
 
 @pytest.mark.parametrize("shape", [(2, 9000, 256), (16, 4096, 256), (3, 30000, 136), (1, 40000, 68), (64, 700, 128)])
-def test_a_page_is_due_when_half_of_it_is_filled(shape: tuple[int, int, int]) -> None:
+def test_a_page_is_due_when_enough_of_it_is_filled(shape: tuple[int, int, int]) -> None:
     array = np.zeros(shape, np.uint8)
     rows, pages = due_pages(array)
     assert len(pages) >= array.nbytes // HUGE_PAGE - 1
     for row, page in zip(rows.tolist(), pages.tolist(), strict=True):
         assert page % HUGE_PAGE == 0
         assert array.ctypes.data <= page <= array.ctypes.data + array.nbytes - HUGE_PAGE
-        assert filled(array, page, row) >= HUGE_PAGE // 2 > filled(array, page, row - 1)
+        assert filled(array, page, row) >= ENOUGH > filled(array, page, row - 1)
 
 
 def filled(array: np.ndarray, page: int, rows: int) -> int:

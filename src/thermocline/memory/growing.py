@@ -23,12 +23,15 @@ Places = NDArray[np.int64]
 COLLAPSE = 25
 """MADV_COLLAPSE of Linux 6.1, which Python does not name: put a huge page in the place of small ones."""
 
+ENOUGH = HUGE_PAGE // 4
+"""Bytes of a huge page that are filled when it takes the place of small ones."""
+
 
 class GrowingPages:
     """Arrays (regions, rows, width) whose rows are written in order, in all regions at the same pace.
 
-    They begin in small pages, which come as they are written. A huge page takes their place once half of it is filled;
-    it has room for no more than the arrays themselves.
+    They begin in small pages, which come as they are written. A huge page takes their place once a quarter of it is
+    filled; it has room for no more than the arrays themselves.
     """
 
     def __init__(self, arrays: Sequence[NDArray[Any]]) -> None:
@@ -59,7 +62,7 @@ class GrowingPages:
 
 
 def due_pages(array: NDArray[Any]) -> tuple[Places, Places]:
-    """Of each huge page that lies within the array: how many rows fill half of it, and its address."""
+    """Of each huge page that lies within the array: how many rows fill enough of it, and its address."""
     start, size = _whole_pages(array, HUGE_PAGE)
     pages = np.arange(start, start + size, HUGE_PAGE, dtype=np.int64)
     offsets = pages - array.ctypes.data
@@ -71,7 +74,7 @@ def due_pages(array: NDArray[Any]) -> tuple[Places, Places]:
     low, high = np.zeros_like(pages), np.full_like(pages, array.shape[1])
     while (low < high).any():
         middle = (low + high) // 2
-        enough = filled(offsets + HUGE_PAGE, middle) - filled(offsets, middle) >= HUGE_PAGE // 2
+        enough = filled(offsets + HUGE_PAGE, middle) - filled(offsets, middle) >= ENOUGH
         low, high = np.where(enough, low, np.minimum(middle + 1, high)), np.where(enough, middle, high)
     return low, pages
 
