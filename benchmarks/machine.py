@@ -29,7 +29,7 @@ def facts(threads: int) -> dict[str, object]:
         "processor": survey.cores.model,
         "cores": survey.cores.physical,
         "threads": threads,
-        "kernels": survey.isa[-1],
+        "kernels": survey.kernels,
         "caches": [f"{c.name} {c.size >> 10} KiB" for c in survey.caches],
         "memory_gib": round(survey.memory.total / (1 << 30), 1),
         "system": survey.system,

@@ -13,6 +13,7 @@ from thermocline.hardware.bandwidth import measure_bandwidth
 from thermocline.hardware.cache import home, recall, remember
 from thermocline.hardware.memory import Memory, find_caches, find_memory, own_memory
 from thermocline.hardware.survey import examine
+from thermocline.ops.cpu import CpuOps
 
 
 @pytest.fixture(autouse=True)
@@ -115,7 +116,8 @@ def test_the_survey_measures_if_asked() -> None:
     assert survey.bandwidth is not None
     assert survey.bandwidth.threads == survey.cores.threads
     assert survey.isa[0] == "baseline"
-    assert survey.as_dict()["kernels"] == survey.isa[-1]
+    assert survey.as_dict()["kernels"] == survey.kernels
+    assert CpuOps(1).name == f"cpu/{survey.kernels}"
     assert survey.fingerprint == examine().fingerprint
     one = examine(measure=True, threads=1).bandwidth
     assert one is not None

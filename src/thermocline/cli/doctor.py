@@ -61,7 +61,7 @@ def _rows(survey: Survey, probe: Probe) -> list[tuple[str, str]]:
         ("processor", cores.model),
         ("cores", f"{cores.physical} physical; {len(cores.allowed)} of {cores.logical} processors allowed{quota}"),
         ("threads", f"{cores.threads} by default"),
-        ("kernels", f"{survey.isa[-1]} (this CPU runs {', '.join(survey.isa)}; choose with --isa)"),
+        ("kernels", f"{survey.kernels} (this CPU runs {', '.join(survey.isa)}; choose with --isa)"),
         ("caches", ", ".join(f"{c.name} {size_of(c.size)} for {c.shared_by}" for c in survey.caches) or "unknown"),
         ("memory", f"{size_of(memory.total)}, {size_of(memory.available)} free{limit}"),
         ("pages", f"{size_of(memory.page)}, transparent huge pages: {memory.huge_pages}"),

@@ -13,6 +13,9 @@ from thermocline.hardware.cores import Cores, find_cores
 from thermocline.hardware.gpu_software import gpu_lacks
 from thermocline.hardware.memory import Cache, Memory, find_caches, find_memory
 
+ROUNDING = "amxbf16"
+"""The level that rounds batches to BF16, and is taken by name only."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Survey:
@@ -28,6 +31,11 @@ class Survey:
     """What keeps this installation from computing on a GPU, each with its remedy."""
 
     @property
+    def kernels(self) -> str:
+        """The level that is taken unless another is asked for: the best one that keeps the bits of decoding."""
+        return next(level for level in reversed(self.isa) if level != ROUNDING)
+
+    @property
     def fingerprint(self) -> str:
         """Hex digits that change when measurements of this machine no longer hold."""
         parts = (self.cores.model, self.cores.allowed, self.cores.quota, self.isa, self.memory.total, self.caches)
@@ -35,7 +43,7 @@ class Survey:
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, for JSON."""
-        derived = {"threads": self.cores.threads, "physical_cores": self.cores.physical, "kernels": self.isa[-1]}
+        derived = {"threads": self.cores.threads, "physical_cores": self.cores.physical, "kernels": self.kernels}
         return asdict(self) | derived | {"fingerprint": self.fingerprint}
 
 
