@@ -17,8 +17,7 @@ constexpr int64_t kWidenQueries = 8;  // from here on half keys and values are w
 // Up to so many tokens the chunks of one head are shared among workers; a longer batch has work enough in its
 // blocks.
 constexpr int64_t kSplitTokens = 4;
-constexpr int64_t kPlaceBytes =
-    4096;  // least bytes of keys or values between places that are fetched by turns
+constexpr int64_t kPlaceBytes = 4096;  // least bytes between places that are fetched by turns: a page
 constexpr int64_t kNoItem = -1;
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 
