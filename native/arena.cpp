@@ -1,17 +1,26 @@
 #include "arena.h"
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <new>
 
 namespace thermocline {
 namespace {
 
 constexpr size_t kLines = 128;  // a pair of cache lines, as Streams::Stretch wants
-constexpr std::align_val_t kAlign{kLines};
 constexpr size_t kSmallest = size_t{1} << 20;
+constexpr size_t kHugePage = size_t{1} << 21;
+
+// Pieces of several huge pages begin with one, so that the system can give them such.
+std::align_val_t alignment(size_t size) {
+  return std::align_val_t{size < 2 * kHugePage ? kLines : kHugePage};
+}
 
 }  // namespace
 
-void Arena::Free::operator()(std::byte* p) const { ::operator delete[](p, kAlign); }
+void Arena::Free::operator()(std::byte* p) const { ::operator delete[](p, alignment(size)); }
 
 size_t Arena::capacity() const {
   size_t total = 0;
@@ -43,8 +52,11 @@ void* Arena::take_bytes(size_t bytes) {
 
 void Arena::grow(size_t bytes) {
   const size_t size = bytes < kSmallest ? kSmallest : bytes;
-  pieces_.push_back(
-      {std::unique_ptr<std::byte[], Free>(static_cast<std::byte*>(::operator new[](size, kAlign))), size});
+  auto* made = static_cast<std::byte*>(::operator new[](size, alignment(size)));
+  pieces_.push_back({std::unique_ptr<std::byte[], Free>(made, Free{size}), size});
+#ifdef __linux__
+  if (size >= 2 * kHugePage) madvise(made, size / kHugePage * kHugePage, MADV_HUGEPAGE);
+#endif
   used_ = 0;
 }
 

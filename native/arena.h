@@ -52,6 +52,7 @@ class Arena {
 
  private:
   struct Free {
+    size_t size;
     void operator()(std::byte* p) const;
   };
   struct Piece {

@@ -50,7 +50,9 @@ Kernels with_amx() {
   Kernels kernels = with_bf16();
   kernels.name = "amx";
   for (int f = 0; f < kFormats; ++f) {
-    if (kAmxKernels.panel[f].dot) kernels.panel[f] = kAmxKernels.panel[f];
+    if (!kAmxKernels.panel[f].dot) continue;
+    kernels.panel[f] = kAmxKernels.panel[f];
+    if (kernels.panel[f].form == kPaired) kernels.pack_across[f] = kAmxKernels.pack_across[f];
   }
   kernels.pair_tokens = kAmxKernels.pair_tokens;
   kernels.turn_tiles = kAmxKernels.turn_tiles;

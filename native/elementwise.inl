@@ -71,6 +71,45 @@ static int64_t select(const float* scores, int64_t tokens, int64_t n, float thre
   return count;
 }
 
+static int64_t flag_nonzero(const float* x, int64_t n, uint8_t* flags) {
+  int64_t total = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const uint8_t set = x[i] != 0.0f;
+    flags[i] |= set;
+    total += set;
+  }
+  return total;
+}
+
+static int64_t list_flags(const uint8_t* flags, int64_t n, int32_t* out) {
+  constexpr int kBits = kLanes < 8 ? kLanes : 8;
+  int64_t count = 0, i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    uint32_t found = 0;
+    for (int j = 0; j < kLanes; j += kBits) {
+      uint64_t bytes = 0;
+      memcpy(&bytes, flags + i + j, kBits);
+      found |= static_cast<uint32_t>(bytes * 0x0102040810204080 >> 56) << j;  // bit k is that of byte k
+    }
+    count += list_bits(found, static_cast<int32_t>(i), out + count);
+  }
+  for (; i < n; ++i) {
+    out[count] = static_cast<int32_t>(i);
+    count += flags[i];
+  }
+  return count;
+}
+
+static void close_gates(const float* gates, const int32_t* places, float* h, int64_t n) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    store(h + i, gated(places ? gather(gates, places + i) : load(gates + i), load(h + i)));
+  for (; i < n; ++i) {
+    const float gate = gates[places ? places[i] : i];
+    h[i] = gate == 0.0f ? 0.0f : gate * h[i];
+  }
+}
+
 // The squares are summed in double: large activations overflow no float there.
 static void rms_norm(const float* x, const float* weight, double eps, float* out, int64_t n) {
   double lane[8] = {};

@@ -158,12 +158,11 @@ class Slice {
   }
 
   void keep_open() {
-    kept_ = 0;
-    for (int64_t p = 0; p < count_; ++p) {
-      kept_positions_[kept_] = static_cast<int32_t>(p);
-      kept_ids_[kept_] = active_ ? active_[p] : static_cast<int32_t>(p);
-      if (kept_rows_) kept_rows_[kept_] = active_rows_[p];
-      kept_ += opened_[p];
+    kept_ = context_.kernels.list_flags(opened_, count_, kept_positions_);
+    for (int64_t k = 0; k < kept_; ++k) {
+      const int32_t p = kept_positions_[k];
+      kept_ids_[k] = active_ ? active_[p] : p;
+      if (kept_rows_) kept_rows_[k] = active_rows_[p];
     }
     second_items_.reset(kept_, row_grain(kept_, block_.up->row_bytes, tokens_, team_.size()), tokens_ == 1);
   }
@@ -178,17 +177,16 @@ class Slice {
 
   bool all_wanted() const { return !skip_ || (tokens_ == 1 && fired_.load() == kept_); }
 
-  // h = gate * up, and exactly +0 where the gate is closed, as if the neuron had been skipped.
+  // h = gate * up, as if neurons whose gate is closed had been skipped.
   void gate(int64_t k0, int64_t k1) {
     if (block_.both) activate(h_, k0, k1);
     for (int64_t t = 0; t < tokens_; ++t) {
-      const float* g = first_ + t * count_;
-      float* h = h_ + t * count_;
+      const float* gates = first_ + t * count_;
+      float* h = h_ + t * count_ + k0;
       if (compact_) {
-        for (int64_t k = k0; k < k1; ++k)
-          h[k] = g[kept_positions_[k]] == 0.0f ? 0.0f : g[kept_positions_[k]] * h[k];
+        context_.kernels.close_gates(gates, kept_positions_ + k0, h, k1 - k0);
       } else {
-        for (int64_t k = k0; k < k1; ++k) h[k] = g[k] == 0.0f ? 0.0f : g[k] * h[k];
+        context_.kernels.close_gates(gates + k0, nullptr, h, k1 - k0);
       }
     }
   }
@@ -197,14 +195,8 @@ class Slice {
   int64_t flag(const float* values, int64_t i0, int64_t i1, uint8_t* flags) const {
     int64_t total = 0;
     std::memset(flags + i0, 0, static_cast<size_t>(i1 - i0));
-    for (int64_t t = 0; t < tokens_; ++t) {
-      const float* row = values + t * count_;
-      for (int64_t i = i0; i < i1; ++i) {
-        const uint8_t set = row[i] != 0.0f;
-        flags[i] |= set;
-        total += set;
-      }
-    }
+    for (int64_t t = 0; t < tokens_; ++t)
+      total += context_.kernels.flag_nonzero(values + t * count_ + i0, i1 - i0, flags + i0);
     return total;
   }
 

@@ -257,6 +257,12 @@ struct Kernels {
   // The columns of scores (tokens, n) where some token has at least `threshold`, ascending; returns how many.
   // `out` has room for n.
   int64_t (*select)(const float* scores, int64_t tokens, int64_t n, float threshold, int32_t* out);
+  // Sets flags[i] where x[i] is not zero; returns how many are not.
+  int64_t (*flag_nonzero)(const float* x, int64_t n, uint8_t* flags);
+  // The places of the flags, each 0 or 1, that are set, ascending; returns how many. `out` has room for n.
+  int64_t (*list_flags)(const uint8_t* flags, int64_t n, int32_t* out);
+  // h[i] = gate * h[i], and exactly +0 where the gate is 0, for the gate gates[places[i]] (gates[i] if null).
+  void (*close_gates)(const float* gates, const int32_t* places, float* h, int64_t n);
   void (*rms_norm)(const float* x, const float* weight, double eps, float* out, int64_t n);
   void (*layer_norm)(const float* x, const float* weight, const float* bias, double eps, float* out,
                      int64_t n);

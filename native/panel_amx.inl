@@ -33,15 +33,25 @@ template <Format F>
   }
 }
 
+// A few steps of all rows at a time, so that what is written lies together; what is read next is fetched
+// meanwhile, some lines of every row by turns.
+constexpr int64_t kPackSteps = 8;
+
 template <Format F>
 static void pack_tiles(const Rows& rows, int64_t r0, int64_t r1, int64_t columns, uint8_t* panel) {
-  const int64_t steps = tile_steps(columns);
-  for (int64_t i = 0; i < kPanelRows; ++i) {
-    // The last row again in place of those past the end, whose sums are not stored.
-    const uint8_t* row = row_at(rows, r0 + i < r1 ? r0 + i : r1 - 1);
-    uint8_t* to = panel + i * kTileStride;
-    for (int64_t s = 0; s < steps; ++s, to += 2 * kTileBytes)
-      _mm512_storeu_si512(to, load_pairs<F>(row, s, columns));
+  const int64_t steps = tile_steps(columns), step_bytes = rows.row_bytes / steps;
+  for (int64_t s0 = 0; s0 < steps; s0 += kPackSteps) {
+    const int64_t s1 = s0 + kPackSteps < steps ? s0 + kPackSteps : steps;
+    for (int64_t i = 0; i < kPanelRows; ++i) {
+      // The last row again in place of those past the end, whose sums are not stored.
+      const int64_t r = r0 + i < r1 ? r0 + i : r1 - 1;
+      const uint8_t *row = row_at(rows, r), *ahead = row + s1 * step_bytes;
+      if (s1 == steps && r + kPanelRows < rows.count) ahead = row_at(rows, r + kPanelRows);
+      uint8_t* to = panel + s0 * 2 * kTileBytes + i * kTileStride;
+      for (int64_t b = 0; b < kPackSteps * step_bytes; b += 64) __builtin_prefetch(ahead + b, 0, 2);
+      for (int64_t s = s0; s < s1; ++s, to += 2 * kTileBytes)
+        _mm512_storeu_si512(to, load_pairs<F>(row, s, columns));
+    }
   }
 }
 
@@ -111,9 +121,9 @@ static constexpr TileShapes full_tiles() {
   return shapes;
 }
 
-// Columns of which rows and tokens stay in the second cache while they meet, and tokens of which the sums
-// wait there in the meantime.
-constexpr int64_t kChunkSteps = 32;
+// Columns of which two groups of tokens stay in the first cache, and rows in the second, while they meet, and
+// tokens of which the sums wait there in the meantime.
+constexpr int64_t kChunkSteps = 8;
 constexpr int64_t kBlockTokens = 128;
 constexpr int64_t kPairsOfBlock = kBlockTokens / (2 * kGroupTokens);
 

@@ -37,6 +37,13 @@ static inline Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
 static inline Vec keep_above(Vec x, Vec limit) {
   return _mm256_and_ps(x, _mm256_cmp_ps(x, limit, _CMP_GT_OQ));
 }
+// gate * x, 0 where the gate is.
+static inline Vec gated(Vec gate, Vec x) {
+  return _mm256_andnot_ps(_mm256_cmp_ps(gate, _mm256_setzero_ps(), _CMP_EQ_OQ), _mm256_mul_ps(gate, x));
+}
+static inline Vec gather(const float* x, const int32_t* places) {
+  return _mm256_i32gather_ps(x, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(places)), sizeof(float));
+}
 // 0 where x < limit, else 1.
 static inline Vec step_from(Vec x, Vec limit) {
   return _mm256_andnot_ps(_mm256_cmp_ps(x, limit, _CMP_LT_OQ), splat(1.0f));

@@ -39,6 +39,13 @@ static inline Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 static inline Vec keep_above(Vec x, Vec limit) {
   return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, limit, _CMP_GT_OQ), x);
 }
+// gate * x, 0 where the gate is.
+static inline Vec gated(Vec gate, Vec x) {
+  return _mm512_maskz_mul_ps(_mm512_cmp_ps_mask(gate, _mm512_setzero_ps(), _CMP_NEQ_UQ), gate, x);
+}
+static inline Vec gather(const float* x, const int32_t* places) {
+  return _mm512_i32gather_ps(_mm512_loadu_si512(places), x, sizeof(float));
+}
 // 0 where x < limit, else 1.
 static inline Vec step_from(Vec x, Vec limit) {
   return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, limit, _CMP_NLT_UQ), splat(1.0f));

@@ -36,6 +36,13 @@ static inline Vec div(Vec a, Vec b) { return a / b; }
 static inline Vec min(Vec a, Vec b) { return a < b ? a : b; }
 static inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
 static inline Vec keep_above(Vec x, Vec limit) { return x > limit ? x : zero(); }
+// gate * x, 0 where the gate is.
+static inline Vec gated(Vec gate, Vec x) { return gate == zero() ? zero() : gate * x; }
+static inline Vec gather(const float* x, const int32_t* places) {
+  Vec v;
+  for (int i = 0; i < kLanes; ++i) v[i] = x[places[i]];
+  return v;
+}
 // 0 where x < limit, else 1.
 static inline Vec step_from(Vec x, Vec limit) { return x < limit ? zero() : splat(1.0f); }
 // Bit i is set where a[i] is at least limit[i]; NaN is not.
