@@ -52,9 +52,10 @@ Kernels with_amx() {
   for (int f = 0; f < kFormats; ++f) {
     if (!kAmxKernels.panel[f].dot) continue;
     kernels.panel[f] = kAmxKernels.panel[f];
-    if (kernels.panel[f].form == kPaired) kernels.pack_across[f] = kAmxKernels.pack_across[f];
+    if (kernels.panel[f].form != kBlocked) kernels.pack_across[f] = kAmxKernels.pack_across[f];
   }
   kernels.pair_tokens = kAmxKernels.pair_tokens;
+  kernels.split_tokens = kAmxKernels.split_tokens;
   kernels.turn_tiles = kAmxKernels.turn_tiles;
   return kernels;
 }

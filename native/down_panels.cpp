@@ -30,6 +30,7 @@ bool DownPanels::pays(const Kernels& kernels, Format format, int64_t tokens) {
 
 DownPanels::DownPanels(Context& context, Pool& team, const Matrix& down, int64_t tokens)
     : context_(context), team_(team), down_(down), tokens_(tokens) {
+  if (context.kernels.panel[down.format].form == kSplit) parts_ = 2;
   const int64_t wanted_items = 4 * static_cast<int64_t>(team.size());
   column_parts_ = parts_of(down.cols, kAcrossColumns);
   token_parts_ = std::clamp<int64_t>(parts_of(wanted_items, std::max<int64_t>(column_parts_, 1)), 1,
@@ -57,7 +58,7 @@ void DownPanels::list(const int32_t* ids, const int32_t* rows, const uint8_t* wa
     rows_[begin + id % kStep] = rows ? rows[i] : ids ? ids[i] : place;
   });
   wide_size_ = kGroupTokens * steps_ * kStep;
-  pairs_ = arena.take<uint16_t>(parts_of(tokens_, kGroupTokens) * wide_size_);
+  pairs_ = arena.take<uint16_t>(parts_of(tokens_, kGroupTokens) * parts_ * wide_size_);
   wide_ = arena.take_areas<float>(wide_size_, team_.size());
   const PanelKernels& panel = context_.kernels.panel[down_.format];
   panels_ = arena.take_areas<uint8_t>(
@@ -81,7 +82,9 @@ void DownPanels::pair_group(int worker, int64_t group) {
       }
     }
   }
-  context_.kernels.pair_tokens(wide, width, count, width, pairs_ + group * wide_size_);
+  const Kernels& kernels = context_.kernels;
+  const auto to_pairs = parts_ == 2 ? kernels.split_tokens : kernels.pair_tokens;
+  to_pairs(wide, width, count, width, pairs_ + group * parts_ * wide_size_);
 }
 
 void DownPanels::add_part(int worker, int64_t item, float* out) {
@@ -93,7 +96,7 @@ void DownPanels::add_part(int worker, int64_t item, float* out) {
   uint8_t* panels = panels_.of(worker);
   kernels.pack_across[down_.format](down_.at(rows_, steps_ * kStep), steps_, c0, c1, down_.cols, panels);
   Tokens tokens{};
-  tokens.pairs = pairs_ + t0 * steps_ * kStep;
+  (parts_ == 2 ? tokens.split : tokens.pairs) = pairs_ + t0 * parts_ * steps_ * kStep;
   const DotJob job{{}, steps_ * kStep, tokens, out + t0 * down_.cols, down_.cols, nullptr, true};
   kernels.panel[down_.format].dot(job, panels, c0, c1, t1 - t0);
 }

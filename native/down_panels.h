@@ -39,6 +39,7 @@ class DownPanels {
   Areas<float> wide_;  // (kGroupTokens, steps * 32): activations by step
   Areas<uint8_t> panels_;
   int64_t wide_size_ = 0, column_parts_, token_parts_;
+  int64_t parts_ = 1;  // numbers of BF16 for each number
   Items groups_, items_;
 };
 

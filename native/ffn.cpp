@@ -215,10 +215,10 @@ class Slice {
 
   void add_standard(int worker, float* scratch, float* out, float* hidden) {
     token_items_.drain([&](int64_t t, int64_t) {
-      if (full_ != h_) spread(t, full_);
+      if (active_) spread(t, full_);
       if (hidden) spread(t, hidden);
     });
-    if (full_ != h_) team_.barrier();
+    if (active_) team_.barrier();
     full_batch_->prepare(context_, team_);
     const Matrix& down = *block_.down;
     const DotJob job{down.all(), down.cols, full_batch_->tokens(), out, down.rows, nullptr, true};

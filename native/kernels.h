@@ -54,12 +54,14 @@ struct Tokens {
   // For panels only, each where a panel asks for it: q + 128 and, for each block, d times the sum of q; tiles
   // of kTileTokens tokens column by column; numbers rounded to BF16, with an even number of columns; the same
   // in groups of kGroupTokens tokens, of which 32 columns lie together, pair by pair, the last padded with
-  // zeros; bytes in such groups, block by block, as panels of integers take them.
+  // zeros; these columns followed each time by what rounding took off them, rounded too; bytes in such groups,
+  // block by block, as panels of integers take them.
   const uint8_t* offset;
   const float* lifts;
   const float* tiles;
   const uint16_t* rounded;
   const uint16_t* pairs;
+  const uint16_t* split;
   const TokenBlock* blocks;
 };
 
@@ -71,7 +73,8 @@ enum TokenForm : unsigned {
   kTiled = 4,
   kRounded = 8,
   kPaired = 16,
-  kBlocked = 32
+  kBlocked = 32,
+  kSplit = 64
 };
 
 constexpr int64_t kPanelRows = 32;
@@ -222,8 +225,9 @@ struct Kernels {
   PanelKernels panel[kFormats];
   void (*tile_tokens)(const float* x, int64_t x_stride, int64_t count, int64_t columns, float* out);
   void (*round_tokens)(const float* x, int64_t n, uint16_t* out);
-  // Up to kGroupTokens tokens as Tokens::pairs has them.
+  // Up to kGroupTokens tokens as Tokens::pairs and Tokens::split have them.
   void (*pair_tokens)(const float* x, int64_t x_stride, int64_t count, int64_t columns, uint16_t* out);
+  void (*split_tokens)(const float* x, int64_t x_stride, int64_t count, int64_t columns, uint16_t* out);
   // Panels of columns c0 .. c1 (at most kAcrossColumns, c0 a multiple of them) of a matrix whose rows are
   // summed over: what they meet are tokens with a number for each place of rows.ids, 32 a step, zeros where
   // that is negative. One panel after another, of kPanelRows columns each. Null where the level has none.
@@ -306,7 +310,7 @@ extern const Bf16Kernels kAvx512Bf16Kernels;
 // levels in block formats, or with these rounded to BF16 too.
 struct AmxKernels {
   PanelKernels panel[kFormats], rounded[kFormats];
-  decltype(Kernels::pair_tokens) pair_tokens;
+  decltype(Kernels::pair_tokens) pair_tokens, split_tokens;
   decltype(Kernels::pack_across) pack_across;
   decltype(Kernels::turn_tiles) turn_tiles;
 };

@@ -72,6 +72,7 @@ static constexpr Kernels make_kernels(const char* name) {
       tile_tokens,
       nullptr,
       nullptr,
+      nullptr,
       {},
       THERMOCLINE_FORMATS(axpy),
       add_listed,

@@ -18,14 +18,22 @@ namespace THERMOCLINE_ISA {
 // clang-format on
 
 template <Format F>
-constexpr PanelKernels rounded = {kPaired,         kManyPanelRows, kAmxScratch,
-                                  amx_panel_bytes, pack_tiles<F>,  amx_panel_dot};
+constexpr PanelKernels rounded = {kPaired,            kManyPanelRows,   kAmxScratch,
+                                  amx_panel_bytes<1>, pack_tiles<F, 1>, amx_panel_dot<1>};
+template <>
+constexpr PanelKernels rounded<kF16> = {kSplit,             kManyPanelRows,      kAmxScratch,
+                                        amx_panel_bytes<2>, pack_tiles<kF16, 2>, amx_panel_dot<2>};
+
+template <Format F>
+constexpr auto across = pack_across<F, F == kF16 ? 2 : 1>;
 
 // None in Q6_K, whose scales come twice as often: its sums would wait for tiles as long as vectors take to
 // make them.
 template <Format F>
 constexpr PanelKernels exact = {kBlocked,           kManyPanelRows, 0,
                                 int_panel_bytes<F>, pack_ints<F>,   amx_int_dot<F>};
+template <>
+constexpr PanelKernels exact<kF16> = rounded<kF16>;
 template <>
 constexpr PanelKernels exact<kBF16> = rounded<kBF16>;
 template <>
@@ -54,13 +62,14 @@ static int64_t turn_tiles(bool bytes, int64_t rounds) {
 }  // namespace THERMOCLINE_ISA
 
 #define THERMOCLINE_FORMATS(kernel) \
-  {{}, {}, kernel<kBF16>, kernel<kQ8_0>, kernel<kQ4_0>, kernel<kQ4_K>, kernel<kQ5_K>, kernel<kQ6_K>}
+  {{}, kernel<kF16>, kernel<kBF16>, kernel<kQ8_0>, kernel<kQ4_0>, kernel<kQ4_K>, kernel<kQ5_K>, kernel<kQ6_K>}
 
 constexpr AmxKernels kAmxKernels = {
     THERMOCLINE_FORMATS(THERMOCLINE_ISA::exact),
     THERMOCLINE_FORMATS(THERMOCLINE_ISA::rounded),
-    THERMOCLINE_ISA::pair_tokens,
-    THERMOCLINE_FORMATS(THERMOCLINE_ISA::pack_across),
+    THERMOCLINE_ISA::pair_tokens<1>,
+    THERMOCLINE_ISA::pair_tokens<2>,
+    THERMOCLINE_FORMATS(THERMOCLINE_ISA::across),
     THERMOCLINE_ISA::turn_tiles,
 };
 

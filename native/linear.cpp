@@ -75,15 +75,17 @@ Batch::Batch(Context& context, const float* x, int64_t count, int64_t columns, u
     tokens_.rounded = rounded_ = arena.take<uint16_t>(count * round_up(columns, 2));
     round_items_.reset(count, 1);
   }
-  if (forms & kPaired) {
-    const int64_t groups = (count + kGroupTokens - 1) / kGroupTokens;
-    tokens_.pairs = pairs_ = arena.take<uint16_t>(groups * kGroupTokens * round_up(columns, kPairColumns));
-    pair_items_.reset(groups, 1);
+  if (forms & (kPaired | kSplit)) {
+    const int64_t groups = parts_of(count, kGroupTokens);
+    group_size_ = kGroupTokens * round_up(columns, kPairColumns);
+    if (forms & kPaired) tokens_.pairs = pairs_ = arena.take<uint16_t>(groups * group_size_);
+    if (forms & kSplit) tokens_.split = split_ = arena.take<uint16_t>(groups * 2 * group_size_);
+    group_items_.reset(groups, 1);
   }
 }
 
 void Batch::prepare(Context& context, Pool& team) {
-  if (!q_ && !tiles_ && !rounded_ && !pairs_) return;
+  if (!q_ && !tiles_ && !rounded_ && !pairs_ && !split_) return;
   const Kernels& kernels = context.kernels;
   byte_items_.drain([&](int64_t item, int64_t) { quantise_piece(kernels, item); });
   tile_items_.drain([&](int64_t item, int64_t) {
@@ -94,10 +96,11 @@ void Batch::prepare(Context& context, Pool& team) {
   round_items_.drain([&](int64_t t, int64_t) {
     kernels.round_tokens(tokens_.x + t * columns_, columns_, rounded_ + t * round_up(columns_, 2));
   });
-  pair_items_.drain([&](int64_t group, int64_t) {
-    const int64_t t = group * kGroupTokens;
-    kernels.pair_tokens(tokens_.x + t * columns_, columns_, std::min<int64_t>(count_ - t, kGroupTokens),
-                        columns_, pairs_ + t * round_up(columns_, kPairColumns));
+  group_items_.drain([&](int64_t group, int64_t) {
+    const int64_t t = group * kGroupTokens, count = std::min<int64_t>(count_ - t, kGroupTokens);
+    const float* x = tokens_.x + t * columns_;
+    if (pairs_) kernels.pair_tokens(x, columns_, count, columns_, pairs_ + group * group_size_);
+    if (split_) kernels.split_tokens(x, columns_, count, columns_, split_ + group * 2 * group_size_);
   });
   team.barrier();
 }

@@ -38,10 +38,11 @@ class Batch {
   int16_t* sums_ = nullptr;
   uint8_t* offset_ = nullptr;
   float *lifts_ = nullptr, *tiles_ = nullptr;
-  uint16_t *rounded_ = nullptr, *pairs_ = nullptr;
+  uint16_t *rounded_ = nullptr, *pairs_ = nullptr, *split_ = nullptr;
   TokenBlock* blocks_ = nullptr;
   int64_t pieces_ = 0;  // of a token
-  Items byte_items_, tile_items_, round_items_, pair_items_;
+  int64_t group_size_ = 0;  // numbers of a group of tokens, as Tokens::pairs has them
+  Items byte_items_, tile_items_, round_items_, group_items_;
 };
 
 // Rows that one worker takes at a time: enough bytes to stream, few enough that the workers end together.

@@ -120,7 +120,7 @@ def rounded_logits(
     tiny: Any, model: Any, transformer: Any, prompt: np.ndarray, rounded: Callable[..., Any] = rounded
 ) -> np.ndarray:
     """Logits of transformers with activations rounded wherever CpuOps does."""
-    floats = rounded is not rounded_to_bf16 or transformer.ops.name != "cpu/amxbf16"
+    floats = rounded is not rounded_to_bf16 or not transformer.ops.name.startswith("cpu/amx")
     records = transformer.layers[0].ffn.parts[0].block.records
     exempt = ("down_proj", "fc2", "4h_to_h") if records and floats else ()
     hooks = [

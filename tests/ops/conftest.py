@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from thermocline import _native
-from thermocline.files.formats import BF16, F32, Q8_0, BlockFormat
+from thermocline.files.formats import BF16, F16, F32, Q8_0, BlockFormat
 from thermocline.files.quantize import quantize
 from thermocline.files.weight import Weight
 from thermocline.ops.contract import ActiveSet, KVLayer, NeuronBlock
@@ -209,10 +209,18 @@ BATCH = 8
 """From so many tokens on, a level with BF16 arithmetic rounds tokens to BF16 before they meet some weights."""
 
 
-def _rounds_tokens(ops: CpuOps, fmt: BlockFormat) -> bool:
-    """The level `amxbf16` also rounds weights in block formats."""
-    rounds_all = ops.name == "cpu/amxbf16"
-    return (fmt is BF16 and (rounds_all or ops.name in ("cpu/avx512bf16", "cpu/amx"))) or (rounds_all and fmt.block > 1)
+def _off(ops: CpuOps, fmt: BlockFormat) -> float:
+    """How far a product of a batch may be off, as a share of it, for it is taken in BF16; 0 where it is not.
+
+    BF16 has 8 significant bits, so that rounding is off by at most 2^-8. With AMX numbers that meet F16 are split in two
+    of BF16: what is left of an activation is rounded again, and two second parts never meet. The level `amxbf16` also
+    rounds weights in block formats.
+    """
+    if fmt is F16:
+        return 2 * 2.0**-16 if ops.name.startswith("cpu/amx") else 0
+    if fmt is BF16:
+        return 2.0**-8 if ops.name.endswith("bf16") or ops.name == "cpu/amx" else 0
+    return 2 * 2.0**-8 if ops.name == "cpu/amxbf16" and fmt.block > 1 else 0
 
 
 def _summed_magnitudes(w: Any, fmt: BlockFormat) -> Any:
@@ -225,20 +233,21 @@ def _summed_magnitudes(w: Any, fmt: BlockFormat) -> Any:
     return w + 2 * np.repeat(parts.max(axis=2), 32, axis=1)
 
 
-def _linear_bound(x: Any, w: Any, fmt: BlockFormat, *, rounded: int) -> Any:
+def _linear_bound(x: Any, w: Any, fmt: BlockFormat, *, off: float) -> Any:
     """How far a product may be off (T, rows), beside an exact one.
 
     n products and sums in float32 are off by at most (n + 3) eps times the sum of their magnitudes. Integer formats
     round x to steps of a 127th of its block's largest magnitude: half a step an element at most. What underflows is
     below the smallest normal float an element, and blocks below 1e-35 are taken as zero.
-    `rounded`: how many of x and w are rounded to the 8 significant bits of BF16, off by at most 2^-8 of an element;
-    then what is below the smallest normal number counts as zero on both sides.
+    `off`: what BF16 takes off a product, as a share of it; then three products may stand for one, and what is below the
+    smallest normal number counts as zero on both sides.
     """
     x, w, summed = np.abs(x.astype(np.float64)), np.abs(w.astype(np.float64)), _summed_magnitudes(w, fmt)
-    bound = (x.shape[1] + 3) * EPS * (x @ summed.T) + x.shape[1] * 2.0**-126
-    if rounded:
-        bound += 1.01 * rounded * 2.0**-8 * (x @ w.T) + x.shape[1] * 2.0**-126 * (x.max(initial=0) + w.max(initial=0))
-    if fmt.block > 1 and not rounded:
+    terms = (3 if off else 1) * x.shape[1]
+    bound = (terms + 3) * EPS * (x @ summed.T) + x.shape[1] * 2.0**-126
+    if off:
+        bound += 1.01 * off * (x @ w.T) + x.shape[1] * 2.0**-126 * (x.max(initial=0) + w.max(initial=0))
+    if fmt.block > 1 and not off:
         blocks = x.reshape(x.shape[0], x.shape[1] // 32, 32)
         step = (blocks.max(axis=2) / 127)[:, :, None] * np.ones(32)
         bound += (0.501 * step.reshape(x.shape) + 1e-35) @ w.T
@@ -265,18 +274,19 @@ class LinearBound:
         self.summed = _summed_magnitudes
 
     def __call__(self, x: Any, w: Any, fmt: BlockFormat) -> Any:
-        return _linear_bound(x, w, fmt, rounded=self._rounded(x, fmt))
+        return _linear_bound(x, w, fmt, off=self._off(x, fmt))
 
     def of_records(self, h: Any, w: Any, fmt: BlockFormat) -> Any:
-        """Of a down projection over records, w (columns, neurons): by floats or, in block formats, whole factors."""
-        if self._ops.name == "cpu/amxbf16" and self._rounded(h, fmt):
-            return _linear_bound(h, w, F32, rounded=self._rounded(h, fmt))
-        return _linear_bound(h, w, F32, rounded=0) + (_factor_bound(h, w) if fmt.block > 1 else 0)
+        """Of a down projection over records, w (columns, neurons): by floats, with AMX of BF16 where batches are else, or
+        by whole factors in block formats.
+        """
+        off = self._off(h, fmt)
+        if off and self._ops.name.startswith("cpu/amx"):
+            return _linear_bound(h, w, F32, off=off)
+        return _linear_bound(h, w, F32, off=0) + (_factor_bound(h, w) if fmt.block > 1 else 0)
 
-    def _rounded(self, x: Any, fmt: BlockFormat) -> int:
-        if len(x) < BATCH or not _rounds_tokens(self._ops, fmt):
-            return 0
-        return 2 if fmt.block > 1 else 1
+    def _off(self, x: Any, fmt: BlockFormat) -> float:
+        return _off(self._ops, fmt) if len(x) >= BATCH else 0
 
 
 @pytest.fixture
@@ -287,4 +297,4 @@ def linear_bound(ops: CpuOps) -> LinearBound:
 @pytest.fixture
 def company() -> Callable[[CpuOps, BlockFormat], int]:
     """Tokens that a batch must have for its bits to be those of any larger one: mostly one is enough."""
-    return lambda ops, fmt: BATCH if _rounds_tokens(ops, fmt) else 1
+    return lambda ops, fmt: BATCH if _off(ops, fmt) else 1
