@@ -18,14 +18,15 @@ namespace THERMOCLINE_ISA {
 // clang-format on
 
 template <Format F>
-constexpr PanelKernels rounded = {kPaired,            kManyPanelRows,   kAmxScratch,
-                                  amx_panel_bytes<1>, pack_tiles<F, 1>, amx_panel_dot<1>};
+constexpr PanelKernels rounded = {kPaired,          kManyPanelRows,  kAmxScratch, amx_panel_bytes<1>,
+                                  pack_tiles<F, 1>, amx_panel_dot<1>};
 template <>
-constexpr PanelKernels rounded<kF16> = {kSplit,             kManyPanelRows,      kAmxScratch,
-                                        amx_panel_bytes<2>, pack_tiles<kF16, 2>, amx_panel_dot<2>};
+constexpr PanelKernels rounded<kF16> = {
+    kSplit, kManyPanelRows, kAmxScratch, amx_panel_bytes<2>, pack_tiles<kF16, 2>, amx_panel_dot<2>};
 
 template <Format F>
-constexpr auto across = pack_across<F, F == kF16 ? 2 : 1>;
+constexpr auto across = pack_across < F,
+               F == kF16 ? 2 : 1 > ;
 
 // None in Q6_K, whose scales come twice as often: its sums would wait for tiles as long as vectors take to
 // make them.

@@ -4,7 +4,8 @@
 // below the smallest normal one count as zero.
 //
 // P = 1, or 2 where every number is split in two of BF16, the second of which is what the first one lacks:
-// F16 is whole then, and tokens are off by 2^-16 at most. All products are taken but that of two second parts.
+// F16 is whole then, and tokens are off by 2^-16 at most. All products are taken but that of two second
+// parts.
 
 constexpr int64_t kRowsOfTile = 16;
 constexpr int64_t kTileBytes = 1024;

@@ -212,9 +212,9 @@ BATCH = 8
 def _off(ops: CpuOps, fmt: BlockFormat) -> float:
     """How far a product of a batch may be off, as a share of it, for it is taken in BF16; 0 where it is not.
 
-    BF16 has 8 significant bits, so that rounding is off by at most 2^-8. With AMX numbers that meet F16 are split in two
-    of BF16: what is left of an activation is rounded again, and two second parts never meet. The level `amxbf16` also
-    rounds weights in block formats.
+    BF16 has 8 significant bits, so that rounding is off by at most 2^-8. With AMX numbers that meet F16 are split in
+    two of BF16: what is left of an activation is rounded again, and two second parts never meet. The level `amxbf16`
+    also rounds weights in block formats.
     """
     if fmt is F16:
         return 2 * 2.0**-16 if ops.name.startswith("cpu/amx") else 0
@@ -277,8 +277,8 @@ class LinearBound:
         return _linear_bound(x, w, fmt, off=self._off(x, fmt))
 
     def of_records(self, h: Any, w: Any, fmt: BlockFormat) -> Any:
-        """Of a down projection over records, w (columns, neurons): by floats, with AMX of BF16 where batches are else, or
-        by whole factors in block formats.
+        """Of a down projection over records, w (columns, neurons): by floats, with AMX in BF16 as other products of
+        batches, or by whole factors in block formats.
         """
         off = self._off(h, fmt)
         if off and self._ops.name.startswith("cpu/amx"):
