@@ -12,6 +12,10 @@ class ThermoclineError(Exception):
     exit_code = 1
 
 
+class Terminated(KeyboardInterrupt):
+    """The system asked the program to end (SIGTERM). Nobody goes on after that, as one may after Ctrl-C."""
+
+
 class UsageError(ThermoclineError):
     """A flag, an argument or a setting is wrong (exit code 2)."""
 

@@ -86,6 +86,17 @@ def test_ctrl_c_stops_cleanly(spawn, tiny_model: Path, arguments: list[str]) -> 
         assert err.splitlines()[-1].startswith(b"prompt 1 tokens")
 
 
+@pytest.mark.parametrize("verb", [["run", "-p", "x", "-c", "200000", "--ignore-eos"], ["chat"]], ids=lambda v: v[0])
+def test_being_terminated_ends_it_cleanly(spawn, tiny_model: Path, verb: list[str]) -> None:
+    running = spawn(*verb, "-m", tiny_model, "-t", 1, "-v", stdin=subprocess.PIPE)
+    assert running.stderr.readline().startswith(b"note:")
+    running.send_signal(signal.SIGTERM)
+    _, err = running.communicate(timeout=30)
+    assert running.returncode == 143
+    assert b"Traceback" not in err
+    assert err.splitlines()[-1] == b"terminated"
+
+
 def test_ctrl_c_in_a_piped_chat_ends_it(spawn, tiny_model: Path) -> None:
     running = spawn("chat", "-m", tiny_model, "-t", 1, "-v", stdin=subprocess.PIPE)
     assert running.stderr.readline().startswith(b"note:")

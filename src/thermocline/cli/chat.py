@@ -12,7 +12,7 @@ from thermocline.cli.flags import ModelFlag, VerboseFlag, flag, with_settings
 from thermocline.cli.loading import load as load_model
 from thermocline.cli.output import notices, status, tell_report, write_stream
 from thermocline.config import LoadSettings, SamplingSettings
-from thermocline.errors import ChatTemplateError, ContextError, ThermoclineError
+from thermocline.errors import ChatTemplateError, ContextError, Terminated, ThermoclineError
 
 if TYPE_CHECKING:
     from thermocline.api import Stream
@@ -154,7 +154,7 @@ def _read() -> str | None:
             return None
         except RuntimeError:  # standard input is closed
             return None
-        except KeyboardInterrupt:
-            if not interactive:
+        except KeyboardInterrupt as interrupt:
+            if not interactive or isinstance(interrupt, Terminated):
                 raise
             print()

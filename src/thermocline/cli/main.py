@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
 from cyclopts.config import Env
 
 from thermocline import __version__
-from thermocline.errors import ThermoclineError, printable
+from thermocline.errors import Terminated, ThermoclineError, printable
 
 USAGE = 2
 INTERRUPTED = 130
 PIPE_CLOSED = 141
-"""What a shell reports for a program that SIGPIPE or SIGINT ended."""
+TERMINATED = 143
+"""What a shell reports for a program that SIGINT, SIGPIPE or SIGTERM ended."""
 
 VERBS = {
     "run": "Complete a prompt.",
@@ -71,19 +75,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code.
 
     0: done. 1: the model, the machine or the disk refused. 2: the command line is wrong. 130: interrupted.
-    141: whoever read our output stopped reading.
+    141: whoever read our output stopped reading. 143: terminated, which ends things as an interrupt does.
     """
     try:
-        code = _dispatch(list(sys.argv[1:] if arguments is None else arguments))
-        if sys.stdout is not None:
-            sys.stdout.flush()
-        return code
+        with _ended_by_the_system():
+            code = _dispatch(list(sys.argv[1:] if arguments is None else arguments))
+            if sys.stdout is not None:
+                sys.stdout.flush()
+            return code
     except BrokenPipeError:
         _silence_stdout()
         return PIPE_CLOSED
     except KeyboardInterrupt as interrupt:
-        complain("; ".join(["interrupted", *getattr(interrupt, "__notes__", ())]))
-        return INTERRUPTED
+        terminated = isinstance(interrupt, Terminated)
+        what = "terminated" if terminated else "interrupted"
+        complain("; ".join([what, *getattr(interrupt, "__notes__", ())]))
+        return TERMINATED if terminated else INTERRUPTED
     except UnusedCliTokensError as error:
         extra = error.unused_tokens[0] if error.unused_tokens else ""
         complain(f"error: unexpected argument {printable(extra)!r}; a prompt is given with -p, a model with -m")
@@ -101,6 +108,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MemoryError:
         complain("error: out of memory; use a smaller --ctx-size or a smaller model")
         return 1
+
+
+@contextmanager
+def _ended_by_the_system() -> Iterator[None]:
+    """The first SIGTERM raises `Terminated`; another one ends the program where it is."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may say what a signal does
+        return
+
+    def terminate(*_: object) -> None:
+        signal.signal(signal.SIGTERM, before)
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def complain(line: str) -> None:

@@ -6,6 +6,8 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from thermocline.errors import Terminated
+
 if TYPE_CHECKING:
     from thermocline.api import LLM, RunReport, Stream
 
@@ -66,6 +68,8 @@ def write_stream(stream: Stream) -> Written:
         for item in stream:
             text += item.text
             _write(item.text)
+    except Terminated:
+        raise
     except KeyboardInterrupt:
         interrupted = True
     if not text.endswith("\n"):
