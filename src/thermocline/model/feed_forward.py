@@ -190,6 +190,7 @@ class FeedForward:
                 meanwhile()
             tally.work.append((self._alone, self._alone.ffn(views.normed, active, views.x, skip_zeros=skip_zeros)))
             return
+        began = time.perf_counter() if tally.timed else 0.0
         if meanwhile is not None and active.indices is not None:
             active = ActiveSet(active.indices.copy())
         cuts = self._cut(active)
@@ -197,8 +198,9 @@ class FeedForward:
             part.announce(cut)
         if meanwhile is not None:
             meanwhile()
+        if tally.timed and self.foresees:  # reads begin in the cold side's time
+            began = tally.lap("ffn cold", began)
         if len(self._sides) == 1 and self._sides[0].device is self.home:
-            began = time.perf_counter() if tally.timed else 0.0
             for (_, part), cut in zip(self._sides[0].parts, cuts, strict=True):
                 into = _slice(views, part) if hidden else None
                 work = part.ffn(views.normed, cut, views.x, skip_zeros=skip_zeros, hidden=into)
