@@ -413,7 +413,9 @@ class DiskNeurons:
         """Start reads of the records that are not in memory, nor on their way."""
         cache, wanted = self.pool.cache, wanted.copy()
         if self._ahead is not None and len(self._ahead.missing):
-            coming = np.isin(wanted, self._ahead.missing, assume_unique=True)
+            ahead = np.zeros(self.stop - self.start, bool)
+            ahead[self._ahead.missing] = True
+            coming = ahead[wanted]
             cache.uses.asked += int(np.count_nonzero(coming))
             missing, slots = cache.claim(self._layer, wanted[~coming])
         else:

@@ -13,7 +13,7 @@ from thermocline.errors import HardwareError
 from thermocline.files.weight import Bytes
 from thermocline.hardware.reader import RecordReader
 from thermocline.memory.pool import Pool
-from thermocline.memory.reads import Place, Way, merged
+from thermocline.memory.reads import Place, Way, merged, triples
 
 Ints = npt.NDArray[np.int32]
 Longs = npt.NDArray[np.int64]
@@ -99,10 +99,10 @@ class Fetching:
                 if place.path == path:
                     wanted = unread if i == 0 else slice(None)
                     offsets = place.offset + numbers[wanted] * place.stride
-                    pieces.append(np.stack([offsets, np.full(len(offsets), size), to[wanted]], axis=1))
+                    pieces.append(triples(offsets, size, to[wanted]))
             if not sum(map(len, pieces)):
                 continue
-            requests, parts = merged(np.concatenate(pieces).astype(np.int64), self.way)
+            requests, parts = merged(np.concatenate(pieces), self.way)
             reader = self.reader(path)
             fetch.tickets.append((reader, reader.submit(requests, parts, pool.memory)))
 

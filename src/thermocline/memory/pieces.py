@@ -20,7 +20,7 @@ from thermocline.files.weight import Bytes, Weight
 from thermocline.hardware.machine import Tier
 from thermocline.hardware.reader import Reader, ReadStats, RecordReader
 from thermocline.memory.arena import Memory
-from thermocline.memory.reads import Place, Way, merged, place_of
+from thermocline.memory.reads import Place, Way, merged, place_of, triples
 from thermocline.placement.ledger import Purpose
 
 PIECE = 2 << 20
@@ -116,9 +116,7 @@ class PieceStream:
         room = len(self._some) // stride
         for start in range(0, len(numbers), room):
             some = numbers[start : start + room]
-            pieces = np.stack(
-                [matrix.place.offset + some * stride, np.full(len(some), stride), np.arange(len(some)) * stride], axis=1
-            )
+            pieces = triples(matrix.place.offset + some * stride, stride, np.arange(len(some)) * stride)
             reader.wait(reader.submit(*merged(pieces, way), self._some))
             yield self._some[: len(some) * stride].reshape(-1, stride)
 
@@ -193,5 +191,4 @@ def _from_end_to_end(offset: int, size: int) -> tuple[npt.NDArray[np.int64], npt
     """Requests and parts for `Reader.submit` of bytes that lie together: as `merged` makes them, but sooner."""
     at = np.arange(0, size, LARGEST_READ)
     sizes = np.minimum(LARGEST_READ, size - at)
-    requests, parts = (np.stack([offset + at, sizes, last], axis=1) for last in (np.ones_like(at), at))
-    return requests, parts
+    return triples(offset + at, sizes, 1), triples(offset + at, sizes, at)

@@ -114,7 +114,10 @@ class RecordCache:
     def _take(self, count: int) -> Ints:
         if count > len(self._free):
             self._evict(count - len(self._free), keep=self._in_use)
-        return np.array([self._free.pop() for _ in range(count)], np.int32)
+        left = len(self._free) - count
+        taken = np.array(self._free[left:][::-1], np.int32)
+        del self._free[left:]
+        return taken
 
     def fill(self, layer: int, records: Ints, slots: Ints) -> None:
         """Slots that `claim` gave hold these records now, which are used for the first time."""
@@ -139,8 +142,9 @@ class RecordCache:
         count = min(len(candidates), max(count, int(self.slots * SPARE)))
         scores = self._score[candidates]
         gone = candidates[np.argpartition(scores, count - 1)[:count]] if count < len(candidates) else candidates
-        for layer in np.unique(self._layer[gone]):
-            mine = gone[self._layer[gone] == layer]
-            self.rows[layer][self._record[mine]] = -1
+        gone = gone[np.argsort(self._layer[gone], kind="stable")]
+        layers = self._layer[gone]
+        for mine in np.split(gone, np.flatnonzero(layers[1:] != layers[:-1]) + 1):
+            self.rows[self._layer[mine[0]]][self._record[mine]] = -1
         self._layer[gone] = -1
         self._free.extend(gone.tolist())
