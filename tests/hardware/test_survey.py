@@ -11,6 +11,7 @@ from thermocline.errors import OutputError
 from thermocline.hardware import bandwidth as bandwidth_module
 from thermocline.hardware.bandwidth import measure_bandwidth
 from thermocline.hardware.cache import home, recall, remember
+from thermocline.hardware.cores import is_guest
 from thermocline.hardware.memory import Memory, find_caches, find_memory, own_memory
 from thermocline.hardware.survey import examine
 from thermocline.ops.cpu import CpuOps
@@ -122,3 +123,12 @@ def test_the_survey_measures_if_asked() -> None:
     one = examine(measure=True, threads=1).bandwidth
     assert one is not None
     assert one.single == one.all
+
+
+def test_a_guest_is_told_by_its_processors(tmp_path: Path) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("processor\t: 0\nmodel name\t: A hypervisor's dream\nflags\t\t: fpu sse2 avx\n")
+    assert not is_guest(cpuinfo)
+    cpuinfo.write_text("processor\t: 0\nflags\t\t: fpu sse2 hypervisor avx\n")
+    assert is_guest(cpuinfo)
+    assert not is_guest(tmp_path / "none")

@@ -69,9 +69,11 @@ def test_the_copy_does_not_need_the_file(mapped: MappedFile, content: bytes) -> 
 def test_it_pays_for_small_pages_with_room(mapped: MappedFile, monkeypatch: pytest.MonkeyPatch) -> None:
     view, room = mapped.view(0, SIZE), {"available": 3 * SIZE, "usable": 4 * SIZE, "huge_pages": "madvise"}
 
-    def pays(aside: int = 0, huge: int = 0, **other: object) -> bool:
+    def pays(aside: int = 0, huge: int = 0, own: int = 0, *, guest: bool = False, **other: object) -> bool:
+        pages = {"AnonHugePages:": own, "FilePmdMapped:": huge}
         monkeypatch.setattr(huge_pages, "find_memory", lambda: SimpleNamespace(**room | other))
-        monkeypatch.setattr(huge_pages, "_huge_and_held", lambda _: (huge, SIZE))
+        monkeypatch.setattr(huge_pages, "is_guest", lambda: guest)
+        monkeypatch.setattr(huge_pages, "_huge_and_held", lambda _, kinds: (sum(map(pages.get, kinds)), SIZE))
         return huge_pages.pays([view], aside)
 
     assert pays()
@@ -81,6 +83,8 @@ def test_it_pays_for_small_pages_with_room(mapped: MappedFile, monkeypatch: pyte
     assert not pays(huge_pages="never")
     assert not huge_pages.pays([np.zeros(HUGE_PAGE, np.uint8)])
     assert not pays(huge=4 * SIZE // 5)
+    assert pays(huge=4 * SIZE // 5, guest=True)  # the system below has small ones for a file's
+    assert not pays(own=4 * SIZE // 5, guest=True)
 
 
 def test_pages_are_counted_as_the_system_tells_them(tmp_path: Path) -> None:
@@ -90,9 +94,11 @@ def test_pages_are_counted_as_the_system_tells_them(tmp_path: Path) -> None:
         "3000-5000 r--p 00000000 00:00 0\nRss:  8 kB\nAnonHugePages:  6 kB\nFilePmdMapped:  0 kB\n"
         "5000-6000 r--p 00000000 00:00 0\nRss:  4 kB\nAnonHugePages:  4 kB\n"
     )
-    assert huge_pages._huge_and_held([(0x2000, 0x4000)], maps) == (8 << 10, 16 << 10)
-    assert huge_pages._huge_and_held([(0x5000, 0x6000)], maps) == (4 << 10, 4 << 10)
-    assert huge_pages._huge_and_held([(0x5000, 0x6000)], tmp_path / "none") == (0, 0)
+    both = "AnonHugePages:", "FilePmdMapped:"
+    assert huge_pages._huge_and_held([(0x2000, 0x4000)], both, maps) == (8 << 10, 16 << 10)
+    assert huge_pages._huge_and_held([(0x2000, 0x4000)], both[:1], maps) == (6 << 10, 16 << 10)
+    assert huge_pages._huge_and_held([(0x5000, 0x6000)], both, maps) == (4 << 10, 4 << 10)
+    assert huge_pages._huge_and_held([(0x5000, 0x6000)], both, tmp_path / "none") == (0, 0)
 
 
 def test_without_room_nothing_changes(mapped: MappedFile, content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:

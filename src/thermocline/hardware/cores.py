@@ -55,6 +55,15 @@ def find_cores(system: Path = SYSTEM, cpuinfo: Path = Path("/proc/cpuinfo")) -> 
     )
 
 
+def is_guest(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether a hypervisor runs this system, as x86 processors tell."""
+    try:
+        with cpuinfo.open(errors="replace") as lines:
+            return any(line.startswith("flags") and "hypervisor" in line.split() for line in lines)
+    except OSError:
+        return False
+
+
 def _place(system: Path, cpu: int) -> tuple[str, str]:
     """Package and core of a processor; a processor that does not tell is a core of its own."""
     topology = system / f"cpu{cpu}" / "topology"

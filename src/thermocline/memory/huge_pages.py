@@ -3,6 +3,9 @@
 Most file systems keep files in pages of 4 KiB, of which every token needs many thousands, and to find the next one
 takes a processor a good part of its time. What a model is computed with can be copied into memory of the process's own,
 in huge pages, which takes the place of the file's: views stay valid, and nothing depends on the file any more.
+
+In a virtual machine the system below has pages of its own. It gives small ones to a cache of files, which grows in
+small steps, even where the guest calls them huge: such a file was read at 20 GB/s, and its copy at 29.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import numpy as np
 
 from thermocline.errors import HardwareError
 from thermocline.files.weight import Bytes
-from thermocline.hardware.cores import find_cores
+from thermocline.hardware.cores import find_cores, is_guest
 from thermocline.hardware.mapping import mapping_below
 from thermocline.hardware.memory import find_memory
 
@@ -49,7 +52,7 @@ def pays(views: Sequence[Bytes], aside: int = 0) -> bool:
         return False
     if 2 * total + aside > min(memory.available, memory.usable):
         return False
-    huge, held = _huge_and_held(ranges)
+    huge, held = _huge_and_held(ranges, ("AnonHugePages:",) if is_guest() else ("AnonHugePages:", "FilePmdMapped:"))
     return huge < HUGE_ENOUGH * held
 
 
@@ -120,8 +123,10 @@ def _replace(piece: tuple[int, int]) -> int:
     return size * moved
 
 
-def _huge_and_held(ranges: Sequence[tuple[int, int]], maps: Path = Path("/proc/self/smaps")) -> tuple[int, int]:
-    """Bytes in huge pages, and bytes in memory, of the mappings that these addresses belong to."""
+def _huge_and_held(
+    ranges: Sequence[tuple[int, int]], kinds: Sequence[str], maps: Path = Path("/proc/self/smaps")
+) -> tuple[int, int]:
+    """Bytes in huge pages of these kinds, and bytes in memory, of the mappings that these addresses belong to."""
     huge, held, counts = 0, 0, False
     try:
         lines = maps.read_text(errors="replace").splitlines()
@@ -132,7 +137,7 @@ def _huge_and_held(ranges: Sequence[tuple[int, int]], maps: Path = Path("/proc/s
         if not name.endswith(":"):  # a mapping begins: first and last address, and what it is
             first, last = (int(word, 16) for word in name.split("-"))
             counts = any(start < last and first < stop for start, stop in ranges)
-        elif counts and name in ("AnonHugePages:", "FilePmdMapped:"):
+        elif counts and name in kinds:
             huge += int(value.split()[0]) << 10
         elif counts and name == "Rss:":
             held += int(value.split()[0]) << 10
