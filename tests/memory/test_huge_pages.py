@@ -69,17 +69,21 @@ def test_the_copy_does_not_need_the_file(mapped: MappedFile, content: bytes) -> 
 def test_it_pays_for_small_pages_with_room(mapped: MappedFile, monkeypatch: pytest.MonkeyPatch) -> None:
     view, room = mapped.view(0, SIZE), {"available": 3 * SIZE, "usable": 4 * SIZE, "huge_pages": "madvise"}
 
-    def pays(aside: int = 0, huge: int = 0, own: int = 0, *, guest: bool = False, **other: object) -> bool:
+    def pays(
+        aside: int = 0, huge: int = 0, own: int = 0, *, guest: bool = False, cached: bool = True, **other: object
+    ) -> bool:
         pages = {"AnonHugePages:": own, "FilePmdMapped:": huge}
         monkeypatch.setattr(huge_pages, "find_memory", lambda: SimpleNamespace(**room | other))
         monkeypatch.setattr(huge_pages, "is_guest", lambda: guest)
         monkeypatch.setattr(huge_pages, "_huge_and_held", lambda _, kinds: (sum(map(pages.get, kinds)), SIZE))
-        return huge_pages.pays([view], aside)
+        return huge_pages.pays([view], aside, cached=cached)
 
     assert pays()
     assert not pays(aside=SIZE + (1 << 20))
     assert not pays(available=2 * SIZE - EDGES - 1)
     assert not pays(usable=2 * SIZE - EDGES - 1)
+    assert pays(available=2 * SIZE - EDGES - 1, cached=False)
+    assert not pays(available=SIZE - EDGES - 1, cached=False)
     assert not pays(huge_pages="never")
     assert not huge_pages.pays([np.zeros(HUGE_PAGE, np.uint8)])
     assert not pays(huge=4 * SIZE // 5)

@@ -41,16 +41,16 @@ MOVE, TO_A_PLACE = 1, 2
 FAILED = ctypes.c_void_p(-1).value
 
 
-def pays(views: Sequence[Bytes], aside: int = 0) -> bool:
-    """Whether most of these bytes lie in small pages, and memory has room for them twice and for `aside` bytes more.
+def pays(views: Sequence[Bytes], aside: int = 0, *, cached: bool = True) -> bool:
+    """Whether most of these bytes lie in small pages, and memory has room for them and for `aside` bytes more.
 
-    Twice, so that the file stays in the system's cache, from where the next start is fast.
+    Room for them twice if the file is to stay in the system's cache, from where the next start is fast.
     """
     ranges, memory = list(_ranges(views)), find_memory()
     total = sum(stop - start for start, stop in ranges)
     if not total or memory.huge_pages not in ("always", "madvise"):
         return False
-    if 2 * total + aside > min(memory.available, memory.usable):
+    if total * (1 + cached) + aside > min(memory.available, memory.usable):
         return False
     huge, held = _huge_and_held(ranges, ("AnonHugePages:",) if is_guest() else ("AnonHugePages:", "FilePmdMapped:"))
     return huge < HUGE_ENOUGH * held

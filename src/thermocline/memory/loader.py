@@ -82,10 +82,10 @@ def load_transformer(
     `n_ctx` is the longest context that will be run, 0 the model's own. Norms and biases are always looked at
     for NaN and infinity, and so are predictors, and down projections while they are transposed; `check` looks at
     every weight. With a `predictor`, the mode may be predicted, or changed to it later. Mapped weights are read in
-    their order, which `progress` is told about, and with `mlock` kept in memory. They stay the file's if
-    `mapped`, are copied to huge pages if it is False, and without it where that pays and memory has room for both and for
-    `aside` bytes. `order` (n_layer, n_ff) is each layer's neurons, hottest first: layers
-    whose records are cut are cut in this order, the others stay as they are.
+    their order, which `progress` is told about, and with `mlock` kept in memory. They stay the file's if `mapped`, are
+    copied to huge pages if it is False, and without it where that pays and memory has room for that and for `aside`
+    bytes, and, unless a budget counts RAM, for the file beside it. `order` (n_layer, n_ff) is each layer's neurons,
+    hottest first: layers whose records are cut are cut in this order, the others stay as they are.
     `store` answers for neurons that `seats` leaves on disk. With `movable`, which is filled, neurons can change places
     later on. `sent_from` are for each layer the tokens of a step from which its neurons in RAM are sent to VRAM to be
     computed there, 0 for never; without, they never are. `predicted_up_to` are for each layer the most tokens of a step
@@ -127,7 +127,7 @@ def load_transformer(
         transformer = build()
         loading.ffn.give_lanes()
         held = loading.flushed.host_bytes
-        if mapped is False or (mapped is None and huge_pages.pays(held, aside)):
+        if mapped is False or (mapped is None and huge_pages.pays(held, aside, cached=not budgeted)):
             with sheltered(mappings_below(held)):
                 loading.own_bytes = huge_pages.copy(held, progress)
         if store is not None or (budgeted and loading.own_bytes):
