@@ -105,7 +105,7 @@ def arithmetic_peaks(threads: int) -> dict[str, object] | None:
     peaks: dict[str, object] = json.loads(result.stdout)
     context = _native.Context(threads)
     for name in ("int8", "bf16"):
-        rate = max(_native.tile_rate(context, name == "int8") for _ in range(TILE_PASSES)) / 1e9
-        if rate > float(str(peaks[name])):
-            peaks |= {name: rate, "source": f"{peaks['source']}; {name}: AMX's tiles alone"}
+        rate, own = max(_native.tile_rate(context, name == "int8") for _ in range(TILE_PASSES)) / 1e9, peaks[name]
+        if rate > float(str(own)):
+            peaks |= {name: rate, "source": f"{peaks['source']}; {name}: AMX's tiles alone, torch reaches {own:.0f}"}
     return peaks
