@@ -54,8 +54,8 @@ struct Tokens {
   // For panels only, each where a panel asks for it: q + 128 and, for each block, d times the sum of q; tiles
   // of kTileTokens tokens column by column; numbers rounded to BF16, with an even number of columns; the same
   // in groups of kGroupTokens tokens, of which 32 columns lie together, pair by pair, the last padded with
-  // zeros; these columns followed each time by what rounding took off them, rounded too; bytes in such groups,
-  // block by block, as panels of integers take them.
+  // zeros; these columns followed each time by what rounding took off them, rounded too; bytes in such
+  // groups, block by block, as panels of integers take them.
   const uint8_t* offset;
   const float* lifts;
   const float* tiles;

@@ -40,7 +40,7 @@ class Batch {
   float *lifts_ = nullptr, *tiles_ = nullptr;
   uint16_t *rounded_ = nullptr, *pairs_ = nullptr, *split_ = nullptr;
   TokenBlock* blocks_ = nullptr;
-  int64_t pieces_ = 0;  // of a token
+  int64_t pieces_ = 0;      // of a token
   int64_t group_size_ = 0;  // numbers of a group of tokens, as Tokens::pairs has them
   Items byte_items_, tile_items_, round_items_, group_items_;
 };
