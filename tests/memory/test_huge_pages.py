@@ -117,7 +117,7 @@ def test_memory_that_the_system_refuses_leaves_the_file(
     mapped: MappedFile, content: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refusing = SimpleNamespace(mmap=lambda *_: huge_pages.FAILED)
-    monkeypatch.setattr(huge_pages, "_libc", lambda: refusing)
+    monkeypatch.setattr(huge_pages, "c_library", lambda: refusing)
     assert huge_pages.copy([mapped.view(0, SIZE)]) == 0
     assert mapped.view(0, SIZE).tobytes() == content
 

@@ -7,7 +7,6 @@ processor a good part of its time.
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from thermocline.hardware.memory import find_memory
-from thermocline.memory.huge_pages import HUGE_PAGE
+from thermocline.memory.huge_pages import HUGE_PAGE, c_library
 
 Places = NDArray[np.int64]
 
@@ -88,4 +87,4 @@ def _whole_pages(array: NDArray[Any], page: int) -> tuple[int, int]:
 def _advise(address: int, size: int, advice: int) -> None:
     """Where the system does not follow, memory is only slower."""
     if size:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), advice)
+        c_library().madvise(address, size, advice)

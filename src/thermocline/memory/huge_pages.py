@@ -109,7 +109,7 @@ def _replace(piece: tuple[int, int]) -> int:
     """Copy a piece of the address space and put the copy in its place; bytes copied, 0 if there is no memory."""
     start, stop = piece
     size = stop - start
-    libc = _libc()
+    libc = c_library()
     whole = libc.mmap(None, size + HUGE_PAGE, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANON, -1, 0)
     if whole == FAILED:
         return 0
@@ -145,7 +145,7 @@ def _huge_and_held(
 
 
 @functools.cache
-def _libc() -> ctypes.CDLL:
+def c_library() -> ctypes.CDLL:
     """The C library with the calls' true types: addresses are wider than ctypes' int."""
     libc, address, size, number = ctypes.CDLL(None), ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
     libc.mmap.restype, libc.mmap.argtypes = address, [address, size, number, number, number, ctypes.c_long]
