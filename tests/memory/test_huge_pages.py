@@ -59,6 +59,14 @@ def test_only_what_is_needed_is_copied(mapped: MappedFile, content: bytes) -> No
     assert mapped.view(0, SIZE).tobytes() == content
 
 
+def test_under_a_budget_nothing_else_is_copied(mapped: MappedFile, content: bytes) -> None:
+    """Two neighbours with some padding between them, and one far from both that fills no page."""
+    views = [mapped.view(5000, 3 * HUGE_PAGE), mapped.view(3 * HUGE_PAGE + 32, 5 * HUGE_PAGE)]
+    copied = huge_pages.copy([*views, mapped.view(12 * HUGE_PAGE, 12 * HUGE_PAGE + 4096)], budgeted=True)
+    assert copied in (3 * HUGE_PAGE, 4 * HUGE_PAGE)
+    assert mapped.view(0, SIZE).tobytes() == content
+
+
 def test_the_copy_does_not_need_the_file(mapped: MappedFile, content: bytes) -> None:
     view = mapped.view(2 * HUGE_PAGE, SIZE - 2 * HUGE_PAGE)
     huge_pages.copy([view])
@@ -70,20 +78,20 @@ def test_it_pays_for_small_pages_with_room(mapped: MappedFile, monkeypatch: pyte
     view, room = mapped.view(0, SIZE), {"available": 3 * SIZE, "usable": 4 * SIZE, "huge_pages": "madvise"}
 
     def pays(
-        aside: int = 0, huge: int = 0, own: int = 0, *, guest: bool = False, cached: bool = True, **other: object
+        aside: int = 0, huge: int = 0, own: int = 0, *, guest: bool = False, budgeted: bool = False, **other: object
     ) -> bool:
         pages = {"AnonHugePages:": own, "FilePmdMapped:": huge}
         monkeypatch.setattr(huge_pages, "find_memory", lambda: SimpleNamespace(**room | other))
         monkeypatch.setattr(huge_pages, "is_guest", lambda: guest)
         monkeypatch.setattr(huge_pages, "_huge_and_held", lambda _, kinds: (sum(map(pages.get, kinds)), SIZE))
-        return huge_pages.pays([view], aside, cached=cached)
+        return huge_pages.pays([view], aside, budgeted=budgeted)
 
     assert pays()
     assert not pays(aside=SIZE + (1 << 20))
     assert not pays(available=2 * SIZE - EDGES - 1)
     assert not pays(usable=2 * SIZE - EDGES - 1)
-    assert pays(available=2 * SIZE - EDGES - 1, cached=False)
-    assert not pays(available=SIZE - EDGES - 1, cached=False)
+    assert pays(available=2 * SIZE - EDGES - 1, budgeted=True)
+    assert not pays(available=SIZE - EDGES - HUGE_PAGE, budgeted=True)
     assert not pays(huge_pages="never")
     assert not huge_pages.pays([np.zeros(HUGE_PAGE, np.uint8)])
     assert not pays(huge=4 * SIZE // 5)

@@ -59,7 +59,7 @@ def is_guest(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     """Whether a hypervisor runs this system, as x86 processors tell."""
     try:
         with cpuinfo.open(errors="replace") as lines:
-            return any(line.startswith("flags") and "hypervisor" in line.split() for line in lines)
+            return "hypervisor" in next((line.split() for line in lines if line.startswith("flags")), ())
     except OSError:
         return False
 

@@ -33,6 +33,12 @@ PIECE = 16 * HUGE_PAGE
 GIB = 1 << 30
 HUGE_ENOUGH = 0.75
 """Share of the bytes in huge pages from which on a copy gains little."""
+MOST_PIECES = 256
+"""In which a copy is made, unless they were larger than `PIECE`: a piece for each thread is in memory twice meanwhile,
+which must stay a small share of a budget.
+"""
+PADDING = 4096
+"""Most bytes between tensors that are neighbours in a file."""
 THREADS = 8
 """Most of them that copy; more only wait for the memory."""
 
@@ -41,34 +47,36 @@ MOVE, TO_A_PLACE = 1, 2
 FAILED = ctypes.c_void_p(-1).value
 
 
-def pays(views: Sequence[Bytes], aside: int = 0, *, cached: bool = True) -> bool:
+def pays(views: Sequence[Bytes], aside: int = 0, *, budgeted: bool = False) -> bool:
     """Whether most of these bytes lie in small pages, and memory has room for them and for `aside` bytes more.
 
-    Room for them twice if the file is to stay in the system's cache, from where the next start is fast.
+    Room for them twice, so that the file stays in the system's cache, from where the next start is fast; but not if a
+    budget counts what is in memory.
     """
-    ranges, memory = list(_ranges(views)), find_memory()
+    ranges, memory = list(_ranges(views, inside=budgeted)), find_memory()
     total = sum(stop - start for start, stop in ranges)
     if not total or memory.huge_pages not in ("always", "madvise"):
         return False
-    if total * (1 + cached) + aside > min(memory.available, memory.usable):
+    if total * (1 if budgeted else 2) + aside > min(memory.available, memory.usable):
         return False
     huge, held = _huge_and_held(ranges, ("AnonHugePages:",) if is_guest() else ("AnonHugePages:", "FilePmdMapped:"))
     return huge < HUGE_ENOUGH * held
 
 
-def copy(views: Sequence[Bytes], progress: Progress | None = None) -> int:
+def copy(views: Sequence[Bytes], progress: Progress | None = None, *, budgeted: bool = False) -> int:
     """Put memory of the process's own in the place of the mapped files that these are views on; bytes copied.
 
     Huge pages are copied whole, with what else they hold; the beginning and the end of a file, less than one, are not.
+    If a budget counts what is in memory, pages that hold something else stay the file's.
     The caller sees to it that nobody writes to the views, and that the files are whole (`sheltered`).
 
     Raises:
         HardwareError: memory has no room for the copy; the views are as they were.
     """
-    pieces = [
-        (start, min(start + PIECE, stop)) for first, stop in _ranges(views) for start in range(first, stop, PIECE)
-    ]
-    total, done, memory = sum(stop - start for start, stop in pieces), 0, find_memory()
+    ranges, done, memory = list(_ranges(views, inside=budgeted)), 0, find_memory()
+    total = sum(stop - start for start, stop in ranges)
+    size = min(PIECE, max(1, total // (MOST_PIECES * HUGE_PAGE)) * HUGE_PAGE)
+    pieces = [(start, min(start + size, stop)) for first, stop in ranges for start in range(first, stop, size)]
     room = min(memory.available, memory.usable)
     if total > room:
         raise HardwareError(
@@ -83,14 +91,33 @@ def copy(views: Sequence[Bytes], progress: Progress | None = None) -> int:
     return done
 
 
-def _ranges(views: Sequence[Bytes]) -> Iterator[tuple[int, int]]:
-    """Addresses of whole huge pages that hold bytes of the views, and only bytes of the mappings below them."""
+def _ranges(views: Sequence[Bytes], *, inside: bool) -> Iterator[tuple[int, int]]:
+    """Addresses of whole huge pages that hold bytes of the views, and only bytes of the mappings below them.
+
+    `inside`: only those that hold nothing else but what pads neighbours.
+    """
+    if inside:
+        yield from _inside(views)
+        return
     pages = sorted(pair for view in views if (pair := _pages(view)) is not None)
     while pages:
         start, stop = pages.pop(0)
         while pages and pages[0][0] <= stop:
             stop = max(stop, pages.pop(0)[1])
         yield start, stop
+
+
+def _inside(views: Sequence[Bytes]) -> Iterator[tuple[int, int]]:
+    """Addresses of the huge pages that lie in a run of views on mapped files."""
+    mapped = (view for view in views if view.nbytes and mapping_below(view) is not None)
+    spans = sorted((view.ctypes.data, view.ctypes.data + view.nbytes) for view in mapped)
+    while spans:
+        begin, end = spans.pop(0)
+        while spans and spans[0][0] <= end + PADDING:
+            end = max(end, spans.pop(0)[1])
+        start, stop = -(-begin // HUGE_PAGE) * HUGE_PAGE, end // HUGE_PAGE * HUGE_PAGE
+        if start < stop:
+            yield start, stop
 
 
 def _pages(view: Bytes) -> tuple[int, int] | None:

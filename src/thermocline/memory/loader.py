@@ -127,9 +127,9 @@ def load_transformer(
         transformer = build()
         loading.ffn.give_lanes()
         held = loading.flushed.host_bytes
-        if mapped is False or (mapped is None and huge_pages.pays(held, aside, cached=not budgeted)):
+        if mapped is False or (mapped is None and huge_pages.pays(held, aside, budgeted=budgeted)):
             with sheltered(mappings_below(held)):
-                loading.own_bytes = huge_pages.copy(held, progress)
+                loading.own_bytes = huge_pages.copy(held, progress, budgeted=budgeted and mapped is None)
         if store is not None or (budgeted and loading.own_bytes):
             settle(source.path, held)
         if mlock:
