@@ -1,17 +1,15 @@
 #include "attention.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
-#include <limits>
 
-#include "requantize.h"
+#include "attend_panels.h"
+#include "attend_parts.h"
 
 namespace thermocline {
 namespace {
 
-constexpr int64_t kChunk = 512;       // keys of a chunk
-constexpr int64_t kStep = 16;         // keys that softmax_part takes at once
+constexpr int64_t kChunk = kAttendKeys;
 constexpr int64_t kQueries = 64;      // queries of a block: tokens times the heads that share a kv head
 constexpr int64_t kWidenQueries = 8;  // from here on half keys and values are widened once for all queries
 // Up to so many tokens the chunks of one head are shared among workers; a longer batch has work enough in its
@@ -19,14 +17,6 @@ constexpr int64_t kWidenQueries = 8;  // from here on half keys and values are w
 constexpr int64_t kSplitTokens = 4;
 constexpr int64_t kPlaceBytes = 4096;  // least bytes between places that are fetched by turns: a page
 constexpr int64_t kNoItem = -1;
-constexpr float kNone = -std::numeric_limits<float>::infinity();
-
-// The softmax sums of some queries over some keys.
-struct Sums {
-  float* acc;     // (queries, head_dim): sum of exp(score - most) * value
-  float* most;    // (queries)
-  float* weight;  // (queries): sum of exp(score - most)
-};
 
 // The keys and the values of an item, and the keys of the one after, which a worker reads one after another.
 struct Stream {
@@ -60,18 +50,18 @@ class Attention {
   Attention(Context& context, const AttentionJob& job)
       : context_(context),
         job_(job),
-        group_(job.heads / job.kv_heads),
+        group_(job.group()),
         dim_(job.head_dim),
         q_stride_((job.head_dim + 4 * kBlock - 1) / (4 * kBlock) * (4 * kBlock)),
         split_(job.tokens <= kSplitTokens),
         block_tokens_(split_ ? job.tokens : std::max<int64_t>(1, kQueries / group_)),
-        first_chunk_(visible_from(0) / kChunk),
+        first_chunk_(job.visible_from(0) / kChunk),
         chunks_((job.start + job.tokens - 1) / kChunk + 1 - first_chunk_),
-        team_(context.team((job.start + job.tokens - visible_from(0)) * job.kv_heads *
+        team_(context.team((job.start + job.tokens - job.visible_from(0)) * job.kv_heads *
                            (job.keys.row_bytes + job.values.row_bytes) * job.tokens)),
         streams_(context.streams(team_)) {
     const int64_t queries = block_tokens_ * group_;
-    sums_size_ = queries * (dim_ + 2);
+    sums_size_ = Sums::size(queries, dim_);
     bytes_size_ = job.keys.format == kQ8_0 ? queries * (q_stride_ / 4 + 2 * q_stride_ / kBlock) : 0;
     queries_size_ = aligned(queries * dim_ + bytes_size_);
     // Queries, scores, widened chunk, sums of the chunk, sums so far.
@@ -92,7 +82,8 @@ class Attention {
 
   void run() {
     team_.run([&](int worker) {
-      write_items_.drain([&](int64_t begin, int64_t end) { write(begin, end); });
+      write_items_.drain(
+          [&](int64_t begin, int64_t end) { write_cache(context_.kernels, job_, begin, end); });
       prepare_items_.drain(
           [&](int64_t head, int64_t) { prepare(head, 0, job_.tokens, prepared_ + head * queries_size_); });
       team_.barrier();
@@ -115,40 +106,7 @@ class Attention {
   // Floats in whole vectors of any level.
   static int64_t aligned(int64_t floats) { return (floats + 15) / 16 * 16; }
 
-  // The first position that token t sees.
-  int64_t visible_from(int64_t t) const {
-    return job_.window > 0 ? std::max<int64_t>(0, job_.start + t - job_.window + 1) : 0;
-  }
-
-  void write(int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t t = i / job_.kv_heads, head = i % job_.kv_heads;
-      store(job_.keys, head, job_.start + t, job_.k + i * dim_);
-      store(job_.values, head, job_.start + t, job_.v + i * dim_);
-    }
-  }
-
-  void store(const Cache& cache, int64_t head, int64_t position, const float* x) {
-    uint8_t* row = cache.row(head, position);
-    if (cache.format == kF16) {
-      context_.kernels.to_half(x, row, dim_);
-    } else if (cache.format == kQ8_0) {
-      encode_q8_0(x, dim_, row);
-    } else {
-      std::memcpy(row, x, static_cast<size_t>(dim_) * sizeof(float));
-    }
-  }
-
-  Sums sums_at(float* memory) const {
-    const int64_t queries = block_tokens_ * group_;
-    return {memory, memory + queries * dim_, memory + queries * (dim_ + 1)};
-  }
-
-  void clear(const Sums& sums, int64_t queries) const {
-    std::fill(sums.acc, sums.acc + queries * dim_, 0.0f);
-    std::fill(sums.most, sums.most + queries, kNone);
-    std::fill(sums.weight, sums.weight + queries, 0.0f);
-  }
+  Sums sums_at(float* memory) const { return Sums(memory, block_tokens_ * group_, dim_); }
 
   // Puts the queries of tokens t0 .. t1 and one kv head into `memory`, one after another, and in 8 bits too
   // if the keys are.
@@ -209,7 +167,7 @@ class Attention {
   // The keys or the values of an item of the decode path.
   Stream::Piece piece(const Cache& cache, int64_t item) const {
     if (item == kNoItem) return {nullptr, 0, 0};
-    const int64_t from = std::max((first_chunk_ + item % chunks_) * kChunk, visible_from(0));
+    const int64_t from = std::max((first_chunk_ + item % chunks_) * kChunk, job_.visible_from(0));
     const int64_t to = std::min((first_chunk_ + item % chunks_ + 1) * kChunk, job_.start + job_.tokens);
     return {cache.row(item / chunks_, from), to - from, cache.row_bytes};
   }
@@ -236,9 +194,9 @@ class Attention {
     float* scores = scratch + queries_size_;
     float* wide = scores + block_tokens_ * group_ * kChunk;
     const int64_t origin = chunk * kChunk;
-    const int64_t from = std::max(origin, visible_from(t0));
+    const int64_t from = std::max(origin, job_.visible_from(t0));
     const int64_t to = std::min(origin + kChunk, job_.start + t1);
-    clear(sums, queries);
+    sums.clear(queries, dim_);
     if (from >= to) return;
     // Steps of the softmax begin at fixed positions, so that all sums are taken in the same order by every
     // batch.
@@ -257,12 +215,9 @@ class Attention {
     }
     for (int64_t i = 0; i < queries; ++i) {
       const int64_t t = t0 + i / group_;
-      float* row = scores + i * kChunk;
-      const int64_t first = std::clamp(visible_from(t) - base, from - base, steps);
+      const int64_t first = std::clamp(job_.visible_from(t) - base, from - base, steps);
       const int64_t last = std::clamp(job_.start + t + 1 - base, first, to - base);
-      std::fill(row, row + first, kNone);
-      std::fill(row + last, row + steps, kNone);
-      sums.weight[i] = context_.kernels.softmax_part(row, steps, job_.scale, &sums.most[i]);
+      soften(context_.kernels, job_, scores + i * kChunk, first, last, steps, sums, i);
     }
     if (stream) {
       const Rows values{job_.values.row(head, from), job_.values.row_bytes, nullptr};
@@ -277,24 +232,6 @@ class Attention {
     context_.kernels.axpy[format](add, 0, to - from, 0, queries, 0, dim_);
   }
 
-  // Query `to` of total += query i of part, both brought to the larger of the two maxima.
-  void merge(const Sums& total, int64_t to, const Sums& part, int64_t i) const {
-    if (part.weight[i] == 0.0f) return;
-    const float most = std::max(total.most[to], part.most[i]);
-    const float keep = std::exp(total.most[to] - most), take = std::exp(part.most[i] - most);
-    context_.kernels.attend.blend(total.acc + to * dim_, keep, part.acc + i * dim_, take, dim_);
-    total.weight[to] = total.weight[to] * keep + part.weight[i] * take;
-    total.most[to] = most;
-  }
-
-  // Writes the result of query i of a block of tokens from t0 on, whose sums are those of query `from` of
-  // total.
-  void finish(int64_t head, int64_t t0, int64_t i, const Sums& total, int64_t from) const {
-    float* out = job_.out + ((t0 + i / group_) * job_.heads + head * group_ + i % group_) * dim_;
-    const float share = 1.0f / total.weight[from];
-    for (int64_t c = 0; c < dim_; ++c) out[c] = total.acc[from * dim_ + c] * share;
-  }
-
   void attend_chunk(int64_t item, int64_t next, float* scratch) {
     const int64_t head = item / chunks_, chunk = first_chunk_ + item % chunks_;
     const int64_t steps = (kPlaceBytes / job_.keys.row_bytes + kStep - 1) / kStep;
@@ -307,10 +244,10 @@ class Attention {
   void merge_chunks(int64_t item, float* scratch) {
     const int64_t queries = job_.tokens * group_, head = item / queries, i = item % queries;
     const Sums total = sums_at(scratch);
-    clear(total, 1);
+    total.clear(1, dim_);
     for (int64_t c = 0; c < chunks_; ++c)
-      merge(total, 0, sums_at(parts_ + (head * chunks_ + c) * sums_size_), i);
-    finish(head, 0, i, total, 0);
+      total.merge(context_.kernels, 0, sums_at(parts_ + (head * chunks_ + c) * sums_size_), i, dim_);
+    finish(job_, head, 0, i, total, 0);
   }
 
   void attend_block(int64_t item, float* scratch) {
@@ -323,12 +260,12 @@ class Attention {
     const Sums part = sums_at(memory), total = sums_at(memory + sums_size_);
     prepare(head, t0, t1, scratch);
     const Tokens tokens = tokens_at(scratch);
-    clear(total, queries);
-    for (int64_t c = visible_from(t0) / kChunk; c <= (job_.start + t1 - 1) / kChunk; ++c) {
+    total.clear(queries, dim_);
+    for (int64_t c = job_.visible_from(t0) / kChunk; c <= (job_.start + t1 - 1) / kChunk; ++c) {
       attend(head, t0, t1, c, tokens, scratch, part);
-      for (int64_t i = 0; i < queries; ++i) merge(total, i, part, i);
+      for (int64_t i = 0; i < queries; ++i) total.merge(context_.kernels, i, part, i, dim_);
     }
-    for (int64_t i = 0; i < queries; ++i) finish(head, t0, i, total, i);
+    for (int64_t i = 0; i < queries; ++i) finish(job_, head, t0, i, total, i);
   }
 
   Context& context_;
@@ -349,7 +286,11 @@ class Attention {
 
 void attention(Context& context, const AttentionJob& job) {
   if (job.tokens == 0 || job.heads == 0) return;
-  Attention(context, job).run();
+  if (PanelAttention::pays(context.kernels, job)) {
+    PanelAttention(context, job).run();
+  } else {
+    Attention(context, job).run();
+  }
 }
 
 }  // namespace thermocline

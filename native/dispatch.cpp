@@ -56,6 +56,7 @@ Kernels with_amx() {
   }
   kernels.pair_tokens = kAmxKernels.pair_tokens;
   kernels.split_tokens = kAmxKernels.split_tokens;
+  kernels.split = kAmxKernels.split;
   kernels.turn_tiles = kAmxKernels.turn_tiles;
   return kernels;
 }

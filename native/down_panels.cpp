@@ -98,7 +98,8 @@ void DownPanels::add_part(int worker, int64_t item, float* out) {
   Tokens tokens{};
   (parts_ == 2 ? tokens.split : tokens.pairs) = pairs_ + t0 * parts_ * steps_ * kStep;
   const DotJob job{{}, steps_ * kStep, tokens, out + t0 * down_.cols, down_.cols, nullptr, true};
-  kernels.panel[down_.format].dot(job, panels, c0, c1, t1 - t0);
+  const PanelKernels& panel = kernels.panel[down_.format];
+  panel.dot(job, panels, c0, c1, t1 - t0, panels + kAcrossColumns / kPanelRows * panel.bytes(steps_ * kStep));
 }
 
 void DownPanels::add(int worker, float* out) {

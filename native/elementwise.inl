@@ -17,10 +17,7 @@ static inline Vec exponential(Vec x) {
   p = fma(p, r, splat(0.5f));
   p = fma(p, r, splat(1.0f));
   p = fma(p, r, splat(1.0f));
-  // n reaches 128, whose power is no float: multiply by two halves of it.
-  const Vec half = nearest(mul(n, splat(0.5f)));
-  const Vec power = mul(mul(p, power_of_two(half)), power_of_two(add(n, mul(half, splat(-1.0f)))));
-  return mul(power, step_from(x, low));
+  return keep_from(times_power(p, n), x, low);
 }
 
 #include "gelu.inl"

@@ -100,11 +100,13 @@ struct PanelKernels {
   TokenForm form;
   // Rows that are unpacked at once at most: a panel for each kPanelRows, one after another.
   int64_t rows;
-  int64_t scratch;                    // bytes that dot uses behind the panels
+  int64_t scratch;                    // bytes that dot needs
   int64_t (*bytes)(int64_t columns);  // of a panel
   void (*pack)(const Rows& rows, int64_t r0, int64_t r1, int64_t columns, uint8_t* panel);
-  // Rows r0 .. r1 of the job, which are those of the panels, with all tokens.
-  void (*dot)(const DotJob& job, uint8_t* panel, int64_t r0, int64_t r1, int64_t tokens);
+  // Rows r0 .. r1 of the job, which are those of the panels, with all tokens; `scratch` lies on a line of
+  // the cache.
+  void (*dot)(const DotJob& job, const uint8_t* panel, int64_t r0, int64_t r1, int64_t tokens,
+              uint8_t* scratch);
 };
 
 // acc[t * acc_stride + c - c0] += sum over k of h[t * h_stride + (positions ? positions[k] : k)] * row(k)[c],
@@ -214,6 +216,15 @@ struct AttendKernels {
 
 constexpr int64_t kAttendColumns = 16;
 
+// For the many queries of a prompt: keys and values as panels of split numbers, which meet Tokens::split. All
+// null where the level or the format has none.
+struct SplitKernels {
+  PanelKernels panel[kFormats];
+  // As Kernels::pack_across.
+  void (*pack_across[kFormats])(const Rows& rows, int64_t steps, int64_t c0, int64_t c1, int64_t columns,
+                                uint8_t* panels);
+};
+
 enum Activation : int { kSilu = 0, kRelu = 1, kRelu2 = 2, kGelu = 3 };
 
 struct Kernels {
@@ -281,6 +292,7 @@ struct Kernels {
   // A value that depends on all bytes, so that reading them cannot be optimised away.
   uint64_t (*checksum)(const uint8_t* data, int64_t n);
   AttendKernels attend = {};
+  SplitKernels split = {};
   // Multiplies tiles, of bytes or of BF16 numbers, `rounds` times and reads no memory; returns the
   // operations, of which a product and its addition are two. Null where the level has no tiles.
   int64_t (*turn_tiles)(bool bytes, int64_t rounds) = nullptr;
@@ -312,6 +324,7 @@ struct AmxKernels {
   PanelKernels panel[kFormats], rounded[kFormats];
   decltype(Kernels::pair_tokens) pair_tokens, split_tokens;
   decltype(Kernels::pack_across) pack_across;
+  SplitKernels split;
   decltype(Kernels::turn_tiles) turn_tiles;
 };
 extern const AmxKernels kAmxKernels;

@@ -20,9 +20,11 @@ namespace THERMOCLINE_ISA {
 template <Format F>
 constexpr PanelKernels rounded = {kPaired,          kManyPanelRows,  kAmxScratch, amx_panel_bytes<1>,
                                   pack_tiles<F, 1>, amx_panel_dot<1>};
+template <Format F>
+constexpr PanelKernels split = {kSplit,           kManyPanelRows,  kAmxScratch, amx_panel_bytes<2>,
+                                pack_tiles<F, 2>, amx_panel_dot<2>};
 template <>
-constexpr PanelKernels rounded<kF16> = {
-    kSplit, kManyPanelRows, kAmxScratch, amx_panel_bytes<2>, pack_tiles<kF16, 2>, amx_panel_dot<2>};
+constexpr PanelKernels rounded<kF16> = split<kF16>;
 
 template <Format F>
 constexpr auto across = pack_across < F,
@@ -71,6 +73,8 @@ constexpr AmxKernels kAmxKernels = {
     THERMOCLINE_ISA::pair_tokens<1>,
     THERMOCLINE_ISA::pair_tokens<2>,
     THERMOCLINE_FORMATS(THERMOCLINE_ISA::across),
+    {{{}, THERMOCLINE_ISA::split<kF16>, {}, THERMOCLINE_ISA::split<kQ8_0>},
+     {nullptr, THERMOCLINE_ISA::pack_across<kF16, 2>, nullptr, THERMOCLINE_ISA::pack_across<kQ8_0, 2>}},
     THERMOCLINE_ISA::turn_tiles,
 };
 

@@ -162,7 +162,8 @@ unsigned form_of(const Kernels& kernels, Format format, int64_t tokens) {
 int64_t dot_scratch(const Kernels& kernels, Format format, int64_t columns, int64_t tokens) {
   if (has_panel(kernels, format, tokens)) {
     const PanelKernels& panel = kernels.panel[format];
-    return round_up(panel_rows(panel, columns) / kPanelRows * panel.bytes(columns) + panel.scratch, 64) / 4;
+    const int64_t panels = round_up(panel_rows(panel, columns) / kPanelRows * panel.bytes(columns), 64);
+    return (panels + round_up(panel.scratch, 64)) / 4;
   }
   return widens(format, tokens) ? kWidenRows * columns : 0;
 }
@@ -173,12 +174,13 @@ void dot_chunk(const Kernels& kernels, Format format, const DotJob& job, int64_t
     const PanelKernels& panel = kernels.panel[format];
     auto* panels = reinterpret_cast<uint8_t*>(scratch);
     const int64_t rows = panel_rows(panel, job.columns), size = panel.bytes(job.columns);
+    uint8_t* behind = panels + round_up(rows / kPanelRows * size, 64);
     for (int64_t r = r0; r < r1; r += rows) {
       const int64_t end = std::min(r + rows, r1);
       for (int64_t p = r; p < end; p += kPanelRows)
         panel.pack(job.rows, p, std::min(p + kPanelRows, end), job.columns,
                    panels + (p - r) / kPanelRows * size);
-      panel.dot(job, panels, r, end, tokens);
+      panel.dot(job, panels, r, end, tokens, behind);
     }
     return;
   }

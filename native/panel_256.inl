@@ -218,7 +218,8 @@ static void int_panel_tile(const DotJob& job, const uint8_t* panel, int64_t r0, 
 }
 
 template <Format F>
-static void int_panel_dot(const DotJob& job, uint8_t* panel, int64_t r0, int64_t r1, int64_t tokens) {
+static void int_panel_dot(const DotJob& job, const uint8_t* panel, int64_t r0, int64_t r1, int64_t tokens,
+                          uint8_t*) {
   int64_t t = 0;
   for (; t + kTileRows<F> <= tokens; t += kTileRows<F>)
     int_panel_tile<F, kTileRows<F>>(job, panel, r0, r1, t);

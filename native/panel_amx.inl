@@ -306,13 +306,13 @@ static inline void multiply_panels(const TileWork& work) {
   }
 }
 
-// Behind the panels lies the scratch memory of sums.
 template <int P>
-static void amx_panel_dot(const DotJob& job, uint8_t* panel, int64_t r0, int64_t r1, int64_t tokens) {
+static void amx_panel_dot(const DotJob& job, const uint8_t* panel, int64_t r0, int64_t r1, int64_t tokens,
+                          uint8_t* scratch) {
   static constexpr TileShapes kShapes = full_tiles();
   _tile_loadconfig(&kShapes);
   const int64_t steps = tile_steps(job.columns), panels = (r1 - r0 + kPanelRows - 1) / kPanelRows;
-  auto* sums = reinterpret_cast<TileSums*>(panel + panels * amx_panel_bytes<P>(job.columns));
+  auto* sums = reinterpret_cast<TileSums*>(scratch);
   for (int64_t t0 = 0; t0 < tokens; t0 += kBlockTokens) {
     const int64_t t1 = tokens - t0 < kBlockTokens ? tokens : t0 + kBlockTokens;
     int64_t s0 = 0;

@@ -83,7 +83,8 @@ static void amx_int_tile(const DotJob& job, const uint8_t* panel, int64_t r0, in
 
 // A group of tokens, which stays in the first cache, meets all panels, which stay in the second.
 template <Format F>
-static void amx_int_dot(const DotJob& job, uint8_t* panels, int64_t r0, int64_t r1, int64_t tokens) {
+static void amx_int_dot(const DotJob& job, const uint8_t* panels, int64_t r0, int64_t r1, int64_t tokens,
+                        uint8_t*) {
   static constexpr TileShapes kAll = int_shapes(16), kFew = int_shapes(8);
   for (int64_t t = 0; t < tokens; t += kGroupTokens) {
     const int64_t count = tokens - t < kGroupTokens ? tokens - t : kGroupTokens;

@@ -59,7 +59,8 @@ static void bf16_panel_tile(const DotJob& job, const uint8_t* w, int64_t r0, int
   store_sums(job, sums[0], r0, r1, t0, T);
 }
 
-static void bf16_panel_dot(const DotJob& job, uint8_t* panel, int64_t r0, int64_t r1, int64_t tokens) {
+static void bf16_panel_dot(const DotJob& job, const uint8_t* panel, int64_t r0, int64_t r1, int64_t tokens,
+                           uint8_t*) {
   int64_t t = 0;
   for (; t + 12 <= tokens; t += 12) bf16_panel_tile<12>(job, panel, r0, r1, t);
   for (; t + 4 <= tokens; t += 4) bf16_panel_tile<4>(job, panel, r0, r1, t);

@@ -86,7 +86,8 @@ static void float_panel_tile(const DotJob& job, const float* w, int64_t r0, int6
   store_sums(job, total[0], r0, r1, t0, count);
 }
 
-static void float_panel_dot(const DotJob& job, uint8_t* panel, int64_t r0, int64_t r1, int64_t tokens) {
+static void float_panel_dot(const DotJob& job, const uint8_t* panel, int64_t r0, int64_t r1, int64_t tokens,
+                            uint8_t*) {
   const float* w = reinterpret_cast<const float*>(panel);
   for (int64_t t = 0; t < tokens; t += kTileTokens) {
     const int64_t left = tokens - t;

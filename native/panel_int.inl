@@ -131,7 +131,8 @@ static void int_panel_tile(const DotJob& job, const uint8_t* panel, int64_t r0, 
 
 // Tiles of 2 x 6 integer sums and as many float sums, two weights and a token take 27 of the 32 registers.
 template <Format F>
-static void int_panel_dot(const DotJob& job, uint8_t* panel, int64_t r0, int64_t r1, int64_t tokens) {
+static void int_panel_dot(const DotJob& job, const uint8_t* panel, int64_t r0, int64_t r1, int64_t tokens,
+                          uint8_t*) {
   int64_t t = 0;
   for (; t + 6 <= tokens; t += 6) int_panel_tile<F, 6>(job, panel, r0, r1, t);
   for (; t + 2 <= tokens; t += 2) int_panel_tile<F, 2>(job, panel, r0, r1, t);

@@ -44,9 +44,9 @@ static inline Vec gated(Vec gate, Vec x) {
 static inline Vec gather(const float* x, const int32_t* places) {
   return _mm256_i32gather_ps(x, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(places)), sizeof(float));
 }
-// 0 where x < limit, else 1.
-static inline Vec step_from(Vec x, Vec limit) {
-  return _mm256_andnot_ps(_mm256_cmp_ps(x, limit, _CMP_LT_OQ), splat(1.0f));
+// v, 0 where x < limit.
+static inline Vec keep_from(Vec v, Vec x, Vec limit) {
+  return _mm256_andnot_ps(_mm256_cmp_ps(x, limit, _CMP_LT_OQ), v);
 }
 
 static inline uint32_t at_least(Vec a, Vec limit) {
@@ -92,6 +92,11 @@ static inline Vec nearest(Vec x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEARE
 static inline Vec power_of_two(Vec n) {
   const __m256i biased = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
   return _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23));
+}
+// x * 2^n for whole n up to 128, whose power is no float: by two halves of it.
+static inline Vec times_power(Vec x, Vec n) {
+  const Vec half = nearest(mul(n, splat(0.5f)));
+  return mul(mul(x, power_of_two(half)), power_of_two(sub(n, half)));
 }
 
 static inline Vec load_f16(const uint8_t* p) { return _mm256_cvtph_ps(load_128(p)); }

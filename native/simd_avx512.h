@@ -46,9 +46,9 @@ static inline Vec gated(Vec gate, Vec x) {
 static inline Vec gather(const float* x, const int32_t* places) {
   return _mm512_i32gather_ps(_mm512_loadu_si512(places), x, sizeof(float));
 }
-// 0 where x < limit, else 1.
-static inline Vec step_from(Vec x, Vec limit) {
-  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, limit, _CMP_NLT_UQ), splat(1.0f));
+// v, 0 where x < limit.
+static inline Vec keep_from(Vec v, Vec x, Vec limit) {
+  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, limit, _CMP_NLT_UQ), v);
 }
 
 static inline uint32_t at_least(Vec a, Vec limit) { return _mm512_cmp_ps_mask(a, limit, _CMP_GE_OQ); }
@@ -81,10 +81,8 @@ static inline float largest(Vec v) {
 static inline Vec nearest(Vec x) {
   return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
-static inline Vec power_of_two(Vec n) {
-  const __m512i biased = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(biased, 23));
-}
+// x * 2^n for whole n.
+static inline Vec times_power(Vec x, Vec n) { return _mm512_scalef_ps(x, n); }
 
 static inline Vec load_f16(const uint8_t* p) { return _mm512_cvtph_ps(load_256(p)); }
 static inline Vec load_bf16(const uint8_t* p) {

@@ -43,8 +43,8 @@ static inline Vec gather(const float* x, const int32_t* places) {
   for (int i = 0; i < kLanes; ++i) v[i] = x[places[i]];
   return v;
 }
-// 0 where x < limit, else 1.
-static inline Vec step_from(Vec x, Vec limit) { return x < limit ? zero() : splat(1.0f); }
+// v, 0 where x < limit.
+static inline Vec keep_from(Vec v, Vec x, Vec limit) { return x < limit ? zero() : v; }
 // Bit i is set where a[i] is at least limit[i]; NaN is not.
 static inline uint32_t at_least(Vec a, Vec limit) {
   uint32_t bits = 0;
@@ -82,6 +82,11 @@ static inline Vec power_of_two(Vec n) {
   Vec v;
   std::memcpy(&v, &bits, sizeof v);
   return v;
+}
+// x * 2^n for whole n up to 128, whose power is no float: by two halves of it.
+static inline Vec times_power(Vec x, Vec n) {
+  const Vec half = nearest(mul(n, splat(0.5f)));
+  return mul(mul(x, power_of_two(half)), power_of_two(sub(n, half)));
 }
 
 static inline Vec load_f16(const uint8_t* p) {

@@ -27,10 +27,12 @@ class CpuOps:
     """The contract over `thermocline._native`, with its own threads.
 
     Results do not depend on the number of threads, on skipping, nor on which tokens share a batch, bit for bit; with
-    one exception: `avx512bf16` and `amx` round the activations of 8 tokens or more to BF16 before they meet weights
-    in BF16, and so does `amxbf16` before they meet weights in BF16 or in block formats, which it rounds as well. The
-    last two split such activations in two numbers of BF16 before they meet weights in F16, with an error of 2^-15.
-    They do depend on the instruction set, but for products in block formats, which are the same at all levels with
+    one exception: a batch of 8 tokens or more differs from single tokens where the level rounds otherwise for it.
+    `avx512bf16` and `amx` round such activations to BF16 before they meet weights in BF16, and so does `amxbf16` before
+    they meet weights in BF16 or in block formats, which it rounds as well. The last two split them in two numbers of
+    BF16 each before they meet weights in F16, and keys and values in F16 or Q8_0, with an error of 2^-15 of a product.
+
+    Results do depend on the instruction set, but for products in block formats, which are the same at all levels with
     vectors of 256 bits or more, such batches on `amxbf16` aside. Where a weight is in a block format, activations are
     else rounded to 8 bits in blocks of 32 before they meet it (except in the down projection of neuron records).
 
