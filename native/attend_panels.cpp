@@ -12,7 +12,6 @@ constexpr int64_t kBlockQueries = 256;             // of a block at most: so man
 constexpr int64_t kFewQueries = 2 * kGroupTokens;  // that meet the panels of a chunk at a time
 constexpr int64_t kKeysOfStep = kPairColumns;
 constexpr int64_t kMostSteps = kAttendKeys / kKeysOfStep;
-constexpr int64_t kPanelTokens = 8;  // from which making panels pays
 
 }  // namespace
 

@@ -8,8 +8,6 @@ namespace {
 
 constexpr int64_t kPiece = 2048;  // columns of a token quantised at a time
 
-// Tokens from which unpacking weights into a panel pays.
-constexpr int64_t kPanelTokens = 8;
 // Tokens from which widening a row once pays for writing and reading it back.
 constexpr int64_t kWidenTokens = 8;
 constexpr int64_t kWidenRows = 32;

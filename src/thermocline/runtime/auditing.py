@@ -44,8 +44,8 @@ from thermocline.runtime.sequence import TransformerSequence
 
 Ints = npt.NDArray[np.int32]
 
-BATCH: Final = 64
-"""Tokens that dense computes at once, ahead of the others."""
+BATCH: Final = 7
+"""Tokens that dense computes at once, ahead of the others: fewer than those that some CPUs round otherwise than one."""
 PROMPTS: Final = 32
 PROMPT_TOKENS: Final = 32
 FREE_TOKENS: Final = 128
