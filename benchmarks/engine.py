@@ -8,14 +8,17 @@ from pathlib import Path
 
 import numpy as np
 
+from thermocline import _native
 from thermocline.config import CacheType, LoadSettings, Mode, SamplingSettings
 from thermocline.files.companion import companion
-from thermocline.files.formats import F16, F32, Q8_0
+from thermocline.files.formats import F16, F32, FORMATS, Q8_0
 from thermocline.files.open import open_model
 from thermocline.files.quantize import quantize
 from thermocline.files.sidecar import SidecarKind
 from thermocline.memory.kv_cache import KVCache
+from thermocline.memory.neuron_store import ResidentNeurons
 from thermocline.model.families import family_of
+from thermocline.ops.cpu import CpuOps
 from thermocline.runtime.engine import Engine
 from thermocline.runtime.loading import LoadedModel, load_model
 from thermocline.runtime.sampler import Sampler
@@ -101,6 +104,21 @@ class Ours:
                 part = array.reshape(-1, array.shape[-1])
                 for at in range(0, len(part), len(rows)):
                     part[at : at + len(rows)] = rows[: len(part) - at]
+
+    def read_weights(self) -> tuple[float, float]:
+        """Seconds and bytes of reading once, with nothing else to do, what a dense token reads of the weights."""
+        network = self.model.transformer
+        matrices = [*network.head]
+        for layer in network.layers:
+            matrices += [*layer.qkv, *layer.out]
+            for part in layer.ffn.parts:
+                assert isinstance(part, ResidentNeurons)
+                matrices += [m for m in (part.block.gate, part.block.up, part.block.down) if m is not None]
+        sizes = [m.rows * FORMATS[m.ggml_type].row_bytes(m.cols) for m in matrices]
+        assert isinstance(network.ops, CpuOps)
+        context = network.ops.context
+        seconds = sum(size / _native.read_rows(context, m, None) for size, m in zip(sizes, matrices, strict=True))
+        return seconds, float(sum(sizes))
 
     @property
     def dense_bytes(self) -> float:

@@ -6,8 +6,9 @@
 Weights come from a ring of buffers far larger than the last level cache, so that every call reads memory; active sets
 are random rows of which none comes twice before all came once. Every op is measured in slices with a probe of the
 read bandwidth between them: the share is the op's median rate over the probe's median. Prefill is compared with
-the best integer or BF16 rate of torch on this machine or, with AMX, of its tiles alone. Each group of ops is kept
-under benchmarks/results/ops.
+the best integer or BF16 rate of torch on this machine or, with AMX, of its tiles alone. "rows" is the FFN's bound:
+a program that only reads what the FFN reads, one matrix after the other. Each group of ops is kept under
+benchmarks/results/ops.
 """
 
 from __future__ import annotations
@@ -27,11 +28,12 @@ import numpy.typing as npt
 from benchmarks.machine import Probe, arithmetic_peaks, facts
 from benchmarks.synthetic import SHAPES, Shape
 from benchmarks.tables import print_table, write_results
+from thermocline import _native
 from thermocline.files.formats import BY_NAME, F16, F32, Q8_0, BlockFormat
 from thermocline.files.quantize import quantize
 from thermocline.files.weight import Weight
 from thermocline.hardware.cores import find_cores
-from thermocline.ops.contract import ALL, Activation, ActiveSet, FfnKind, FfnWork, KVLayer, NeuronBlock
+from thermocline.ops.contract import ALL, Activation, ActiveSet, FfnKind, KVLayer, NeuronBlock
 from thermocline.ops.cpu import CpuOps
 
 Call = Callable[[], object]
@@ -122,22 +124,26 @@ class Bench:
         ring = self._neuron_blocks(fmt)
         x, out = np.abs(self._normal(1, s.n_embd)), np.zeros((1, s.n_embd), np.float32)
         for share in SHARES:
-            calls: list[Callable[[], FfnWork]] = []
-            for block in ring:
-                sets = [ALL] if share == 1 else self._disjoint(share)
-                calls += [partial(self.ops.ffn, x, block, active, out, skip_zeros=True) for active in sets]
-            per = len(calls) // len(ring)  # a block's sets follow each other only after all other blocks
-            calls = [calls[b * per + i] for i in range(per) for b in range(len(ring))]
+            sets = [[ALL] if share == 1 else self._disjoint(share) for _ in ring]
+            # A block's sets follow each other only after all other blocks.
+            turns = [
+                (block, active) for some in zip(*sets, strict=True) for block, active in zip(ring, some, strict=True)
+            ]
+            calls = [partial(self.ops.ffn, x, block, active, out, skip_zeros=True) for block, active in turns]
             work = calls[0]()
             rows_read = work.gate_rows + work.up_rows + work.down_rows
-            yield Case(
-                f"ffn {share:.0%}",
-                fmt.name,
-                f"3x{s.n_ff}x{s.n_embd}",
-                tuple(calls),
-                rows_read * fmt.row_bytes(s.n_embd),
-                2.0 * rows_read * s.n_embd,
-            )
+            moved = rows_read * fmt.row_bytes(s.n_embd)
+            size = f"3x{s.n_ff}x{s.n_embd}"
+            yield Case(f"ffn {share:.0%}", fmt.name, size, tuple(calls), moved, 2.0 * rows_read * s.n_embd)
+            if share < 1:
+                reads = tuple(partial(self._read, block, active.indices) for block, active in turns)
+                yield Case(f"rows {share:.0%}", fmt.name, size, reads, moved)
+
+    def _read(self, block: NeuronBlock, rows: npt.NDArray[np.int32] | None) -> None:
+        assert rows is not None
+        for matrix in (block.gate, block.up, block.down):
+            assert matrix is not None
+            _native.read_rows(self.ops.context, matrix, rows)
 
     def predict(self, fmt: BlockFormat) -> Iterator[Case]:
         """Decode through a predictor of rank 512, and the choice of a tenth of the neurons."""

@@ -72,7 +72,7 @@ class Worker:
             n_threads_batch=threads,
             type_k=TYPES[cache],
             type_v=TYPES[cache],
-            flash_attn=cache == "q8_0",  # llama.cpp has quantised values with it only
+            flash_attn=True,  # as its own tools have it, and faster
             logits_all=logits_all,
             use_mmap=mmap,
             verbose=False,

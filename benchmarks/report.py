@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from benchmarks import report_tiers
-from benchmarks.side_by_side import LLAMA, rates, ratios, shares
+from benchmarks.side_by_side import LLAMA, READING, rates, ratios, shares
 from benchmarks.tables import RESULTS
 from thermocline.files.atomic import atomic_write
 
@@ -153,22 +153,23 @@ def _decode() -> str:
     for result in results:
         rounds = result["rounds"]
         cells = [_rate(rounds, name) if name in rounds[0] else "" for name in (LLAMA, *MODES)]
-        rows.append([form(result).upper(), *cells, f"{statistics.median(shares(rounds, 'dense')):.0%}"])
-    heads = ["decode, tokens/s", LLAMA, *MODES, "of the bandwidth, dense"]
+        own = zip(rates(rounds, "dense"), rates(rounds, READING), strict=True)
+        of_reading = statistics.median(dense / reading for dense, reading in own)
+        rows.append(
+            [form(result).upper(), *cells, f"{statistics.median(shares(rounds, 'dense')):.0%}", f"{of_reading:.0%}"]
+        )
+    heads = ["decode, tokens/s", LLAMA, *MODES, "dense, of the bandwidth", "of only reading its weights"]
     return table(heads, rows)
 
 
 def _prefill() -> str:
-    results = read("side_by_side/*-prefill.json")
-    if not results:
-        return ""
     rows = []
-    for result in results:
+    for result in read("side_by_side/*-prefill.json") + read("side_by_side/*-prompt.json"):
         rounds = result["rounds"]
         speed = statistics.median(rates(rounds, "thermocline")) * result["operations_per_token"] / 1e9
         cells = [_rate(rounds, name) if name in rounds[0] else "" for name in (LLAMA, "thermocline")]
-        rows.append([form(result).upper(), *cells, f"{speed:.0f}"])
-    return table(["prefill of 512, tokens/s", LLAMA, "thermocline", "GOP/s"], rows)
+        rows.append([f"{form(result).upper()}, {result['count']:,} tokens", *cells, f"{speed:.0f}"])
+    return table(["prompt, tokens/s", LLAMA, "thermocline", "GOP/s"], rows) if rows else ""
 
 
 def _context() -> str:
@@ -217,6 +218,7 @@ def _ops() -> str:
         if peaks
         else "Shares of the bandwidth probe, of a layer of that model."
     )
+    note += " Rows: a program that only reads the rows that such an FFN reads."
     picture = f"![roofline]({PICTURE.relative_to(README.parent)})\n\n" if PICTURE.is_file() else ""
     return f"{picture}{note}\n\n" + table(["op", *formats], rows)
 

@@ -9,8 +9,9 @@ is kept as a file of its own under benchmarks/results/side_by_side; `python -m b
 README's table of them.
 
 decode: 128 tokens after the first one, a few at a time of each engine in turns; Thermocline's tokens are drawn from
-the model, as how many neurons fire depends on the text; llama.cpp's are random, as llama-bench has them.
-prefill: 512 random tokens in one batch.
+the model, as how many neurons fire depends on the text; llama.cpp's are random, as llama-bench has them. Beside
+that the weights of a dense token are only read, which tells how fast the memory is where they happen to lie.
+prefill: 512 random tokens in one batch; prompt: 4,096 of them, in batches of 512.
 context: decoding after so many tokens; Thermocline's cache is filled with random numbers, which take it as long
 as real ones, llama.cpp's with a real prompt.
 """
@@ -37,10 +38,12 @@ from thermocline.config import CacheType, Mode
 from thermocline.hardware.cores import find_cores
 from thermocline.memory.kv_cache import kv_bytes_per_token
 
-PROMPT, COUNT, SLICE = 512, 128, 32
+PROMPT, LONG_PROMPT, COUNT, SLICE = 512, 4096, 128, 32
 PAUSE = 0.02
 """Seconds before a turn, in which the other engine's threads go to sleep."""
 LLAMA = "llama.cpp"
+READING = "only reading"
+"""What a dense token reads of the weights, where they lie, and nothing computed with it: as fast as a token can be."""
 
 
 Turn = Callable[[], tuple[float, float, float]]
@@ -92,6 +95,10 @@ def decode_turn(ours: Ours, count: int) -> Turn:
     return turn
 
 
+def reading_turn(ours: Ours) -> Turn:
+    return lambda: (1, *ours.read_weights())
+
+
 def peer_turn(peer: Peer, do: str, tokens: list[int], size: float = 0.0) -> Turn:
     return lambda: (len(tokens), peer.seconds(do, tokens=tokens), size)
 
@@ -114,6 +121,7 @@ def decode_test(path: Path, peer: Peer | None, probe: Probe, args: argparse.Name
             peer.ask("reset")
             peer.seconds("prefill", tokens=tokens[:8])
         turns: dict[str, Turn] = {str(e.engine.mode): decode_turn(e, SLICE) for e in engines}
+        turns[READING] = reading_turn(engines[0])
         if peer:
             turns[LLAMA] = peer_turn(peer, "decode", tokens[:SLICE], SLICE * engines[0].dense_bytes)
         rounds.run(turns, COUNT // SLICE)
@@ -121,24 +129,32 @@ def decode_test(path: Path, peer: Peer | None, probe: Probe, args: argparse.Name
     return {"count": COUNT, "active": active, "rounds": rounds.rows}
 
 
-def prefill_test(path: Path, peer: Peer | None, probe: Probe, args: argparse.Namespace) -> dict[str, Any]:
-    """A prompt of 512 tokens."""
-    engine = Ours.load(records_of(path), Mode.AUTO, args.threads, PROMPT + 1, mmap=args.mmap)
-    tokens = engine.random_tokens(PROMPT)
-    engine.prefill(tokens)
+def prefill_test(
+    path: Path, peer: Peer | None, probe: Probe, args: argparse.Namespace, count: int = PROMPT
+) -> dict[str, Any]:
+    """A prompt of so many tokens."""
+    engine = Ours.load(records_of(path), Mode.AUTO, args.threads, count + 1, mmap=args.mmap)
+    tokens = engine.random_tokens(count)
+    engine.prefill(tokens[:PROMPT])
     if peer:
-        peer.ask("load", path=str(path), n_ctx=PROMPT + 64, threads=args.threads, mmap=args.mmap is not False)
-        peer.seconds("prefill", tokens=tokens)
+        peer.ask("load", path=str(path), n_ctx=count + 64, threads=args.threads, mmap=args.mmap is not False)
+        peer.seconds("prefill", tokens=tokens[:PROMPT])
     rounds = Rounds(probe)
     for _ in range(args.rounds):
-        turns: dict[str, Turn] = {"thermocline": lambda: (PROMPT, engine.prefill(tokens), 0.0)}
+        turns: dict[str, Turn] = {"thermocline": lambda: (count, engine.prefill(tokens), 0.0)}
         if peer:
             peer.ask("reset")
             turns[LLAMA] = peer_turn(peer, "prefill", tokens)
         rounds.run(turns, 1)
     spec = engine.model.transformer.spec
     operations = 2.0 * (spec.parameters - 2 * spec.n_vocab * spec.n_embd)
-    return {"count": PROMPT, "operations_per_token": operations, "rounds": rounds.rows}
+    operations += 2.0 * (count + 1) * spec.n_layer * spec.n_head * spec.head_dim  # half of the keys, and values
+    return {"count": count, "operations_per_token": operations, "rounds": rounds.rows}
+
+
+def prompt_test(path: Path, peer: Peer | None, probe: Probe, args: argparse.Namespace) -> dict[str, Any]:
+    """A long prompt, most of whose attention lies behind the first batch."""
+    return prefill_test(path, peer, probe, args, LONG_PROMPT)
 
 
 def context_test(path: Path, peer: Peer | None, probe: Probe, args: argparse.Namespace) -> dict[str, Any]:
@@ -177,7 +193,7 @@ def context_test(path: Path, peer: Peer | None, probe: Probe, args: argparse.Nam
     return {"count": SLICE // 2, "depths": results}
 
 
-TESTS = {"decode": decode_test, "prefill": prefill_test, "context": context_test}
+TESTS = {"decode": decode_test, "prefill": prefill_test, "prompt": prompt_test, "context": context_test}
 
 
 def rates(rounds: Sequence[dict[str, Any]], name: str) -> list[float]:

@@ -132,6 +132,18 @@ double bind_read_bandwidth(Context& context, const Input& buffer) {
   return run(context, [&] { return read_bandwidth(context, data, length(buffer, 0)).bytes_per_second; });
 }
 
+double bind_read_rows(Context& context, const MatrixHandle& handle, const std::optional<Input>& ids) {
+  const Matrix& matrix = handle.matrix;
+  if (!ids)
+    return run(context, [&] {
+      return read_bandwidth(context, matrix.data, matrix.rows * matrix.row_bytes).bytes_per_second;
+    });
+  const int32_t* at = data_of<int32_t>(*ids, "ids", {kAny});
+  const int64_t count = length(*ids, 0);
+  check_range(at, count, matrix.rows, "ids");
+  return run(context, [&] { return read_rows(context, matrix, at, count).bytes_per_second; });
+}
+
 void require_threads(int threads) {
   require(threads >= 1 && threads <= 1024, "threads", "are not between 1 and 1024");
 }
@@ -198,6 +210,8 @@ NB_MODULE(_native, m) {
   bind_tape(m);
   bind_handover(m);
   m.def("read_bandwidth", &bind_read_bandwidth, nb::arg("context"), nb::arg("buffer"));
+  m.def("read_rows", &bind_read_rows, nb::arg("context"), nb::arg("matrix"),
+        nb::arg("ids").none());
   m.def(
       "tile_rate",
       [](Context& context, bool bytes) { return run(context, [&] { return tile_rate(context, bytes); }); },

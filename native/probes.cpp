@@ -1,5 +1,6 @@
 #include "probes.h"
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 
@@ -37,6 +38,33 @@ ReadProbe read_bandwidth(Context& context, const uint8_t* data, int64_t bytes) {
   });
   const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
   return {seconds.count() > 0 ? static_cast<double>(bytes) / seconds.count() : 0.0, total.load()};
+}
+
+ReadProbe read_rows(Context& context, const Matrix& matrix, const int32_t* ids, int64_t count) {
+  constexpr int64_t kTogether = 8, kLine = 64;
+  std::atomic<uint64_t> total{0};
+  const auto row = [&](int64_t i) { return matrix.data + ids[i] * matrix.row_bytes; };
+  const auto fetch = [&](int64_t begin, int64_t end) {
+    for (int64_t at = 0; at < matrix.row_bytes; at += kLine) {
+      for (int64_t i = begin; i < end; ++i) __builtin_prefetch(row(i) + at);
+    }
+  };
+  const auto begin = std::chrono::steady_clock::now();
+  context.pool.run([&](int worker) {
+    const int64_t first = count * worker / context.pool.size();
+    const int64_t end = count * (worker + 1) / context.pool.size();
+    uint64_t sum = 0;
+    fetch(first, std::min(first + kTogether, end));
+    for (int64_t i = first; i < end; i += kTogether) {
+      const int64_t next = std::min(i + kTogether, end);
+      fetch(next, std::min(next + kTogether, end));
+      for (int64_t k = i; k < next; ++k) sum += context.kernels.checksum(row(k), matrix.row_bytes);
+    }
+    total.fetch_add(sum);
+  });
+  const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
+  const double bytes = static_cast<double>(count * matrix.row_bytes);
+  return {seconds.count() > 0 ? bytes / seconds.count() : 0.0, total.load()};
 }
 
 double tile_rate(Context& context, bool bytes) {

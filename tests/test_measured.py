@@ -33,21 +33,24 @@ def test_the_readme_is_made_from_the_kept_results() -> None:
 
 def test_rates_are_medians_and_ratios_are_of_the_same_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rounds = [
-        {"dense": turn(2, 40e9), "exact": turn(1), "llama.cpp": turn(2)},
-        {"dense": turn(4, 80e9), "exact": turn(4), "llama.cpp": turn(8)},
-        {"dense": turn(5, 100e9), "exact": turn(2), "llama.cpp": turn(2)},
+        {"dense": turn(2, 40e9), "exact": turn(1), "only reading": turn(1.5), "llama.cpp": turn(2)},
+        {"dense": turn(4, 80e9), "exact": turn(4), "only reading": turn(3), "llama.cpp": turn(8)},
+        {"dense": turn(5, 100e9), "exact": turn(2), "only reading": turn(4), "llama.cpp": turn(2)},
     ]
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     keep(tmp_path, "decode", rounds=rounds)
-    # 10 tokens in 2, 4, 5 and in 1, 4, 2 seconds; 20 GB/s of 40.
-    row = "| Q8_0 | 5.0 | 2.5 (1.00×, 0.40 to 2.00) | 5.0 (2.00×, 1.00 to 2.00) |  | 50% |"
+    # 10 tokens in 2, 4, 5 and in 1, 4, 2 seconds; 20 GB/s of 40; 1.5 of 2, 3 of 4 and 4 of 5 seconds.
+    row = "| Q8_0 | 5.0 | 2.5 (1.00×, 0.40 to 2.00) | 5.0 (2.00×, 1.00 to 2.00) |  | 50% | 75% |"
     assert row in report.block()
 
 
 def test_prefill_counts_operations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     keep(tmp_path, "prefill", rounds=[{"thermocline": turn(2), "llama.cpp": turn(4)}])
-    assert "| Q8_0 | 2.5 | 5.0 (2.00×, 2.00 to 2.00) | 20 |" in report.block()
+    keep(tmp_path, "prompt", rounds=[{"thermocline": turn(5), "llama.cpp": turn(5)}], count=4096)
+    found = report.block()
+    assert "| Q8_0, 10 tokens | 2.5 | 5.0 (2.00×, 2.00 to 2.00) | 20 |" in found
+    assert "| Q8_0, 4,096 tokens | 2.0 | 2.0 (1.00×, 1.00 to 1.00) | 8 |" in found
 
 
 def test_depths_are_held_to_what_the_cache_costs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

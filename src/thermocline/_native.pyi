@@ -162,6 +162,12 @@ class Reader:
 def read_bandwidth(context: Context, buffer: _Bytes) -> float:
     """Bytes a second at which all threads of `context` together read `buffer` once."""
 
+def read_rows(context: Context, matrix: Matrix, ids: npt.NDArray[np.int32] | None) -> float:
+    """Bytes a second at which all threads of `context` together read these rows once, with nothing else to do.
+
+    `ids`: rows of `matrix`; all of it if None.
+    """
+
 def tile_rate(context: Context, int8: bool) -> float:
     """Operations a second of all threads of `context` with AMX's tiles of bytes, or else of BF16, alone.
 

@@ -157,6 +157,17 @@ def test_tiles_have_a_rate_where_they_are(isa):
         assert (_native.tile_rate(context, int8) > 0) == isa.startswith("amx")
 
 
+def test_rows_are_read_alone(context):
+    some = matrix()
+    for ids in (None, np.arange(some.rows, dtype=np.int32), np.zeros(0, np.int32)):
+        rate = _native.read_rows(context, some, ids)
+        assert rate >= 0
+        assert (rate > 0) == (ids is None or len(ids) > 0)
+    for wrong in (-1, some.rows):
+        with pytest.raises(ValueError, match="ids holds an index out of range"):
+            _native.read_rows(context, some, np.array([0, wrong], np.int32))
+
+
 def test_only_the_neurons_of_a_block_are_limited_not_the_rows_it_lies_among(context):
     """Sums of whole numbers have room for 65,536 rows; slots of records may be many more."""
     count = 65_537
