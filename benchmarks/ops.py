@@ -253,8 +253,11 @@ class Bench:
         return blocks
 
 
-def measure(case: Case, probe: Probe, seconds: float, peaks: dict[str, object] | None) -> Measured:
-    """Go round the ring for `seconds`, after one round to warm up; at least ten calls."""
+def measure(case: Case, probe: Probe, seconds: float, peaks: dict[str, object] | None, *, tiles: bool) -> Measured:
+    """Go round the ring for `seconds`, after one round to warm up; at least ten calls.
+
+    With `tiles`, AMX's, all formats are multiplied as BF16.
+    """
     for call in case.calls:
         call()
     ring, times = itertools.cycle(case.calls), list[float]()
@@ -269,7 +272,7 @@ def measure(case: Case, probe: Probe, seconds: float, peaks: dict[str, object] |
     low, middle, high = statistics.quantiles(times, n=4)
     peak: float | None
     if case.arithmetic:
-        amount, unit, peak = case.operations, "GOP/s", _arithmetic_peak(case, peaks)
+        amount, unit, peak = case.operations, "GOP/s", _arithmetic_peak(case, peaks, tiles)
     else:
         amount, unit, peak = case.moved, "GB/s", statistics.median(read)
     rate = amount / middle / 1e9
@@ -283,11 +286,11 @@ IN_CACHE = ("rms_norm", "rope", "select", "ffn 0%")
 """Ops whose data the caches hold; their bytes are no share of the memory's."""
 
 
-def _arithmetic_peak(case: Case, peaks: dict[str, object] | None) -> float | None:
+def _arithmetic_peak(case: Case, peaks: dict[str, object] | None, tiles: bool) -> float | None:
     if peaks is None or case.op.startswith("attention"):
         return None
     fmt = BY_NAME[case.format]
-    return float(str(peaks["int8" if fmt.block > 1 else "f32" if fmt is F32 else "bf16"]))
+    return float(str(peaks["int8" if fmt.block > 1 and not tiles else "f32" if fmt is F32 else "bf16"]))
 
 
 def row(m: Measured) -> dict[str, object]:
@@ -328,7 +331,8 @@ def main() -> None:
         if name not in args.only:
             continue
         probe.rates.clear()
-        measured = [measure(case, probe, args.seconds, peaks) for case in group()]
+        tiles = ops.name == "cpu/amx"
+        measured = [measure(case, probe, args.seconds, peaks, tiles=tiles) for case in group()]
         print_table([row(m) for m in measured])
         low, middle, high = statistics.quantiles(probe.rates, n=4)
         print(f"memory reads {low:.1f} to {high:.1f} GB/s (middle half of {len(probe.rates)} passes)\n", flush=True)

@@ -214,7 +214,8 @@ def _ops() -> str:
     peaks = next((r["peaks"] for r in read("ops/gemm.json")), None)
     note = (
         "Shares of the machine's best, of a layer of that model: of the bandwidth probe for decode, for gemm of "
-        f"{peaks['int8']:.0f} (int8) or {peaks['bf16']:.0f} GOP/s (BF16), the best of {peaks['source']}."
+        f"{peaks['int8']:.0f} (int8) or {peaks['bf16']:.0f} GOP/s (BF16, with AMX for all formats), the best of "
+        f"{peaks['source']}."
         if peaks
         else "Shares of the bandwidth probe, of a layer of that model."
     )

@@ -210,8 +210,7 @@ NB_MODULE(_native, m) {
   bind_tape(m);
   bind_handover(m);
   m.def("read_bandwidth", &bind_read_bandwidth, nb::arg("context"), nb::arg("buffer"));
-  m.def("read_rows", &bind_read_rows, nb::arg("context"), nb::arg("matrix"),
-        nb::arg("ids").none());
+  m.def("read_rows", &bind_read_rows, nb::arg("context"), nb::arg("matrix"), nb::arg("ids").none());
   m.def(
       "tile_rate",
       [](Context& context, bool bytes) { return run(context, [&] { return tile_rate(context, bytes); }); },

@@ -16,7 +16,6 @@ namespace {
 struct Level {
   const Kernels* kernels;
   bool available;
-  bool by_name_only = false;  // rounds more than others do, so that one must ask for it
 };
 
 Kernels whole(Kernels kernels, const AttendKernels& attend) {
@@ -52,22 +51,12 @@ Kernels with_amx() {
   for (int f = 0; f < kFormats; ++f) {
     if (!kAmxKernels.panel[f].dot) continue;
     kernels.panel[f] = kAmxKernels.panel[f];
-    if (kernels.panel[f].form != kBlocked) kernels.pack_across[f] = kAmxKernels.pack_across[f];
+    kernels.pack_across[f] = kAmxKernels.pack_across[f];
   }
   kernels.pair_tokens = kAmxKernels.pair_tokens;
   kernels.split_tokens = kAmxKernels.split_tokens;
   kernels.split = kAmxKernels.split;
   kernels.turn_tiles = kAmxKernels.turn_tiles;
-  return kernels;
-}
-
-Kernels with_rounding_amx() {
-  Kernels kernels = with_amx();
-  kernels.name = "amxbf16";
-  for (int f = 0; f < kFormats; ++f) {
-    if (kAmxKernels.rounded[f].dot) kernels.panel[f] = kAmxKernels.rounded[f];
-    kernels.pack_across[f] = kAmxKernels.pack_across[f];
-  }
   return kernels;
 }
 
@@ -107,17 +96,11 @@ std::vector<Level> levels() {
   static const Kernels vnni = with_vnni();
   static const Kernels bf16 = with_bf16();
   static const Kernels amx = with_amx();
-  static const Kernels rounding_amx = with_rounding_amx();
   const bool has_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
   const AmxFeatures tiles = amx_features();
   const bool has_amx = has_bf16 && tiles.tile && tiles.bf16 && tiles.int8 && may_use_tiles();
-  return {{&baseline, true},
-          {&with_avx2, avx2},
-          {&vnni, avx2 && __builtin_cpu_supports("avxvnni")},
-          {&with_avx512, avx512},
-          {&bf16, has_bf16},
-          {&amx, has_amx},
-          {&rounding_amx, has_amx, true}};
+  return {{&baseline, true},      {&with_avx2, avx2}, {&vnni, avx2 && __builtin_cpu_supports("avxvnni")},
+          {&with_avx512, avx512}, {&bf16, has_bf16},  {&amx, has_amx}};
 #else
   return {{&baseline, true}};
 #endif
@@ -139,7 +122,7 @@ const Kernels& kernels_for(const std::string& isa) {
   for (const Level& level : levels()) {
     if (!level.available) continue;
     if (isa == level.kernels->name) return *level.kernels;
-    if (!level.by_name_only) best = level.kernels;
+    best = level.kernels;
     names += (names.empty() ? "" : ", ") + std::string(level.kernels->name);
   }
   if (isa == "auto") return *best;

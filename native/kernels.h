@@ -19,27 +19,7 @@ struct Rows {
   int64_t count = 0;
 };
 
-// Panels of integer formats take every fourth block of 32 columns in one pass.
-constexpr int kIntPasses = 4;
-
-static inline int64_t blocks_of_pass(int64_t pass, int64_t blocks) {
-  return (blocks - pass + kIntPasses - 1) / kIntPasses;
-}
-
-// Where block b lies among `blocks`, pass by pass.
-static inline int64_t place_of_block(int64_t b, int64_t blocks) {
-  int64_t place = b / kIntPasses;
-  for (int64_t pass = 0; pass < b % kIntPasses; ++pass) place += blocks_of_pass(pass, blocks);
-  return place;
-}
-
 constexpr int kGroupTokens = 16;
-
-// A block of 32 columns of kGroupTokens tokens, as Tokens has them; zeros for those that are not there.
-struct alignas(64) TokenBlock {
-  int8_t q[kGroupTokens][32];
-  float d[kGroupTokens], lifts[kGroupTokens];
-};
 
 // Activations of a batch. Integer formats read the quantised form: per block of 32 a float scale `d` and 32
 // signed bytes `q` in [-127, 127]; `sums` holds the sum of every 16 neighbouring bytes. `q_stride` is a whole
@@ -54,15 +34,13 @@ struct Tokens {
   // For panels only, each where a panel asks for it: q + 128 and, for each block, d times the sum of q; tiles
   // of kTileTokens tokens column by column; numbers rounded to BF16, with an even number of columns; the same
   // in groups of kGroupTokens tokens, of which 32 columns lie together, pair by pair, the last padded with
-  // zeros; these columns followed each time by what rounding took off them, rounded too; bytes in such
-  // groups, block by block, as panels of integers take them.
+  // zeros; these columns followed each time by what rounding took off them, rounded too.
   const uint8_t* offset;
   const float* lifts;
   const float* tiles;
   const uint16_t* rounded;
   const uint16_t* pairs;
   const uint16_t* split;
-  const TokenBlock* blocks;
 };
 
 // The form of tokens that a kernel reads.
@@ -73,8 +51,7 @@ enum TokenForm : unsigned {
   kTiled = 4,
   kRounded = 8,
   kPaired = 16,
-  kBlocked = 32,
-  kSplit = 64
+  kSplit = 32
 };
 
 constexpr int64_t kPanelRows = 32;
@@ -318,10 +295,9 @@ struct Bf16Kernels {
   void (*round_tokens)(const float* x, int64_t n, uint16_t* out);
 };
 extern const Bf16Kernels kAvx512Bf16Kernels;
-// What a CPU with AMX does otherwise than that, where a format has a panel here: with the bits of other
-// levels in block formats, or with these rounded to BF16 too.
+// What a CPU with AMX does otherwise than that, where a format has a panel here.
 struct AmxKernels {
-  PanelKernels panel[kFormats], rounded[kFormats];
+  PanelKernels panel[kFormats];
   decltype(Kernels::pair_tokens) pair_tokens, split_tokens;
   decltype(Kernels::pack_across) pack_across;
   SplitKernels split;

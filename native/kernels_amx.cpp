@@ -13,34 +13,20 @@ namespace THERMOCLINE_ISA {
 #include "parts.inl"
 #include "panel.inl"
 #include "panel_amx.inl"
-#include "panel_int.inl"
-#include "panel_amx_int.inl"
 // clang-format on
 
 template <Format F>
-constexpr PanelKernels rounded = {kPaired,          kManyPanelRows,  kAmxScratch, amx_panel_bytes<1>,
-                                  pack_tiles<F, 1>, amx_panel_dot<1>};
+constexpr PanelKernels panel = {kPaired,          kManyPanelRows,  kAmxScratch, amx_panel_bytes<1>,
+                                pack_tiles<F, 1>, amx_panel_dot<1>};
 template <Format F>
 constexpr PanelKernels split = {kSplit,           kManyPanelRows,  kAmxScratch, amx_panel_bytes<2>,
                                 pack_tiles<F, 2>, amx_panel_dot<2>};
 template <>
-constexpr PanelKernels rounded<kF16> = split<kF16>;
+constexpr PanelKernels panel<kF16> = split<kF16>;
 
 template <Format F>
 constexpr auto across = pack_across < F,
                F == kF16 ? 2 : 1 > ;
-
-// None in Q6_K, whose scales come twice as often: its sums would wait for tiles as long as vectors take to
-// make them.
-template <Format F>
-constexpr PanelKernels exact = {kBlocked,           kManyPanelRows, 0,
-                                int_panel_bytes<F>, pack_ints<F>,   amx_int_dot<F>};
-template <>
-constexpr PanelKernels exact<kF16> = rounded<kF16>;
-template <>
-constexpr PanelKernels exact<kBF16> = rounded<kBF16>;
-template <>
-constexpr PanelKernels exact<kQ6_K> = {};
 
 static int64_t turn_tiles(bool bytes, int64_t rounds) {
   static constexpr TileShapes kShapes = full_tiles();
@@ -68,8 +54,7 @@ static int64_t turn_tiles(bool bytes, int64_t rounds) {
   {{}, kernel<kF16>, kernel<kBF16>, kernel<kQ8_0>, kernel<kQ4_0>, kernel<kQ4_K>, kernel<kQ5_K>, kernel<kQ6_K>}
 
 constexpr AmxKernels kAmxKernels = {
-    THERMOCLINE_FORMATS(THERMOCLINE_ISA::exact),
-    THERMOCLINE_FORMATS(THERMOCLINE_ISA::rounded),
+    THERMOCLINE_FORMATS(THERMOCLINE_ISA::panel),
     THERMOCLINE_ISA::pair_tokens<1>,
     THERMOCLINE_ISA::pair_tokens<2>,
     THERMOCLINE_FORMATS(THERMOCLINE_ISA::across),

@@ -48,7 +48,7 @@ Batch::Batch(Context& context, const float* x, int64_t count, int64_t columns, u
   Arena& arena = context.arena;
   tokens_.x = x;
   tokens_.x_stride = columns;
-  if (forms & (kBytes | kOffsetBytes | kBlocked)) {
+  if (forms & (kBytes | kOffsetBytes)) {
     const int64_t stride = round_up(columns, 4 * kBlock);
     tokens_.q = q_ = arena.take<int8_t>(count * stride);
     tokens_.d = d_ = arena.take<float>(count * stride / kBlock);
@@ -57,10 +57,6 @@ Batch::Batch(Context& context, const float* x, int64_t count, int64_t columns, u
     if (forms & kOffsetBytes) {
       tokens_.offset = offset_ = arena.take<uint8_t>(count * stride);
       tokens_.lifts = lifts_ = arena.take<float>(count * stride / kBlock);
-    }
-    if (forms & kBlocked) {
-      const int64_t groups = (count + kGroupTokens - 1) / kGroupTokens;
-      tokens_.blocks = blocks_ = arena.take<TokenBlock>(groups * (columns / kBlock));
     }
     pieces_ = (columns + kPiece - 1) / kPiece;
     byte_items_.reset(count * pieces_, 1);
@@ -117,31 +113,12 @@ void Batch::quantise_piece(const Kernels& kernels, int64_t piece) {
     std::fill(sums + columns_ / 16, sums + stride / 16, int16_t{0});
     std::fill(d + columns_ / kBlock, d + stride / kBlock, 0.0f);
   }
-  if (blocks_) fill_blocks(token, begin / kBlock, end / kBlock);
   if (!offset_) return;
   uint8_t* offset = offset_ + token * stride;
   for (int64_t c = begin; c < end; ++c) offset[c] = static_cast<uint8_t>(q[c] ^ 0x80);
   float* lifts = lifts_ + token * stride / kBlock;
   for (int64_t b = begin / kBlock; b < end / kBlock; ++b)
     lifts[b] = d[b] * static_cast<float>(sums[2 * b] + sums[2 * b + 1]);
-}
-
-// Blocks `begin` to `end` of a token to its group; of the last one also the zeros that fill its group.
-void Batch::fill_blocks(int64_t token, int64_t begin, int64_t end) {
-  const int64_t blocks = columns_ / kBlock, own = token % kGroupTokens;
-  const int64_t past = token + 1 < count_ ? own + 1 : kGroupTokens;
-  TokenBlock* group = blocks_ + token / kGroupTokens * blocks;
-  for (int64_t b = begin; b < end; ++b) {
-    const int64_t at = token * tokens_.q_stride + b * kBlock;
-    TokenBlock& to = group[place_of_block(b, blocks)];
-    std::memcpy(to.q[own], q_ + at, kBlock);
-    to.d[own] = d_[at / kBlock];
-    to.lifts[own] = to.d[own] * static_cast<float>(sums_[at / 16] + sums_[at / 16 + 1]);
-    for (int64_t t = own + 1; t < past; ++t) {
-      std::memset(to.q[t], 0, kBlock);
-      to.d[t] = to.lifts[t] = 0.0f;
-    }
-  }
 }
 
 int64_t row_grain(int64_t rows, int64_t row_bytes, int64_t tokens, int workers) {

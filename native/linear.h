@@ -32,7 +32,6 @@ class Batch {
 
  private:
   void quantise_piece(const Kernels& kernels, int64_t piece);
-  void fill_blocks(int64_t token, int64_t begin, int64_t end);
 
   Tokens tokens_{};
   int64_t count_, columns_;
@@ -42,7 +41,6 @@ class Batch {
   uint8_t* offset_ = nullptr;
   float *lifts_ = nullptr, *tiles_ = nullptr;
   uint16_t *rounded_ = nullptr, *pairs_ = nullptr, *split_ = nullptr;
-  TokenBlock* blocks_ = nullptr;
   int64_t pieces_ = 0;      // of a token
   int64_t group_size_ = 0;  // numbers of a group of tokens, as Tokens::pairs has them
   Items byte_items_, tile_items_, round_items_, group_items_;

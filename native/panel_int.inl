@@ -4,6 +4,20 @@
 // A lane of dot_quads.inl sums every fourth block: these are taken in one pass here, so that the sums are the
 // same to the bit.
 
+// Panels of integer formats take every fourth block of 32 columns in one pass.
+constexpr int kIntPasses = 4;
+
+static inline int64_t blocks_of_pass(int64_t pass, int64_t blocks) {
+  return (blocks - pass + kIntPasses - 1) / kIntPasses;
+}
+
+// Where block b lies among `blocks`, pass by pass.
+static inline int64_t place_of_block(int64_t b, int64_t blocks) {
+  int64_t place = b / kIntPasses;
+  for (int64_t pass = 0; pass < b % kIntPasses; ++pass) place += blocks_of_pass(pass, blocks);
+  return place;
+}
+
 constexpr int64_t kUnitBytes = kPanelVecs * sizeof(Vec);
 
 // Parts of a block with a scale each.

@@ -95,7 +95,7 @@ class LoadSettings:
     ops: OpsKind = OpsKind.CPU
     """Implementation of the arithmetic."""
     isa: str = "auto"
-    """Instruction set of the kernels, as `doctor` lists them; auto leaves out amxbf16: faster prompts, rounded."""
+    """Instruction set of the kernels, as `doctor` lists them; auto is the last."""
     mlock: bool = False
     """Keep the weights in memory: the system may neither swap them out nor drop them."""
     mmap: bool | None = None

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from thermocline import _native
 from thermocline.activity.predictor import load_predictor
 from thermocline.config import CacheType, Mode
 from thermocline.errors import BudgetError, HardwareError, ModelFormatError, UsageError
@@ -42,6 +43,8 @@ from thermocline.placement.seats import LayerSeat, Seating
 RAM = Tier.RAM
 LAYERS, NEURONS, TOKENS, RECORD = 2, 96, 10, 2 * 68
 LARGE = 1 << 24
+LEVEL = [isa for isa in _native.isa_levels() if isa != "amx"][-1]
+"""The best level at which a batch has the bits of single tokens."""
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +70,7 @@ class Loaded:
         predictor: Any = None,
         **how: Any,
     ) -> None:
-        self.memory = Memory({RAM: Host(CpuOps(1))}, {RAM: LARGE})
+        self.memory = Memory({RAM: Host(CpuOps(1, LEVEL))}, {RAM: LARGE})
         self.store = DiskStore(self.memory, slots * RECORD, Way(64), **how)
         self.source = open_model(path)
         seats = Seating(RAM, RAM, (LayerSeat(RAM, 0, warm),) * LAYERS)
@@ -94,7 +97,7 @@ def run(network: Transformer, splits: tuple[int, ...] = ()) -> np.ndarray:
 @pytest.fixture(scope="module")
 def plain(file: Path) -> np.ndarray:
     with open_model(file) as source:
-        return run(load_transformer(source, CpuOps(1), mode=Mode.EXACT)[0])
+        return run(load_transformer(source, CpuOps(1, LEVEL), mode=Mode.EXACT)[0])
 
 
 def order() -> np.ndarray:
@@ -154,7 +157,7 @@ def test_first_rows_tell_which_records_are_needed(
 def test_what_first_rows_let_through_is_what_fires_there(gated: bool) -> None:
     rng = np.random.default_rng(4)
     values = rng.standard_normal((NEURONS, 64), dtype=np.float32)
-    weight, ops = from_float("first", values, F32), CpuOps(1)
+    weight, ops = from_float("first", values, F32), CpuOps(1, LEVEL)
     bias = None if gated else rng.standard_normal(NEURONS).astype(np.float32)
 
     class Memory:
@@ -268,7 +271,8 @@ def test_the_next_layers_records_are_read_ahead(predicted: Path, slots: int, mon
     """The same bits, with what was foreseen rightly and wrongly, however little room there is."""
     splits = tuple(range(1, TOKENS))
     with open_model(predicted) as source:
-        plain = run(load_transformer(source, CpuOps(1), mode=Mode.PREDICTED, predictor=oracle(predicted))[0], splits)
+        whole, _ = load_transformer(source, CpuOps(1, LEVEL), mode=Mode.PREDICTED, predictor=oracle(predicted))
+        plain = run(whole, splits)
     foreseen: list[int] = []
     real = RecordCache.claim_ahead
 

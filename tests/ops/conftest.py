@@ -136,7 +136,7 @@ def team(request: pytest.FixtureRequest) -> list[CpuOps]:
 @pytest.fixture
 def vector_levels() -> list[CpuOps]:
     """Every level with vectors of 256 bits or more that multiplies integers, batches too."""
-    return [cpu_ops(isa, 2) for isa in _native.isa_levels() if isa not in ("baseline", "amxbf16")]
+    return [cpu_ops(isa, 2) for isa in _native.isa_levels() if isa not in ("baseline", "amx")]
 
 
 @pytest.fixture
@@ -213,14 +213,15 @@ def _off(ops: CpuOps, fmt: BlockFormat) -> float:
     """How far a product of a batch may be off, as a share of it, for it is taken in BF16; 0 where it is not.
 
     BF16 has 8 significant bits, so that rounding is off by at most 2^-8. With AMX numbers that meet F16 are split in
-    two of BF16: what is left of an activation is rounded again, and two second parts never meet. The level `amxbf16`
-    also rounds weights in block formats.
+    two of BF16: what is left of an activation is rounded again, and two second parts never meet; and weights in block
+    formats are rounded as well.
     """
+    tiles = ops.name == "cpu/amx"
     if fmt is F16:
-        return 2 * 2.0**-16 if ops.name.startswith("cpu/amx") else 0
+        return 2 * 2.0**-16 if tiles else 0
     if fmt is BF16:
-        return 2.0**-8 if ops.name.endswith("bf16") or ops.name == "cpu/amx" else 0
-    return 2 * 2.0**-8 if ops.name == "cpu/amxbf16" and fmt.block > 1 else 0
+        return 2.0**-8 if tiles or ops.name == "cpu/avx512bf16" else 0
+    return 2 * 2.0**-8 if tiles and fmt.block > 1 else 0
 
 
 def _summed_magnitudes(w: Any, fmt: BlockFormat) -> Any:

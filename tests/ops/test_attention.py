@@ -32,7 +32,7 @@ def make_tokens(rng, tokens, heads, kv_heads, dim):
 def splits(ops, tokens, cache):
     """Whether such a batch meets keys and values as numbers split in two of BF16."""
     in_floats = np.float32 in (cache.keys.dtype, cache.values.dtype)
-    return ops.name.startswith("cpu/amx") and tokens >= BATCH and not in_floats
+    return ops.name == "cpu/amx" and tokens >= BATCH and not in_floats
 
 
 def bound(ops, q, cache, stop, scale):

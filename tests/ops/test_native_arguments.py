@@ -146,7 +146,7 @@ def test_context_names_the_levels(context):
         _native.Context(1, "sse9")
     with pytest.raises(ValueError, match="threads"):
         _native.Context(0)
-    assert context.isa == [isa for isa in _native.isa_levels() if isa != "amxbf16"][-1]
+    assert context.isa == _native.isa_levels()[-1]
     assert all(isinstance(present, bool) for present in _native.cpu_features().values())
 
 
@@ -154,7 +154,7 @@ def test_context_names_the_levels(context):
 def test_tiles_have_a_rate_where_they_are(isa):
     context = _native.Context(1, isa)
     for int8 in (True, False):
-        assert (_native.tile_rate(context, int8) > 0) == isa.startswith("amx")
+        assert (_native.tile_rate(context, int8) > 0) == (isa == "amx")
 
 
 def test_rows_are_read_alone(context):

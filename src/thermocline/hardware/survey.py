@@ -13,9 +13,6 @@ from thermocline.hardware.cores import Cores, find_cores
 from thermocline.hardware.gpu_software import gpu_lacks
 from thermocline.hardware.memory import Cache, Memory, find_caches, find_memory
 
-ROUNDING = "amxbf16"
-"""The level that rounds batches to BF16, and is taken by name only."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Survey:
@@ -32,8 +29,8 @@ class Survey:
 
     @property
     def kernels(self) -> str:
-        """The level that is taken unless another is asked for: the best one that keeps the bits of decoding."""
-        return next(level for level in reversed(self.isa) if level != ROUNDING)
+        """The level that is taken unless another is asked for."""
+        return self.isa[-1]
 
     @property
     def fingerprint(self) -> str:

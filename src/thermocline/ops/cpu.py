@@ -16,7 +16,7 @@ from thermocline.ops.contract import Activation, ActiveSet, Array, FfnWork, KVLa
 
 LINE = 64
 """Bytes of a cache line, and of the widest vectors: those that cross two lines are read twice."""
-LEVELS = ("baseline", "avx2", "avxvnni", "avx512", "avx512bf16", "amx", "amxbf16")
+LEVELS = ("baseline", "avx2", "avxvnni", "avx512", "avx512bf16", "amx")
 """Every level that kernels exist for, weakest first."""
 
 ACTIVATIONS = {Activation.SILU: 0, Activation.RELU: 1, Activation.RELU2: 2, Activation.GELU: 3}
@@ -28,13 +28,13 @@ class CpuOps:
 
     Results do not depend on the number of threads, on skipping, nor on which tokens share a batch, bit for bit; with
     one exception: a batch of 8 tokens or more differs from single tokens where the level rounds otherwise for it.
-    `avx512bf16` and `amx` round such activations to BF16 before they meet weights in BF16, and so does `amxbf16` before
-    they meet weights in BF16 or in block formats, which it rounds as well. The last two split them in two numbers of
-    BF16 each before they meet weights in F16, and keys and values in F16 or Q8_0, with an error of 2^-15 of a product.
+    `avx512bf16` and `amx` round such activations to BF16 before they meet weights in BF16; `amx` does so also before
+    they meet weights in block formats, which it rounds as well, and splits them in two numbers of BF16 each before they
+    meet weights in F16, and keys and values in F16 or Q8_0, with an error of 2^-15 of a product.
 
     Results do depend on the instruction set, but for products in block formats, which are the same at all levels with
-    vectors of 256 bits or more, such batches on `amxbf16` aside. Where a weight is in a block format, activations are
-    else rounded to 8 bits in blocks of 32 before they meet it (except in the down projection of neuron records).
+    vectors of 256 bits or more, such batches on `amx` aside. Where a weight is in a block format, activations are else
+    rounded to 8 bits in blocks of 32 before they meet it (except in the down projection of neuron records).
 
     Calls from several Python threads run one after another. Not usable in a forked child.
     """
