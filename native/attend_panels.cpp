@@ -12,11 +12,13 @@ constexpr int64_t kBlockQueries = 256;             // of a block at most: so man
 constexpr int64_t kFewQueries = 2 * kGroupTokens;  // that meet the panels of a chunk at a time
 constexpr int64_t kKeysOfStep = kPairColumns;
 constexpr int64_t kMostSteps = kAttendKeys / kKeysOfStep;
+// A dot's scratch memory has room for the sums of so many rows, which are columns of values here.
+constexpr int64_t kMostDim = 1024;
 
 }  // namespace
 
 bool PanelAttention::pays(const Kernels& kernels, const AttentionJob& job) {
-  return job.tokens >= kPanelTokens && kernels.split.panel[job.keys.format].dot &&
+  return job.tokens >= kPanelTokens && job.head_dim <= kMostDim && kernels.split.panel[job.keys.format].dot &&
          kernels.split.pack_across[job.values.format];
 }
 

@@ -184,6 +184,7 @@ struct alignas(64) TileSums {
   float at[2][2][kRowsOfTile][kGroupTokens];
 };
 
+// Room for kManyPanelRows rows and kBlockTokens tokens, or for more rows and as many fewer tokens.
 static constexpr int64_t kAmxScratch = kManyPanelRows / kPanelRows * kPairsOfBlock * sizeof(TileSums);
 
 // Adds a panel times the tokens of two groups. Tiles 0 to 3 are the sums, 4 and 5 rows, 6 and 7 tokens.

@@ -59,13 +59,21 @@ def test_what_is_written_stays_while_pages_change() -> None:
 
 
 def test_a_filled_cache_lies_in_huge_pages_where_the_system_makes_them() -> None:
+    """Where others use the memory too, it refuses now and then, so that there are several tries."""
+    tries = [asked_and_made() for _ in range(5)]
+    for made, huge in tries:
+        assert huge <= made * HUGE_PAGE
+    assert any(huge == (made * HUGE_PAGE if collapses() else 0) for made, huge in tries)
+
+
+def asked_and_made() -> tuple[int, int]:
+    """Of a new array that is filled: how many huge pages were asked for, and the bytes of those that came."""
     shape = (2, 20000, 256)
     array = np.frombuffer(mmap.mmap(-1, int(np.prod(shape))), np.uint8).reshape(shape)  # memory that nobody used before
     pages = GrowingPages([array])
     array[:] = 1
     assert huge_bytes(array) == 0
-    made = pages.grow(20000, 100)
-    assert huge_bytes(array) == (made * HUGE_PAGE if collapses() else 0)
+    return pages.grow(20000, 100), huge_bytes(array)
 
 
 def collapses() -> bool:

@@ -32,7 +32,7 @@ def make_tokens(rng, tokens, heads, kv_heads, dim):
 def splits(ops, tokens, cache):
     """Whether such a batch meets keys and values as numbers split in two of BF16."""
     in_floats = np.float32 in (cache.keys.dtype, cache.values.dtype)
-    return ops.name == "cpu/amx" and tokens >= BATCH and not in_floats
+    return ops.name == "cpu/amx" and tokens >= BATCH and not in_floats and cache.keys.shape[-1] <= 1024
 
 
 def bound(ops, q, cache, stop, scale):
@@ -88,7 +88,7 @@ def test_a_long_prompt_with_many_heads(ops, reference, rng):
 
 
 @pytest.mark.parametrize("types", [("f2", "f2"), ("f4", "f2"), ("f2", "f4")], ids="/".join)
-@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(3, 3, 300), (71, 1, 16), (10, 2, 72)])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(3, 3, 300), (71, 1, 16), (10, 2, 72), (1, 1, 1100)])
 def test_prompts_over_several_chunks_of_keys(host, reference, rng, fence, types, heads, kv_heads, dim):
     """What lies in the cache before the window and behind the last token, not a number here, is left alone."""
     for start, tokens, window in [(0, 33, 0), (1000, 97, 0), (1000, 40, 530), (700, 64, 20)]:
