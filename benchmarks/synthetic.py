@@ -1,6 +1,7 @@
-"""Makes synthetic ReGLU models of any size whose neurons fire as often as asked.
+"""Makes synthetic ReLU models of any family and size whose neurons fire as often as asked.
 
     python -m benchmarks.synthetic --shape 1.3b --active 0.12 --outtype f16 q8_0 q4_0 q4_k_m -o models/
+    python -m benchmarks.synthetic --family opt --shape 1.3b --n-ff 8192 --n-layer 12 -o models/
 
 writes each type twice: in the standard layout, which other engines read, and with down as neuron records,
 ready to map; and the model's predictor beside each.
@@ -10,7 +11,9 @@ and the frequencies follow a power law. Every embedding contains a common direct
 FFN never write to, so u·x > 0 everywhere. The gate is W = A·B - b·uᵀ, where the rows of B are orthonormal
 and perpendicular to u; the offset b of each neuron is fitted on calibration tokens. Because a norm only
 scales x, the sign of the gate is that of A·(B·x) - b·(u·x): a low-rank predictor with
-fc1 = [B; -B; u] and fc2 = [A, -A, -b] is exact. Rounded to a block format it is not: its thresholds are set so that
+fc1 = [B; -B; u] and fc2 = [A, -A, -b] is exact. A LayerNorm does no more than that either, for with one all that is
+added to the residual stream has a mean of zero. Without a gate, up is made so; where up is activated too (dReLU), it
+is made positive. Rounded to a block format it is not: its thresholds are set so that
 it misses one firing neuron in two hundred of the calibration tokens.
 """
 
@@ -18,14 +21,15 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from tempfile import TemporaryFile
 
 import numpy as np
 import numpy.typing as npt
 
+from benchmarks.synthetic_families import KINDS, NORM_EPS, POSITIONS, ROPE_BASE, metadata
 from thermocline.activity.predictor import Predictor, save_predictor
 from thermocline.files.companion import companion
 from thermocline.files.formats import BY_NAME, F32, Q4_K, Q5_K, Q6_K, BlockFormat
@@ -35,6 +39,7 @@ from thermocline.files.powerinfer import PredictorLayer
 from thermocline.files.quantize import from_float, to_float
 from thermocline.files.sidecar import SidecarKind
 from thermocline.files.weight import Weight
+from thermocline.model.families.opt import OFFSET
 
 Floats = npt.NDArray[np.float32]
 
@@ -42,16 +47,18 @@ GATE_RANK = 255
 CALIBRATION_TOKENS = 512
 MISSED = 0.005
 """Share of the firing neurons of the calibration tokens whose score is below the threshold."""
-NORM_EPS = 1e-5
 RESIDUAL_SHARE = 0.25
 """What all layers add to the residual stream, against the embedding. It keeps the state of a token near what the
 offsets were fitted on, even where a greedy text repeats itself and attention adds up."""
-ROPE_BASE = 10000.0
+POSITION_SHARE = 0.1
+"""What a learned position adds to the residual stream, against the embedding."""
+UP_OVER_DEVIATION = 4.0
+"""Mean of up where it must be positive, over its deviation."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Sizes of a llama-like network."""
+    """Sizes of a network."""
 
     n_embd: int
     n_ff: int
@@ -105,14 +112,19 @@ def frequencies(n_ff: int, mean: float, rng: np.random.Generator) -> Floats:
 class Generator:
     """Draws a model layer by layer while calibration tokens run through it."""
 
-    def __init__(self, shape: Shape, active: float, seed: int) -> None:
-        self.shape, self.active = shape, active
+    def __init__(self, shape: Shape, active: float, seed: int, family: str = "llama") -> None:
+        self.shape, self.active, self.family, self.kind = shape, active, family, KINDS[family]
         self.rng = np.random.default_rng(seed)
-        self.u = self._unit(self._normal(1, shape.n_embd))[0]
+        self.u = self._unit(self._centred(self._normal(1, shape.n_embd)))[0]
         random = self._unit(self._off_u(self._normal(shape.n_vocab, shape.n_embd)))
         self.embedding = (random + self.u) * np.float32(np.sqrt(shape.n_embd))
-        tokens = self.rng.integers(0, shape.n_vocab, CALIBRATION_TOKENS)
-        self.x = self.embedding[tokens]
+        self.tokens = self.rng.integers(0, shape.n_vocab, CALIBRATION_TOKENS)
+        """What the offsets are fitted on."""
+        self.x = self.embedding[self.tokens]
+        if self.kind.learned:
+            random = self._normal(POSITIONS + OFFSET, shape.n_embd)
+            self.positions = self._off_u(random) * np.float32(POSITION_SHARE)
+            self.x = self.x + self.positions[OFFSET : OFFSET + CALIBRATION_TOKENS]
         self.measured: list[float] = []
         self.predictions: list[tuple[PredictorLayer, Floats, npt.NDArray[np.bool_]]] = []
         """Of every layer the exact predictor, the calibration tokens' residual streams, and which neurons fired."""
@@ -120,32 +132,79 @@ class Generator:
     def tensors(self) -> Iterator[tuple[str, Floats]]:
         """Names and values in the file's order; `ffn_down` comes as records (n_ff, n_embd)."""
         yield "token_embd", self.embedding
+        if self.kind.learned:
+            yield "position_embd", self.positions
         for layer in range(self.shape.n_layer):
             for name, value in self._layer():
                 yield f"blk.{layer}.{name}", value
-        yield "output_norm", np.ones((1, self.shape.n_embd), np.float32)
+        yield from self._norm_tensors("output_norm")
         yield "output", self._normal(self.shape.n_vocab, self.shape.n_embd) / np.sqrt(self.shape.n_embd)
 
     def _layer(self) -> Iterator[tuple[str, Floats]]:
-        s = self.shape
-        ones = np.ones((1, s.n_embd), np.float32)
+        s, kind = self.shape, self.kind
         spread = np.float32(1 / np.sqrt(s.n_embd))
         share = np.float32(RESIDUAL_SHARE / np.sqrt(s.n_layer))
         q = self._normal(s.n_head * s.head_dim, s.n_embd) * spread
         k, v = (self._normal(s.n_head_kv * s.head_dim, s.n_embd) * spread for _ in range(2))
         o = self._off_u((self._normal(s.n_embd, s.n_head * s.head_dim) * spread * share).T).T
-        self.x += self._attention(_norm(self.x), q, k, v) @ o.T
-        h = _norm(self.x)
+        start = self.x.copy()
+        self.x += self._attention(_norm(start), q, k, v) @ o.T
+        seen = start if kind.parallel else self.x.copy()
+        h = _norm(seen)
         factors = self._gate_factors(h)
         gate = factors.a @ factors.basis - np.outer(factors.b, factors.u)
-        up = self._normal(s.n_ff, s.n_embd) * spread
+        up = self._up() if kind.gated else gate
         down = self._off_u(self._normal(s.n_ff, s.n_embd) * share / np.float32(np.sqrt(s.n_ff)))
-        fired = np.maximum(h @ gate.T, 0)
-        self.predictions.append((factors.predictor(), self.x.copy(), fired > 0))
-        self.measured.append(float((fired > 0).mean()))
-        self.x += (fired * (h @ up.T)) @ down
-        yield from (("attn_norm", ones), ("attn_q", q), ("attn_k", k), ("attn_v", v), ("attn_output", o))
-        yield from (("ffn_norm", ones), ("ffn_gate", gate), ("ffn_up", up), ("ffn_down", down))
+        hidden = self._hidden(h, gate, up)
+        self.predictions.append((factors.predictor(), seen, hidden != 0))
+        self.measured.append(float((hidden != 0).mean()))
+        self.x += hidden @ down
+        yield from self._norm_tensors("attn_norm")
+        yield from self._attention_tensors(q, k, v, o)
+        if not kind.parallel:
+            yield from self._norm_tensors("ffn_norm")
+        if kind.gated:
+            yield "ffn_gate", gate
+        yield from (("ffn_up", up), ("ffn_down", down))
+        if kind.biases:
+            yield from (("ffn_up.bias", _zeros(s.n_ff)), ("ffn_down.bias", _zeros(s.n_embd)))
+
+    def _attention_tensors(self, q: Floats, k: Floats, v: Floats, o: Floats) -> Iterator[tuple[str, Floats]]:
+        if self.kind.fused:
+            yield from (("attn_qkv", np.concatenate([q, k, v])), ("attn_output", o))
+            return
+        for part, value in (("attn_q", q), ("attn_k", k), ("attn_v", v), ("attn_output", o)):
+            yield part, value
+            if self.kind.biases:
+                yield f"{part}.bias", _zeros(len(value))
+        if self.kind.qk_norm:
+            ones = np.ones((1, self.shape.head_dim), np.float32)
+            yield from (("attn_q_norm", ones), ("attn_k_norm", ones))
+
+    def _norm_tensors(self, name: str) -> Iterator[tuple[str, Floats]]:
+        yield name, np.ones((1, self.shape.n_embd), np.float32)
+        if self.kind.layer_norm:
+            yield f"{name}.bias", _zeros(self.shape.n_embd)
+
+    def _up(self) -> Floats:
+        s = self.shape
+        up = self._normal(s.n_ff, s.n_embd) / np.float32(np.sqrt(s.n_embd))
+        if not self.kind.both:
+            return up
+        # Of a normed token, half of whose square lies along u, this takes a mean of 1.
+        along = self.u / np.float32(np.sqrt(s.n_embd / 2))
+        positive: Floats = self._off_u(up) / np.float32(UP_OVER_DEVIATION) + along
+        return positive
+
+    def _hidden(self, h: Floats, gate: Floats, up: Floats) -> Floats:
+        kind = self.kind
+        fired: Floats = np.maximum(h @ gate.T, np.float32(0))
+        if kind.gated:
+            other = h @ up.T
+            fired *= np.maximum(other, np.float32(0)) if kind.both else other
+        elif kind.activation == "relu2":
+            fired *= fired
+        return fired
 
     def _gate_factors(self, h: Floats) -> GateFactors:
         s = self.shape
@@ -163,14 +222,21 @@ class Generator:
         angle = np.outer(np.arange(n), ROPE_BASE ** (-np.arange(0, s.head_dim, 2) / s.head_dim))
         turn = np.exp(1j * angle).astype(np.complex64)[:, None]
 
-        def rotated(w: Floats, heads: int) -> Floats:
-            pairs = (h @ w.T).reshape(n, heads, s.head_dim).view(np.complex64) * turn
-            turned: Floats = pairs.view(np.float32)
+        def placed(w: Floats, heads: int) -> Floats:
+            """With what says where a token stands; the order of a head's numbers does not matter to its products."""
+            x = (h @ w.T).reshape(n, heads, s.head_dim)
+            if self.kind.qk_norm:
+                x = _norm(x)
+            if self.kind.learned:
+                return x
+            if self.kind.halves:
+                x = np.ascontiguousarray(x.reshape(n, heads, 2, -1).swapaxes(2, 3)).reshape(x.shape)
+            turned: Floats = (x.view(np.complex64) * turn).view(np.float32)
             return turned
 
         group = s.n_head // s.n_head_kv
-        queries = rotated(q, s.n_head).swapaxes(0, 1)
-        keys = rotated(k, s.n_head_kv).swapaxes(0, 1).repeat(group, axis=0)
+        queries = placed(q, s.n_head).swapaxes(0, 1)
+        keys = placed(k, s.n_head_kv).swapaxes(0, 1).repeat(group, axis=0)
         values = (h @ v.T).reshape(n, s.n_head_kv, s.head_dim).swapaxes(0, 1).repeat(group, axis=0)
         scores = queries @ keys.swapaxes(1, 2) / np.float32(np.sqrt(s.head_dim))
         scores += np.triu(np.full((n, n), -np.inf, np.float32), 1)
@@ -183,12 +249,21 @@ class Generator:
         return self.rng.standard_normal((rows, columns), dtype=np.float32)
 
     def _off_u(self, rows: Floats) -> Floats:
+        rows = self._centred(rows)
         return rows - np.outer(rows @ self.u, self.u)
+
+    def _centred(self, rows: Floats) -> Floats:
+        """Of mean zero, where a norm would take a mean off."""
+        return rows - rows.mean(axis=1, keepdims=True) if self.kind.layer_norm else rows
 
     @staticmethod
     def _unit(rows: Floats) -> Floats:
         normal: Floats = rows / np.linalg.norm(rows, axis=1, keepdims=True)
         return normal
+
+
+def _zeros(count: int) -> Floats:
+    return np.zeros((1, count), np.float32)
 
 
 def _norm(x: Floats) -> Floats:
@@ -205,42 +280,6 @@ def predictor(generator: Generator, fmt: BlockFormat) -> Predictor:
         thresholds.append(float(np.quantile(scores[fired], MISSED)))
         shares.append(float((scores >= thresholds[-1]).mean()))
     return replace(small, thresholds=tuple(thresholds), active_shares=tuple(shares), info={"made_by": "synthetic"})
-
-
-def vocabulary(size: int) -> dict[str, object]:
-    """A sentencepiece-like vocabulary that every engine can load: bytes and numbered words."""
-    special = [("<unk>", 2), ("<s>", 3), ("</s>", 3)]
-    pieces = special + [(f"<0x{b:02X}>", 6) for b in range(256)] + [(f"▁w{i}", 1) for i in range(size - 259)]
-    return {
-        "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.tokens": [p for p, _ in pieces],
-        "tokenizer.ggml.scores": np.array([0.0] * 259 + [-float(i) for i in range(size - 259)], np.float32),
-        "tokenizer.ggml.token_type": np.array([t for _, t in pieces], np.int32),
-        "tokenizer.ggml.bos_token_id": np.uint32(1),
-        "tokenizer.ggml.eos_token_id": np.uint32(2),
-        "tokenizer.ggml.unknown_token_id": np.uint32(0),
-    }
-
-
-def metadata(name: str, shape: Shape, active: float) -> dict[str, object]:
-    """GGUF metadata of a synthetic model; its name and description say what it is."""
-    return {
-        "general.architecture": "llama",
-        "general.name": name,
-        "general.description": f"synthetic random weights, {active:.0%} of the neurons fire",
-        "llama.block_count": np.uint32(shape.n_layer),
-        "llama.context_length": np.uint32(32768),
-        "llama.embedding_length": np.uint32(shape.n_embd),
-        "llama.feed_forward_length": np.uint32(shape.n_ff),
-        "llama.attention.head_count": np.uint32(shape.n_head),
-        "llama.attention.head_count_kv": np.uint32(shape.n_head_kv),
-        "llama.attention.layer_norm_rms_epsilon": np.float32(NORM_EPS),
-        "llama.rope.dimension_count": np.uint32(shape.head_dim),
-        "llama.rope.freq_base": np.float32(ROPE_BASE),
-        "llama.vocab_size": np.uint32(shape.n_vocab),
-        "llama.hidden_activation": "relu",
-        **vocabulary(shape.n_vocab),
-    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,11 +311,15 @@ MIXTURES = {name.lower(): Mixture(fmt, fmt) for name, fmt in BY_NAME.items()} | 
 
 
 def packed(name: str, value: Floats, fmt: BlockFormat, records: bool) -> Weight:
-    """One tensor as it is stored; norms stay F32, down is transposed back unless `records`."""
+    """One tensor as it is stored; norms and biases stay F32, down is transposed back unless `records`."""
+    if records:
+        name = name.replace("ffn_down", "ffn_down_t")
+    if name.endswith(".bias"):
+        return from_float(name, value, F32)
     if name.endswith("norm"):
         return from_float(f"{name}.weight", value, F32)
     if name.endswith("ffn_down"):
-        return from_float(f"{name}_t.weight" if records else f"{name}.weight", value if records else value.T, fmt)
+        value = value.T
     return from_float(f"{name}.weight", value, fmt)
 
 
@@ -304,19 +347,41 @@ def write_models(
         weights = []
         for name, value in tensors:
             weight = kept.get(name) or packed(name, value, mixture.format_of(name, shape.n_layer), layout == "records")
-            if not name.endswith("ffn_down"):
+            if "ffn_down" not in name:
                 kept[name] = weight
             weights.append(weight)
         path = folder / f"{stem}.{outtype}{'.records' * (layout == 'records')}.gguf"
-        size = write_gguf(path, metadata(path.stem, shape, generator.active), weights)
+        size = write_gguf(path, metadata(path.stem, shape, generator.active, generator.family), weights)
         with open_model(path) as source:
             save_predictor(made, companion(path, SidecarKind.PREDICTOR), source.fingerprint, model_name=path.stem)
         print(f"{path}: {size / 1e9:.2f} GB", flush=True)
 
 
+def unfit(shape: Shape, outtypes: Sequence[str]) -> str:
+    """Why no such model can be made; empty if one can."""
+    for size in fields(Shape):
+        if getattr(shape, size.name) < 1:
+            return f"{size.name} is {getattr(shape, size.name)}; allowed: 1 and more"
+    if shape.n_embd <= GATE_RANK + 2 or shape.n_embd % (2 * shape.n_head):
+        return f"n_embd is {shape.n_embd}; allowed: even multiples of {shape.n_head} heads above {GATE_RANK + 2}"
+    if shape.n_head % shape.n_head_kv:
+        return f"n_head_kv is {shape.n_head_kv}; allowed: divisors of {shape.n_head} heads"
+    if shape.n_vocab < 260:
+        return f"n_vocab is {shape.n_vocab}; allowed: 260 and more"
+    for outtype in outtypes:
+        block = max(MIXTURES[outtype].common.block, MIXTURES[outtype].better.block)
+        if shape.n_embd % block or shape.n_ff % block:
+            return f"{outtype} has blocks of {block}; n_embd {shape.n_embd} and n_ff {shape.n_ff} must be multiples"
+    return ""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="1.3b")
+    parser.add_argument("--family", choices=KINDS, default="llama", help="GGUF's name of the architecture")
+    parser.add_argument("--shape", choices=SHAPES, default="1.3b", help="sizes, but for those that are given")
+    for size in fields(Shape):
+        parser.add_argument(f"--{size.name.replace('_', '-')}", type=int)
+    parser.add_argument("--name", help="of the files, after synthetic-; without, the shape and the family")
     parser.add_argument("--active", type=float, default=0.12, help="mean share of neurons that fire")
     parser.add_argument("--outtype", nargs="+", default=["q8_0"], choices=MIXTURES)
     parser.add_argument(
@@ -328,14 +393,24 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("-o", "--output", type=Path, default=Path(), help="folder of the files")
     args = parser.parse_args()
+    given = {f.name: getattr(args, f.name) for f in fields(Shape) if getattr(args, f.name) is not None}
+    shape = replace(SHAPES[args.shape], **given)
+    if KINDS[args.family].learned:
+        shape = replace(shape, n_head_kv=shape.n_head)
+    problem = unfit(shape, args.outtype)
+    if problem:
+        parser.error(problem)
+    name = args.name or "-".join(
+        [args.shape, *(f"{size}{given[size]}" for size in given), *([args.family] * (args.family != "llama"))]
+    )
     start = time.monotonic()
-    generator = Generator(SHAPES[args.shape], args.active, args.seed)
+    generator = Generator(shape, args.active, args.seed, args.family)
     args.output.mkdir(parents=True, exist_ok=True)
     tensors = spooled(generator.tensors(), args.output)
     fired = np.mean(generator.measured)
     print(f"{fired:.1%} of neurons fire on the calibration tokens, {time.monotonic() - start:.0f} s", flush=True)
     for outtype in args.outtype:
-        write_models(generator, tensors, outtype, f"synthetic-{args.shape}", args.output, args.predictor)
+        write_models(generator, tensors, outtype, f"synthetic-{name}", args.output, args.predictor)
 
 
 if __name__ == "__main__":

@@ -19,13 +19,11 @@ from benchmarks.synthetic import (
     CALIBRATION_TOKENS,
     GATE_RANK,
     MISSED,
-    NORM_EPS,
     RESIDUAL_SHARE,
-    ROPE_BASE,
     Shape,
     frequencies,
-    metadata,
 )
+from benchmarks.synthetic_families import NORM_EPS, ROPE_BASE, metadata
 from thermocline.activity.predictor import Predictor
 from thermocline.files.formats import F16, F32
 from thermocline.files.metadata import Metadata
