@@ -188,7 +188,7 @@ class Generator:
 
     def _up(self) -> Floats:
         s = self.shape
-        up = self._normal(s.n_ff, s.n_embd) / np.float32(np.sqrt(s.n_embd))
+        up = self._normal(s.n_ff, s.n_embd) * np.float32(1 / np.sqrt(s.n_embd))
         if not self.kind.both:
             return up
         # Of a normed token, half of whose square lies along u, this takes a mean of 1.
