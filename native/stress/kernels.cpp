@@ -143,8 +143,11 @@ void networks(const std::string& isa, Format format) {
 
 void attend(const std::string& isa, Format keys, Format values, int64_t dim) {
   const int64_t heads = 6, kv_heads = 2, room = 600;
-  for (const auto& [start, tokens, window] :
-       {std::tuple<int64_t, int64_t, int64_t>{0, 1, 0}, {511, 2, 0}, {300, 9, 40}, {590, 10, 300}}) {
+  for (const auto& [start, tokens, window] : {std::tuple<int64_t, int64_t, int64_t>{0, 1, 0},
+                                              {511, 2, 0},
+                                              {300, 9, 40},
+                                              {590, 10, 300},
+                                              {500, 60, 0}}) {
     const Floats q = floats(tokens * heads * dim), k = floats(tokens * kv_heads * dim),
                  v = floats(tokens * kv_heads * dim);
     const Weights key_rows(keys, kv_heads * room, dim), value_rows(values, kv_heads * room, dim);
