@@ -43,7 +43,7 @@ from benchmarks.gpu_apart import Part, Results, apart
 from benchmarks.gpu_cases import GB, Lengths, Loaded, Row, bytes_a_token, cases, problem_of, run_case, whole
 from benchmarks.gpu_claims import claims
 from benchmarks.gpu_sweep import sweep
-from benchmarks.synthetic import SHAPES, Shape
+from benchmarks.synthetic_families import SHAPES, Shape
 from benchmarks.synthetic_gpu import Source, synthetic
 from benchmarks.tables import RESULTS, print_table, write_results
 from thermocline import _native

@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.machine import Probe, arithmetic_peaks, facts
-from benchmarks.synthetic import SHAPES, Shape
+from benchmarks.synthetic_families import SHAPES, Shape
 from benchmarks.tables import print_table, write_results
 from thermocline import _native
 from thermocline.files.formats import BY_NAME, F16, F32, Q8_0, BlockFormat

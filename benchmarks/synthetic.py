@@ -29,7 +29,7 @@ from tempfile import TemporaryFile
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.synthetic_families import KINDS, NORM_EPS, POSITIONS, ROPE_BASE, metadata
+from benchmarks.synthetic_families import KINDS, NORM_EPS, POSITIONS, ROPE_BASE, SHAPES, Shape, metadata
 from thermocline.activity.predictor import Predictor, save_predictor
 from thermocline.files.companion import companion
 from thermocline.files.formats import BY_NAME, F32, Q4_K, Q5_K, Q6_K, BlockFormat
@@ -54,30 +54,6 @@ POSITION_SHARE = 0.1
 """What a learned position adds to the residual stream, against the embedding."""
 UP_OVER_DEVIATION = 4.0
 """Mean of up where it must be positive, over its deviation."""
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """Sizes of a network."""
-
-    n_embd: int
-    n_ff: int
-    n_layer: int
-    n_head: int
-    n_head_kv: int
-    n_vocab: int = 32000
-
-    @property
-    def head_dim(self) -> int:
-        return self.n_embd // self.n_head
-
-
-SHAPES = {
-    "tiny": Shape(512, 1408, 4, 8, 4, 2048),
-    "1.3b": Shape(2048, 5632, 24, 16, 16),
-    "7b": Shape(4096, 11008, 32, 32, 32),
-    "13b": Shape(5120, 13824, 40, 40, 40),
-}
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,9 @@
-"""What families of synthetic models differ in, and what their GGUF files say."""
+"""The sizes of synthetic models, what their families differ in, and what their GGUF files say."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -50,23 +50,28 @@ KINDS = {
 """By GGUF architecture."""
 
 
-class Sizes(Protocol):
-    """Those of a network."""
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Sizes of a network."""
+
+    n_embd: int
+    n_ff: int
+    n_layer: int
+    n_head: int
+    n_head_kv: int
+    n_vocab: int = 32000
 
     @property
-    def n_embd(self) -> int: ...
-    @property
-    def n_ff(self) -> int: ...
-    @property
-    def n_layer(self) -> int: ...
-    @property
-    def n_head(self) -> int: ...
-    @property
-    def n_head_kv(self) -> int: ...
-    @property
-    def n_vocab(self) -> int: ...
-    @property
-    def head_dim(self) -> int: ...
+    def head_dim(self) -> int:
+        return self.n_embd // self.n_head
+
+
+SHAPES = {
+    "tiny": Shape(512, 1408, 4, 8, 4, 2048),
+    "1.3b": Shape(2048, 5632, 24, 16, 16),
+    "7b": Shape(4096, 11008, 32, 32, 32),
+    "13b": Shape(5120, 13824, 40, 40, 40),
+}
 
 
 def vocabulary(size: int) -> dict[str, object]:
@@ -84,7 +89,7 @@ def vocabulary(size: int) -> dict[str, object]:
     }
 
 
-def metadata(name: str, shape: Sizes, active: float, family: str = "llama") -> dict[str, object]:
+def metadata(name: str, shape: Shape, active: float, family: str = "llama") -> dict[str, object]:
     """GGUF metadata of a synthetic model; its name and description say what it is."""
     kind = KINDS[family]
     own: dict[str, Any] = {

@@ -20,10 +20,9 @@ from benchmarks.synthetic import (
     GATE_RANK,
     MISSED,
     RESIDUAL_SHARE,
-    Shape,
     frequencies,
 )
-from benchmarks.synthetic_families import NORM_EPS, ROPE_BASE, metadata
+from benchmarks.synthetic_families import NORM_EPS, ROPE_BASE, Shape, metadata
 from thermocline.activity.predictor import Predictor
 from thermocline.files.formats import F16, F32
 from thermocline.files.metadata import Metadata

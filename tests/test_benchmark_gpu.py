@@ -61,7 +61,7 @@ def test_what_there_is_no_time_for_is_said() -> None:
 
 
 def test_drawn_models_are_as_sparse_as_asked_and_their_predictors_know() -> None:
-    from benchmarks.synthetic import Shape
+    from benchmarks.synthetic_families import Shape
     from benchmarks.synthetic_gpu import synthetic
 
     shape = Shape(128, 512, 3, 4, 2, 320)
@@ -152,7 +152,7 @@ def test_a_part_that_fails_hangs_or_dies_takes_no_other_with_it() -> None:
 
 def test_no_placement_reads_less_of_ram_than_the_bound() -> None:
     from benchmarks.gpu_cases import Lengths, cases, problem_of, whole
-    from benchmarks.synthetic import Shape
+    from benchmarks.synthetic_families import Shape
     from benchmarks.synthetic_gpu import synthetic
     from thermocline.hardware import catalogue
     from thermocline.placement.cost import FfnMode

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.synthetic import SHAPES, Generator, packed
-from benchmarks.synthetic_families import metadata
+from benchmarks.synthetic import Generator, packed
+from benchmarks.synthetic_families import SHAPES, metadata
 from thermocline import LLM, SamplingSettings, describe, shipped_model
 from thermocline.files.formats import Q8_0
 from thermocline.files.gguf_writer import write_gguf

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from benchmarks import synthetic
-from benchmarks.synthetic import Generator, Shape, unfit, write_models
-from benchmarks.synthetic_families import KINDS
+from benchmarks.synthetic import Generator, unfit, write_models
+from benchmarks.synthetic_families import KINDS, Shape
 from thermocline import _native
 from thermocline.config import CacheType, Mode
 from thermocline.files.companion import companion
@@ -28,7 +29,7 @@ TOKENS = 128
 @pytest.mark.parametrize("family", KINDS)
 def test_every_family_fires_as_foreseen(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(synthetic, "CALIBRATION_TOKENS", TOKENS)
-    shape = Shape(*(320, 448, 3, 4, 4, 400)) if KINDS[family].learned else SHAPE
+    shape = replace(SHAPE, n_head_kv=SHAPE.n_head) if KINDS[family].learned else SHAPE
     generator = Generator(shape, 0.12, 1, family)
     write_models(generator, list(generator.tensors()), "f32", "synthetic-x", tmp_path)
     assert np.mean(generator.measured) == pytest.approx(0.12, abs=0.02)
