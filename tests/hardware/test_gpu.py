@@ -123,7 +123,7 @@ def test_a_model_is_loaded_for_the_gpu_of_its_settings(monkeypatch: pytest.Monke
         with pytest.raises(UsageError, match=r"gpu|device is cpu:1; allowed: .*cuda:1"):
             LoadSettings(device=device, gpu=gpu)  # type: ignore[arg-type]
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    monkeypatch.setattr("thermocline.hardware.gpu.shutil.which", lambda _: None)
+    monkeypatch.setattr("thermocline.hardware.gpu_nvidia.shutil.which", lambda _: None)
     with pytest.raises(HardwareError, match="no GPU is called 1; there are none"):
         thermocline.LLM.load(device="cuda:1")
 

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 
 from thermocline.errors import HardwareError
-from thermocline.hardware import bandwidth, disk, gpu, probe
+from thermocline.hardware import bandwidth, disk, gpu_nvidia, probe
 from thermocline.hardware.cache import recall, remember
 from thermocline.hardware.disk import DiskSpeed, find_disk, measure_disk
-from thermocline.hardware.gpu import Gpu, GpuSpeed, find_gpus
+from thermocline.hardware.gpu import GpuSpeed
+from thermocline.hardware.gpu_card import Gpu
+from thermocline.hardware.gpu_nvidia import find_nvidia
 from thermocline.hardware.machine import Calls
 from thermocline.hardware.probe import MemorySpeed, Probe, StepCosts, emulated, machine_of, probe_machine
 from thermocline.hardware.survey import examine
@@ -285,17 +287,17 @@ def test_disks_are_found_by_their_mounts(tmp_path: Path) -> None:
 
 
 def test_gpus_are_read_from_the_drivers_tool(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "_from_library", lambda: None)
+    monkeypatch.setattr(gpu_nvidia, "_from_library", lambda: None)
     text = "0, NVIDIA GeForce RTX 4090, 24564, 24000, 4, 16, 550.54, GPU-1\n"
     text += "1, Odd, [N/A], [N/A], [N/A], [N/A], x, GPU-2\nbroken\n"
-    first, second = find_gpus(lambda _: text)
+    first, second = find_nvidia(lambda _: text)
     assert first == Gpu(
         index=0, name="NVIDIA GeForce RTX 4090", total=24564 << 20, free=24000 << 20, pcie=4, lanes=16, driver="550.54",
-        uuid="GPU-1",
+        uuid="GPU-1", visible="GPU-1",
     )  # fmt: skip
     assert second.total == second.pcie == 0
 
     def failing(_: list[str]) -> str:
         raise OSError("no driver")
 
-    assert find_gpus(failing) == ()
+    assert find_nvidia(failing) == ()

@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from thermocline.ops.cuda.crossing import HostDriver
+from thermocline.config import CrossingKind
+from thermocline.errors import HardwareError
+from thermocline.ops.cuda import crossing
+from thermocline.ops.cuda.crossing import HIP, HostDriver
 
 FAKE = Path(__file__).parent / "fake_driver"
 
@@ -42,3 +45,18 @@ def test_what_a_stream_was_given_works_in_every_launch(library: Path, way: str, 
 def test_without_a_driver_there_are_no_calls_of_the_host() -> None:
     with pytest.raises(OSError, match="no driver"):
         HostDriver("no driver.so.1")
+
+
+def test_a_torch_for_rocm_brings_the_driver_of_its_streams(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    (library / "lib").mkdir()
+    source = library / "hip.c"
+    source.write_text("int hipLaunchHostFunc(void* a, void* b, void* c) { return a == b && b == c ? 0 : 7; }\n")
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", str(library / HIP), str(source)], check=True, timeout=60)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch, "__file__", str(library / "__init__.py"))
+    driver = crossing._driver(CrossingKind.CALLS)
+    assert driver.cuLaunchHostFunc(1, 1, 1) == (0,)
+    assert driver.cuLaunchHostFunc(1, 2, 3) == (7,)
+    with pytest.raises(HardwareError, match="built for ROCm"):
+        crossing._driver(CrossingKind.MEMORY)

@@ -45,13 +45,14 @@ def compile_for(*arguments: str) -> list[dict]:
     return [json.loads(line) for line in printed("-m", "thermocline.ops.cuda.ahead", *arguments)]
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
-def test_every_kernel_compiles_for_two_gpus(target: str) -> None:
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942", "gfx1100"])
+def test_every_kernel_compiles_for_gpus_of_two_makers(target: str) -> None:
     rows = compile_for("--few", target)
     assert {row["kernel"] for row in rows} == set(KERNELS)
     assert all(row["binary"] > 0 for row in rows)
     indexed = {row["kernel"] for row in rows if row["wide"]}
     assert indexed >= {"matvec", "gather_rows", "gate_up", "add_rows", "attend", "store_kv"}
+    assert all("16" in row["loads"] for row in rows if row["kernel"] in ("matvec", "matvec_three", "gate_up", "attend"))
 
 
 @pytest.mark.slow

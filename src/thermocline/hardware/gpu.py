@@ -1,40 +1,24 @@
-"""GPUs of this machine: what the driver says of them, and what torch measures where it is installed."""
+"""GPUs of this machine: what their drivers say of them, and what torch measures where it is installed."""
 
 from __future__ import annotations
 
 import os
-import shutil
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import import_module
-from itertools import takewhile
 from typing import Any
 
 from thermocline.hardware.bandwidth import Load, together
+from thermocline.hardware.gpu_amd import amd_bytes, find_amd
+from thermocline.hardware.gpu_card import Gpu, Maker
+from thermocline.hardware.gpu_nvidia import find_nvidia, nvidia_bytes
+from thermocline.hardware.gpu_software import torch_maker
 
-FIELDS = ("index", "name", "memory.total", "memory.free", "pcie.link.gen.max", "pcie.link.width.max", "driver_version",
-          "uuid")  # fmt: skip
-MIB = 1 << 20
 BUFFER = 1 << 28
 ROW, SIDE = 8192, 4096
 """Bytes of a row that is copied, and rows and columns of a matrix that is multiplied."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Gpu:
-    """One GPU: bytes of VRAM, generation and lanes of its PCIe link (0: unknown)."""
-
-    index: int
-    name: str
-    total: int
-    free: int
-    pcie: int
-    lanes: int
-    driver: str
-    uuid: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,47 +44,20 @@ class GpuSpeed:
     sparse: float = 1.0
 
 
-def find_gpus(run: Callable[[list[str]], str] | None = None) -> tuple[Gpu, ...]:
-    """The GPUs that the driver tells of: through nvidia-ml-py, else through nvidia-smi; none where neither is.
+def find_gpus() -> tuple[Gpu, ...]:
+    """The GPUs that this process may use, in the order in which torch numbers them: of the maker torch is built for.
 
-    Those that `CUDA_VISIBLE_DEVICES` leaves, in its order: the order in which torch numbers them. Where it leaves all,
-    the driver's tools go by the bus, and torch is told to do so too, which would put the fastest first.
+    Where torch is built for none, or is not there, NVIDIA's or else AMD's.
     """
-    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
-    if run is None:
-        found = _from_library()
-        if found is not None:
-            return found
-        if shutil.which("nvidia-smi") is None:
-            return ()
-        run = _smi
-    try:
-        query = ["nvidia-smi", f"--query-gpu={','.join(FIELDS)}", "--format=csv,noheader,nounits"]
-        visible = _visible()
-        text = run(query if visible is None else [*query, f"--id={','.join(visible)}"]) if visible != () else ""
-    except (OSError, subprocess.SubprocessError):
-        return ()
-    gpus = [gpu for line in text.splitlines() if (gpu := _parsed(line)) is not None]
-    return tuple(gpus) if visible is None else tuple(replace(gpu, index=i) for i, gpu in enumerate(gpus))
+    if torch_maker() is Maker.AMD:
+        return find_amd()
+    return find_nvidia() or find_amd()
 
 
 def own_bytes(index: int = 0, process: int | None = None) -> int:
     """Bytes that this process, or another, holds of a GPU by the driver's account; 0 where that is not told."""
-    try:
-        nvml: Any = import_module("pynvml")
-        nvml.nvmlInit()
-    except Exception:  # as in `_from_library`
-        return 0
     wanted = os.getpid() if process is None else process
-    try:
-        names = _visible()
-        handle = _handle(nvml, str(index) if names is None else names[index])
-        found = [p.usedGpuMemory for p in nvml.nvmlDeviceGetComputeRunningProcesses(handle) if p.pid == wanted]
-    except (nvml.NVMLError, IndexError):
-        return 0
-    finally:
-        nvml.nvmlShutdown()
-    return int(found[0] or 0) if found else 0
+    return amd_bytes(index, wanted) if torch_maker() is Maker.AMD else nvidia_bytes(index, wanted)
 
 
 def measure_gpu(index: int, memory: Load) -> GpuSpeed | None:
@@ -179,82 +136,4 @@ def _measured(torch: Any, device: Any, context: int, memory: Load) -> GpuSpeed:
         crossing=seconds(there_and_back, 200) / 2,
         context=context,
         sparse=min(1.0, picked(ordered) / picked(apart)),
-    )
-
-
-def _from_library() -> tuple[Gpu, ...] | None:
-    try:
-        nvml: Any = import_module("pynvml")
-        nvml.nvmlInit()
-    except Exception:  # the package has its own class for each way in which there is no driver
-        return None
-    try:
-        visible = _visible()
-        names = visible if visible is not None else tuple(map(str, range(nvml.nvmlDeviceGetCount())))
-        return tuple(_from_handle(nvml, i, _handle(nvml, name)) for i, name in enumerate(names))
-    except nvml.NVMLError:  # a name that is none of this machine's
-        return ()
-    finally:
-        nvml.nvmlShutdown()
-
-
-def _visible() -> tuple[str, ...] | None:
-    """What `CUDA_VISIBLE_DEVICES` names, up to the first that is no name; None where it is not set."""
-    text = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if text is None:
-        return None
-    names = (name.strip() for name in text.split(","))
-    return tuple(takewhile(lambda name: name.isdecimal() or name.startswith(("GPU-", "MIG-")), names))
-
-
-def _handle(nvml: Any, name: str) -> Any:
-    return nvml.nvmlDeviceGetHandleByIndex(int(name)) if name.isdecimal() else nvml.nvmlDeviceGetHandleByUUID(name)
-
-
-def _from_handle(nvml: Any, index: int, handle: Any) -> Gpu:
-    memory = nvml.nvmlDeviceGetMemoryInfo(handle)
-
-    def text(value: Any) -> str:
-        return value.decode() if isinstance(value, bytes) else str(value)
-
-    def link(name: str) -> int:
-        try:
-            return int(getattr(nvml, name)(handle))
-        except nvml.NVMLError:
-            return 0
-
-    return Gpu(
-        index=index,
-        name=text(nvml.nvmlDeviceGetName(handle)),
-        total=int(memory.total),
-        free=int(memory.free),
-        pcie=link("nvmlDeviceGetMaxPcieLinkGeneration"),
-        lanes=link("nvmlDeviceGetMaxPcieLinkWidth"),
-        driver=text(nvml.nvmlSystemGetDriverVersion()),
-        uuid=text(nvml.nvmlDeviceGetUUID(handle)),
-    )
-
-
-def _smi(command: list[str]) -> str:
-    return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout  # noqa: S603
-
-
-def _parsed(line: str) -> Gpu | None:
-    words = [word.strip() for word in line.split(",")]
-    if len(words) != len(FIELDS):
-        return None
-    index, name, total, free, pcie, lanes, driver, uuid = words
-
-    def number(word: str) -> int:
-        return int(word) if word.isdecimal() else 0
-
-    return Gpu(
-        index=number(index),
-        name=name,
-        total=number(total) * MIB,
-        free=number(free) * MIB,
-        pcie=number(pcie),
-        lanes=number(lanes),
-        driver=driver,
-        uuid=uuid,
     )

@@ -7,12 +7,15 @@ import sys
 from typing import Any, Final
 
 from thermocline.errors import HardwareError, UsageError, printable
-from thermocline.hardware.gpu import Gpu, find_gpus
+from thermocline.hardware.gpu import find_gpus
+from thermocline.hardware.gpu_amd import VARIABLE as HIP_VISIBLE
+from thermocline.hardware.gpu_card import Gpu, Maker
+from thermocline.hardware.gpu_nvidia import VARIABLE as CUDA_VISIBLE
 
-VISIBLE: Final = "CUDA_VISIBLE_DEVICES"
+VISIBLE: Final = {Maker.NVIDIA: CUDA_VISIBLE, Maker.AMD: HIP_VISIBLE}
 
-_SEEN: dict[str, tuple[Gpu, ...]] = {}
-"""By the UUID that was chosen, the GPUs that there were to choose from: numbers keep their meaning."""
+_SEEN: dict[tuple[str, str], tuple[Gpu, ...]] = {}
+"""By the variable and what was chosen by it, the GPUs that there were to choose from: numbers keep their meaning."""
 
 
 def find_gpu(wanted: str) -> Gpu:
@@ -40,20 +43,22 @@ def choose_gpu(wanted: str) -> str:
         UsageError: this process uses another one already.
     """
     gpus, gpu = _choice(), find_gpu(wanted)
-    if len(gpus) > 1 and os.environ.get(VISIBLE) != gpu.uuid:
+    variable = VISIBLE[gpu.maker]
+    if len(gpus) > 1 and os.environ.get(variable) != gpu.visible:
         torch: Any = sys.modules.get("torch")
         if torch is not None and torch.cuda.is_initialized():
             raise UsageError(
                 f"this process has used a GPU already, so that it cannot choose {gpu.name}; choose it first, or set "
-                f"{VISIBLE}={gpu.uuid} before the start"
+                f"{variable}={gpu.visible} before the start"
             )
-        os.environ[VISIBLE] = gpu.uuid
-        _SEEN[gpu.uuid] = gpus
+        os.environ[variable] = gpu.visible
+        _SEEN[variable, gpu.visible] = gpus
     return gpu.uuid
 
 
 def _choice() -> tuple[Gpu, ...]:
-    return _SEEN.get(os.environ.get(VISIBLE, "")) or find_gpus()
+    chosen = (_SEEN.get((variable, os.environ.get(variable, ""))) for variable in VISIBLE.values())
+    return next(filter(None, chosen), None) or find_gpus()
 
 
 def _is(gpu: Gpu, wanted: str) -> bool:

@@ -14,7 +14,8 @@ from thermocline.errors import HardwareError, OutputError, UsageError, printable
 from thermocline.hardware.bandwidth import Buffer, Load, best_rate, memory_load, read_buffer, together
 from thermocline.hardware.cache import home, recall, remember
 from thermocline.hardware.disk import DiskSpeed, find_disk, measure_disk, random_rate
-from thermocline.hardware.gpu import Gpu, GpuSpeed, find_gpus, measure_gpu
+from thermocline.hardware.gpu import GpuSpeed, find_gpus, measure_gpu
+from thermocline.hardware.gpu_card import Gpu, Maker
 from thermocline.hardware.machine import Calls, Machine, Processor, Shares
 from thermocline.hardware.rates import (
     Q4_0_BYTES,
@@ -388,7 +389,7 @@ def _restored(kept: dict[str, Any] | None) -> Probe | None:
             handover=float(found["handover"]),
             steps=None if (steps := found["steps"]) is None else _steps(steps),
             disks=tuple(_disk(d) for d in found["disks"]),
-            gpus=tuple(Gpu(**g) for g in found["gpus"]),
+            gpus=tuple(Gpu(**g | {"maker": Maker(g["maker"])}) for g in found["gpus"]),
             gpu_speeds=tuple(None if s is None else GpuSpeed(**s) for s in found["gpu_speeds"]),
             unmeasured=tuple(str(reason) for reason in found["unmeasured"]),
         )

@@ -1,6 +1,6 @@
 """Compile every kernel ahead of time, as models of common shapes call it, for a GPU that need not be there.
 
-    python -m thermocline.ops.cuda.ahead sm_80 sm_90
+    python -m thermocline.ops.cuda.ahead sm_80 sm_90 gfx1100
 
 What would be launched is recorded from a dry run over tensors without memory, so nothing that runs is left out; one
 line of JSON for each compilation goes to stdout. `TRITON_INTERPRET` must not be set.
@@ -15,7 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -127,13 +127,25 @@ def compiled(variant: Variant, target: GPUTarget) -> Any:
     return triton.compile(source, target=target, options=dict(variant.options))
 
 
+def target_of(name: str) -> GPUTarget:
+    """The target called `name`, of NVIDIA's GPUs (sm_90) or of AMD's (gfx942).
+
+    Raises:
+        UsageError: it is neither.
+    """
+    if re.fullmatch(r"sm_\d+", name):
+        return GPUTarget("cuda", int(name.removeprefix("sm_")), 32)
+    if re.fullmatch(r"gfx[0-9a-f]{3,4}", name):
+        return GPUTarget("hip", name, 64 if name.startswith("gfx9") else 32)  # CDNA's waves are of 64 threads
+    raise UsageError(f"{name} is no target; allowed: sm_ and the compute capability, such as sm_90, or such as gfx942")
+
+
 def compile_all(targets: Iterable[str], wanted: Iterable[Variant]) -> Iterator[dict[str, Any]]:
-    """Compile `wanted` for each of `targets` (such as sm_90); what became of each."""
+    """Compile `wanted` for each of `targets` (see `target_of`); what became of each."""
     wanted = list(wanted)
     for target in targets:
-        if not target.removeprefix("sm_").isdigit():
-            raise UsageError(f"{target} is no target; allowed: sm_ and the compute capability, such as sm_90")
-        gpu = GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
+        gpu = target_of(target)
+        amd = gpu.backend == "hip"
         for variant in wanted:
             began = time.perf_counter()
             made = compiled(variant, gpu)
@@ -141,10 +153,10 @@ def compile_all(targets: Iterable[str], wanted: Iterable[Variant]) -> Iterator[d
                 "kernel": variant.name,
                 "target": target,
                 "seconds": round(time.perf_counter() - began, 2),
-                "binary": len(made.asm["cubin"]),
+                "binary": len(made.asm["hsaco" if amd else "cubin"]),
                 "shared": made.metadata.shared,
                 "wide": _widest_index(made.asm["ttir"]),
-                "loads": _loads(made.asm["ptx"]),
+                "loads": _amd_loads(made.asm["amdgcn"]) if amd else _loads(made.asm["ptx"]),
                 "kinds": sorted({value for name, value in variant.constants if name.endswith("_KIND")}),
             }
 
@@ -160,8 +172,18 @@ def _loads(ptx: str) -> dict[int, int]:
     return dict(Counter(int(many or 1) * int(bits) // 8 for many, bits in found))
 
 
+AMD_SIZES: Final = {"ubyte": 1, "sbyte": 1, "ushort": 2, "sshort": 2, "dword": 4}
+"""Bytes of a load by its name in CDNA's assembly; RDNA's tells the bits."""
+
+
+def _amd_loads(code: str) -> dict[int, int]:
+    """As `_loads`, of AMD's assembly."""
+    found = re.findall(r"\b(?:global|buffer)_load_(?:\w*?[biu](\d+)|([a-z]+)(?:x(\d))?)\b", code)
+    return dict(Counter(int(bits) // 8 if bits else AMD_SIZES[name] * int(many or 1) for bits, name, many in found))
+
+
 def main() -> None:
-    """Compile for the targets of the command line, `--few` the first variant of every kernel only."""
+    """Compile for the targets of the command line; with `--few` the first variant of every kernel only."""
     few = "--few" in sys.argv
     found: dict[Any, Variant] = {}
     for variant in variants():

@@ -1,4 +1,4 @@
-"""How a stream and the CPU tell each other that a vector is there: the only calls here that ROCm has not.
+"""How a stream and the CPU tell each other that a vector is there: the only calls that ROCm lacks or names otherwise.
 
 Three ways, best first. `memory`: the stream itself writes and polls words of pinned memory (cuStreamWriteValue32 and
 cuStreamWaitValue32), which costs no thread of the driver. `calls`: the stream calls native functions of the host
@@ -10,7 +10,10 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 from typing import Any, Final, Protocol
+
+import torch
 
 from thermocline.config import CrossingKind
 from thermocline.errors import HardwareError, UsageError
@@ -19,6 +22,8 @@ from thermocline.ops.handover import DONE, ColdWorker
 
 EQUAL: Final = 1
 """CU_STREAM_WAIT_VALUE_EQ."""
+HIP: Final = "lib/libamdhip64.so"
+"""HIP's runtime in a torch for ROCm, whose streams are of this one."""
 
 
 class Crossing(Protocol):
@@ -90,15 +95,15 @@ class StreamMemory:
 
 
 class HostDriver:
-    """The driver's own cuLaunchHostFunc.
+    """The driver's own cuLaunchHostFunc, or what HIP calls it.
 
     That of cuda-bindings (12.9 to 13.4) hands a function of its own over, which takes Python's lock for the call and
     frees its argument after it: a graph that is launched twice would read freed memory.
     """
 
-    def __init__(self, library: str = "libcuda.so.1") -> None:
+    def __init__(self, library: str = "libcuda.so.1", name: str = "cuLaunchHostFunc") -> None:
         """Raises OSError where there is no driver."""
-        self._launch = ctypes.CDLL(library).cuLaunchHostFunc
+        self._launch = getattr(ctypes.CDLL(library), name)
         self._launch.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
         self._launch.restype = ctypes.c_int
 
@@ -194,4 +199,9 @@ def _told(crossing: Crossing, reasons: list[str]) -> str | None:
 
 
 def _driver(way: CrossingKind) -> Any:
-    return HostDriver() if way is CrossingKind.CALLS else import_module("cuda.bindings.driver")
+    rocm = torch.version.hip is not None
+    if way is CrossingKind.CALLS:
+        return HostDriver(str(Path(torch.__file__).parent / HIP), "hipLaunchHostFunc") if rocm else HostDriver()
+    if rocm:
+        raise HardwareError("its stream memory operations are CUDA's, and this torch is built for ROCm")
+    return import_module("cuda.bindings.driver")

@@ -27,7 +27,9 @@ def open_device(name: str) -> tuple[torch.device, str]:
     if device.type == "cpu":
         raise HardwareError("kernels run on CPU tensors only with TRITON_INTERPRET=1 set before the start")
     if not torch.cuda.is_available():
-        lacks = gpu_lacks() or ("torch finds no GPU; look at the driver, and at CUDA_VISIBLE_DEVICES",)
+        lacks = gpu_lacks() or (
+            "torch finds no GPU; look at the driver, and at CUDA_VISIBLE_DEVICES or HIP_VISIBLE_DEVICES",
+        )
         raise HardwareError(". ".join(lacks))
     if device.index is not None and device.index >= torch.cuda.device_count():
         raise HardwareError(f"there is no {name}; this machine has {torch.cuda.device_count()} GPUs, from cuda:0 on")
