@@ -27,17 +27,19 @@ struct Stream {
   Piece pieces[3];
 
   int64_t place_rows;  // rows from one place to the next that are fetched by turns: whole steps
+  int64_t places;      // kPlaces or 1
 
-  // What is fetched during the step at row `k` of a piece: as large a part of the next kPlaces * place_rows
+  // What is fetched during the step at row `k` of a piece: as large a part of the next places * place_rows
   // rows.
   Ahead after(int piece, int64_t k) const {
-    const int64_t block = kPlaces * place_rows;
+    const int64_t block = places * place_rows;
     for (k += block; piece < 3; ++piece) {
       const Piece& now = pieces[piece];
       const int64_t rows = (now.rows + block - 1) / block * block;
       if (k < rows) {
-        const int64_t row = k / block * block + k % block / kPlaces;
-        return {now.data + row * now.row_bytes, now.row_bytes, place_rows * now.row_bytes};
+        const int64_t row = k / block * block + k % block / places;
+        const int64_t apart = places > 1 ? place_rows * now.row_bytes : 0;
+        return {now.data + row * now.row_bytes, now.row_bytes, apart};
       }
       k -= rows;
     }
@@ -236,7 +238,8 @@ class Attention {
     const int64_t head = item / chunks_, chunk = first_chunk_ + item % chunks_;
     const int64_t steps = (kPlaceBytes / job_.keys.row_bytes + kStep - 1) / kStep;
     const Stream stream{{piece(job_.keys, item), piece(job_.values, item), piece(job_.keys, next)},
-                        std::max<int64_t>(1, steps) * kStep};
+                        std::max<int64_t>(1, steps) * kStep,
+                        context_.fetching == kToSecond ? 1 : kPlaces};
     attend(head, 0, job_.tokens, chunk, tokens_at(prepared_ + head * queries_size_), scratch,
            sums_at(parts_ + item * sums_size_), dim_ % kAttendColumns == 0 ? &stream : nullptr);
   }

@@ -174,13 +174,15 @@ NB_MODULE(_native, m) {
   nb::class_<Context>(m, "Context", "Threads, kernels and scratch memory of one engine.")
       .def(
           "__init__",
-          [](Context* self, int threads, const std::string& isa, bool pin) {
+          [](Context* self, int threads, const std::string& isa, bool pin, const std::string& fetching) {
             require_threads(threads);
-            new (self) Context(threads, isa, pin);
+            new (self) Context(threads, isa, pin, fetching);
           },
-          nb::arg("threads"), nb::arg("isa") = "auto", nb::arg("pin") = true)
+          nb::arg("threads"), nb::arg("isa") = "auto", nb::arg("pin") = true, nb::arg("fetching") = "auto")
       .def_prop_ro("threads", [](const Context& self) { return self.pool.size(); })
       .def_prop_ro("isa", [](const Context& self) { return self.kernels.name; })
+      .def_prop_ro("fetching",
+                   [](const Context& self) { return self.fetching == kToSecond ? "second" : "first"; })
       .def_prop_ro("scratch_bytes", [](const Context& self) { return self.arena.capacity(); })
       .def("park", [](Context& self) { self.pool.park(); })
       .def("embed", &bind_embed, nb::arg("table"), nb::arg("tokens"), nb::arg("out"))

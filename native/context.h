@@ -11,10 +11,11 @@
 namespace thermocline {
 
 struct Context {
-  // Throws std::invalid_argument if this CPU lacks `isa`.
-  Context(int threads, const std::string& isa, bool pin);
+  // Throws std::invalid_argument if this CPU lacks `isa`, or there is no such `fetching` (see fetching_of).
+  Context(int threads, const std::string& isa, bool pin, const std::string& fetching);
 
   const Kernels& kernels;
+  const Fetching fetching;
   Pool pool;
   Pool solo;  // the caller alone, for ops that are over before a worker could join in
   Arena arena;

@@ -129,6 +129,18 @@ const Kernels& kernels_for(const std::string& isa) {
   throw std::invalid_argument("isa is '" + isa + "'; this CPU has: " + names);
 }
 
+// Measured on AMD's Zen 4 and on Intel's Sapphire Rapids.
+Fetching fetching_of(const std::string& name) {
+  if (name == "first") return kToFirst;
+  if (name == "second") return kToSecond;
+  if (name != "auto") throw std::invalid_argument("fetching is '" + name + "'; allowed: auto, first, second");
+#ifdef THERMOCLINE_X86
+  __builtin_cpu_init();
+  if (__builtin_cpu_is("amd")) return kToSecond;
+#endif
+  return kToFirst;
+}
+
 std::vector<std::pair<std::string, bool>> cpu_features() {
   std::vector<std::pair<std::string, bool>> features;
 #ifdef THERMOCLINE_X86

@@ -102,7 +102,8 @@ void DownRecords::add(int worker, float* out) {
 }
 
 void DownRecords::add_one(float* out) {
-  const AxpyJob job{down_.at(ids_, start_[kGroups]), positions_, h_, h_stride_, nullptr, down_.cols};
+  const AxpyJob job{
+      down_.at(ids_, start_[kGroups], context_.fetching), positions_, h_, h_stride_, nullptr, down_.cols};
   items_.drain([&](int64_t item, int64_t) {
     const int64_t group = item % kGroups;
     const int64_t c0 = std::min(item / kGroups * tile_columns_, down_.cols);

@@ -138,8 +138,13 @@ LargestScale DownSums::heaviest() const {
 }
 
 SumJob DownSums::job_of(int64_t t, const int32_t* list, SumStep* sums) const {
-  return {down_.at(rows_, count_), list, positions_, h_ + t * h_stride_, scales_[t].per_factor,
-          scales_[t].per_least,    sums};
+  return {down_.at(rows_, count_, context_.fetching),
+          list,
+          positions_,
+          h_ + t * h_stride_,
+          scales_[t].per_factor,
+          scales_[t].per_least,
+          sums};
 }
 
 void DownSums::add(int worker, float* out) {

@@ -118,7 +118,13 @@ class Slice {
 
   void project(const Matrix& matrix, const int32_t* ids, int64_t count, float* out, int64_t r0, int64_t r1,
                float* scratch) {
-    const DotJob job{matrix.at(rows(ids), count), matrix.cols, x_.tokens(), out, count_, nullptr, false};
+    const DotJob job{matrix.at(rows(ids), count, context_.fetching),
+                     matrix.cols,
+                     x_.tokens(),
+                     out,
+                     count_,
+                     nullptr,
+                     false};
     dot_chunk(context_.kernels, matrix.format, job, r0, r1, tokens_, scratch);
   }
 
@@ -221,7 +227,8 @@ class Slice {
     if (active_) team_.barrier();
     full_batch_->prepare(context_, team_);
     const Matrix& down = *block_.down;
-    const DotJob job{down.all(), down.cols, full_batch_->tokens(), out, down.rows, nullptr, true};
+    const DotJob job{
+        down.all(context_.fetching), down.cols, full_batch_->tokens(), out, down.rows, nullptr, true};
     down_items_.drain(worker, [&](int64_t r0, int64_t r1) {
       dot_chunk(context_.kernels, down.format, job, r0, r1, tokens_, scratch);
     });

@@ -10,6 +10,11 @@
 
 namespace thermocline {
 
+// Where rows are brought to before they are read. To the first cache: those that lie apart eight at a time.
+// Or to the second, which some processors ask for more lines at once: those that lie apart a tile at a time;
+// neighbours in floats are then left to the processor's own prefetching.
+enum Fetching { kToFirst, kToSecond };
+
 // Rows of a matrix: row i lies at base + (ids ? ids[i] : i) * row_bytes. There are `count` of them, which a
 // kernel may fetch ahead of its own; 0 says no more than the kernel is given.
 struct Rows {
@@ -17,6 +22,7 @@ struct Rows {
   int64_t row_bytes;
   const int32_t* ids;
   int64_t count = 0;
+  Fetching fetching = kToFirst;
 };
 
 constexpr int kGroupTokens = 16;
@@ -158,12 +164,12 @@ struct FactorJob {
   const int32_t *positions, *list, *rows;
 };
 
-// Places that are fetched by turns. A processor's own prefetching follows each page apart, so that lines of a
-// few pages arrive faster than those of one.
+// Places that are fetched by turns, where not all is read as it lies: a processor's own prefetching may
+// follow each page apart, so that lines of a few pages arrive faster than those of one.
 constexpr int64_t kPlaces = 8;
 
-// What will be read soon: it is fetched meanwhile, so many bytes for each row that is worked on, an equal
-// share of them at each of kPlaces that lie `apart` bytes from each other.
+// What will be read soon: it is fetched meanwhile, so many bytes for each row that is worked on; at one place
+// or, if they lie `apart` bytes from each other, an equal share of them at each of kPlaces.
 struct Ahead {
   const uint8_t* data;
   int64_t row_bytes, apart;
@@ -172,6 +178,11 @@ struct Ahead {
 // Fetches bytes from .. to of what is ahead: the same line of 64 of all places, then the next.
 static inline void fetch(const Ahead& ahead, int64_t from, int64_t to) {
   constexpr int64_t kLine = 64, kTurn = kPlaces * kLine;
+  if (!ahead.apart) {
+    for (int64_t at = (from + kLine - 1) / kLine * kLine; at < to; at += kLine)
+      __builtin_prefetch(ahead.data + at, 0, 2);
+    return;
+  }
   for (int64_t turn = (from + kTurn - 1) / kTurn; turn * kTurn < to; ++turn) {
     for (int64_t place = 0; place < kPlaces; ++place)
       __builtin_prefetch(ahead.data + place * ahead.apart + turn * kLine, 0, 2);

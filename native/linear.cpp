@@ -211,8 +211,13 @@ void linear(Context& context, const float* x, int64_t tokens, int64_t columns, c
         const LinearPart& part = parts[p];
         const int64_t r0 = (piece - first[p]) * grain[p];
         const int64_t r1 = std::min((last - first[p]) * grain[p], part.matrix.rows);
-        const DotJob job{part.matrix.all(), columns, batch.tokens(), part.out, part.matrix.rows,
-                         part.bias,         add};
+        const DotJob job{part.matrix.all(context.fetching),
+                         columns,
+                         batch.tokens(),
+                         part.out,
+                         part.matrix.rows,
+                         part.bias,
+                         add};
         dot_chunk(kernels, part.matrix.format, job, r0, r1, tokens, wide.of(worker));
         piece = last;
       }

@@ -12,9 +12,11 @@ struct Matrix {
   Format format;
   int64_t rows, cols, row_bytes;
 
-  Rows all() const { return {data, row_bytes, nullptr, rows}; }
+  Rows all(Fetching fetching = kToFirst) const { return {data, row_bytes, nullptr, rows, fetching}; }
   // Some rows, or all if `ids` is null.
-  Rows at(const int32_t* ids, int64_t count) const { return {data, row_bytes, ids, count}; }
+  Rows at(const int32_t* ids, int64_t count, Fetching fetching = kToFirst) const {
+    return {data, row_bytes, ids, count, fetching};
+  }
 };
 
 // Pieces of `size` that n takes.

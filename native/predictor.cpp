@@ -23,7 +23,7 @@ void predict(Context& context, const float* x, int64_t tokens, const Matrix& fc1
     float* own = scratch.of(worker);
     fetch(fc1.data + first.begin(worker) * fc1.row_bytes);
     in.prepare(context, team);
-    const DotJob down{fc1.all(), fc1.cols, in.tokens(), hidden, rank, nullptr, false};
+    const DotJob down{fc1.all(context.fetching), fc1.cols, in.tokens(), hidden, rank, nullptr, false};
     first.drain(worker, [&](int64_t r0, int64_t r1) {
       dot_chunk(context.kernels, fc1.format, down, r0, r1, tokens, own);
       for (int64_t t = 0; t < tokens; ++t) {
@@ -33,7 +33,7 @@ void predict(Context& context, const float* x, int64_t tokens, const Matrix& fc1
     fetch(fc2.data + second.begin(worker) * fc2.row_bytes);
     team.barrier();
     middle.prepare(context, team);
-    const DotJob up{fc2.all(), rank, middle.tokens(), scores, neurons, nullptr, false};
+    const DotJob up{fc2.all(context.fetching), rank, middle.tokens(), scores, neurons, nullptr, false};
     second.drain(worker, [&](int64_t r0, int64_t r1) {
       dot_chunk(context.kernels, fc2.format, up, r0, r1, tokens, own);
     });

@@ -44,21 +44,28 @@ ReadProbe read_rows(Context& context, const Matrix& matrix, const int32_t* ids, 
   constexpr int64_t kTogether = 8, kLine = 64;
   std::atomic<uint64_t> total{0};
   const auto row = [&](int64_t i) { return matrix.data + ids[i] * matrix.row_bytes; };
-  const auto fetch = [&](int64_t begin, int64_t end) {
+  const auto fetch_lines = [&](int64_t begin, int64_t end) {
     for (int64_t at = 0; at < matrix.row_bytes; at += kLine) {
       for (int64_t i = begin; i < end; ++i) __builtin_prefetch(row(i) + at);
     }
   };
+  const auto fetch_row = [&](int64_t i) {
+    for (int64_t at = 0; at < matrix.row_bytes; at += kLine) __builtin_prefetch(row(i) + at, 0, 2);
+  };
+  const bool whole = context.fetching == kToSecond;
   const auto begin = std::chrono::steady_clock::now();
   context.pool.run([&](int worker) {
     const int64_t first = count * worker / context.pool.size();
     const int64_t end = count * (worker + 1) / context.pool.size();
     uint64_t sum = 0;
-    fetch(first, std::min(first + kTogether, end));
+    if (!whole) fetch_lines(first, std::min(first + kTogether, end));
     for (int64_t i = first; i < end; i += kTogether) {
       const int64_t next = std::min(i + kTogether, end);
-      fetch(next, std::min(next + kTogether, end));
-      for (int64_t k = i; k < next; ++k) sum += context.kernels.checksum(row(k), matrix.row_bytes);
+      if (!whole) fetch_lines(next, std::min(next + kTogether, end));
+      for (int64_t k = i; k < next; ++k) {
+        if (whole && k + kTogether < end) fetch_row(k + kTogether);
+        sum += context.kernels.checksum(row(k), matrix.row_bytes);
+      }
     }
     total.fetch_add(sum);
   });

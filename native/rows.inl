@@ -15,8 +15,9 @@ static inline int64_t bytes_of(int64_t c) {
 template <Format F>
 constexpr bool kLongRows = !is_integer(F);
 
-// Rows that lie apart are fetched so many at a time, the same line of each, then the next: a processor's own
-// prefetching follows each page by itself, and several banks of the memory answer at once.
+// Rows that lie apart are fetched so many at a time, or half as many to the second cache, the same line of
+// each, then the next: a processor's own prefetching follows each page by itself, and several banks of the
+// memory answer at once.
 constexpr int kSideBySide = 8;
 
 // Neighbours are fetched one tile ahead, or two where a tile is shorter than this; and what lies so much
@@ -24,13 +25,18 @@ constexpr int kSideBySide = 8;
 // on their way than the first one, whose prefetches then find them there.
 constexpr int64_t kAhead = 8192, kFarAhead = 16384;
 
-// What is fetched while a tile is worked on.
+// What is fetched while a tile is worked on: lines of the neighbours that follow; of rows that lie apart, the
+// same lines of several; or nothing.
+enum class Next { kNeighbours, kLines, kNothing };
+
 struct NextRows {
+  Next what;
   const uint8_t* first;  // the neighbours', where the tile after it or the one after that begins
   int64_t row_bytes;
-  bool far;    // what lies kFarAhead further is wanted too
-  bool apart;  // not neighbours, but `rows`, of which this tile fetches the lines of parts begin .. end
-  int begin, end;
+  bool far;        // what lies kFarAhead further is wanted too
+  int count;       // of rows that lie apart
+  int begin, end;  // the parts of their lines, as many as rows, that this tile fetches
+  bool second;     // to the second cache
   const uint8_t* rows[kSideBySide];
 };
 
@@ -50,16 +56,24 @@ static inline void find_next(const Rows& rows, int64_t k, int64_t limit, bool al
   const auto run = [&](int64_t from, int64_t to) {
     return to < limit && place(to) - place(from) == to - from;
   };
-  next.apart = !all && !run(after, after + R - 1);
-  if (!next.apart) {
+  if (all || run(after, after + R - 1)) {
+    next.what = Long && rows.fetching == kToSecond ? Next::kNothing : Next::kNeighbours;
     next.first = rows.base + (all ? after : place(after)) * rows.row_bytes;
     next.far = all || run(k, k + 2 * kFarAhead / rows.row_bytes);
+    next.count = next.begin = next.end = 0;
+    next.second = false;
     return;
   }
-  next.begin = static_cast<int>(k % kSideBySide);
-  next.end = next.begin + R < kSideBySide ? next.begin + R : kSideBySide;
-  const int64_t from = k - next.begin + kSideBySide;
-  for (int i = 0; i < kSideBySide; ++i)
+  next.what = Next::kLines;
+  next.first = nullptr;
+  next.far = false;
+  next.second = Long || rows.fetching == kToSecond;
+  const bool half = rows.fetching == kToSecond && R <= kSideBySide / 2;
+  next.count = half ? kSideBySide / 2 : kSideBySide;
+  next.begin = static_cast<int>(k & (next.count - 1));
+  next.end = next.begin + R < next.count ? next.begin + R : next.count;
+  const int64_t from = k - next.begin + next.count;
+  for (int i = 0; i < next.count; ++i)
     next.rows[i] = rows.base + place(from + i < limit ? from + i : k) * rows.row_bytes;
 }
 
@@ -97,14 +111,24 @@ template <bool Fetch, bool Long, int kStepBytes, int R, class Step>
     for (int64_t s = 0; s < steps; ++s) step(s);
     return;
   }
-  if (next.apart) {
+  if (next.what == Next::kNothing) {
+    for (int64_t s = 0; s < steps; ++s) step(s);
+    return;
+  }
+  if (next.what == Next::kLines) {
     const int64_t lines = (steps * kStepBytes + kLine - 1) / kLine;
-    const int64_t begin = lines * next.begin / kSideBySide, end = lines * next.end / kSideBySide;
+    const bool half = next.count < kSideBySide;  // numbers that are known need no division
+    const auto part = [&](int64_t n) { return half ? 2 * n / kSideBySide : n / kSideBySide; };
+    const int64_t begin = part(lines * next.begin), end = part(lines * next.end);
     int64_t at = offset + begin * kLine, due = 0;
     for (int64_t s = 0; s < steps; ++s) {
       for (due += end - begin; due > 0; due -= steps, at += kLine) {
+        if (next.second) {
+          for (int i = 0; i < next.count; ++i) __builtin_prefetch(next.rows[i] + at, 0, 2);
+        } else {
 #pragma GCC unroll 8
-        for (int i = 0; i < kSideBySide; ++i) __builtin_prefetch(next.rows[i] + at, 0, Long ? 2 : 3);
+          for (int i = 0; i < kSideBySide; ++i) __builtin_prefetch(next.rows[i] + at, 0, 3);
+        }
       }
       step(s);
     }

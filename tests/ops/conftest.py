@@ -23,11 +23,13 @@ from thermocline.ops.cuda.tuning import Tuning
 from thermocline.ops.reference import ReferenceOps
 
 THREADS = (1, 2, 3)
+FETCHING = {1: "first", 2: "auto", 3: "second"}
+"""By threads, to which cache rows are fetched."""
 
 
 @cache
 def cpu_ops(isa: str, threads: int) -> CpuOps:
-    return CpuOps(threads, isa)
+    return CpuOps(threads, isa, FETCHING[threads])
 
 
 def apart(cache: Any) -> Any:
@@ -104,7 +106,8 @@ CPUS = [f"{isa}-2" for isa in LEVELS] + [f"{LEVELS[-1]}-{threads}" for threads i
 
 @pytest.fixture(params=[*CPUS, "gpu"])
 def ops(request: pytest.FixtureRequest) -> Any:
-    """Every level that this CPU has, the best one also with one and three threads; and the GPU's kernels.
+    """Every level that this CPU has, the best one also with one and three threads, which fetch rows in different ways;
+    and the GPU's kernels.
 
     `team` holds the others to the same bits with one and three threads."""
     if request.param == "gpu":
@@ -129,7 +132,7 @@ def fewer(ops: Any) -> Callable[[Any, Any], Any]:
 
 @pytest.fixture(params=_native.isa_levels())
 def team(request: pytest.FixtureRequest) -> list[CpuOps]:
-    """One level with one, two and three threads: all must agree bit for bit."""
+    """One level with one, two and three threads, and each way to fetch rows: all must agree bit for bit."""
     return [cpu_ops(request.param, threads) for threads in THREADS]
 
 

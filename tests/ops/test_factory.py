@@ -21,6 +21,14 @@ def test_levels_are_those_of_the_kernels():
     assert set(_native.isa_levels()) <= set(LEVELS)
 
 
+def test_rows_are_fetched_as_is_asked() -> None:
+    assert CpuOps(1).context.fetching in ("first", "second")
+    for fetching in ("first", "second"):
+        assert CpuOps(1, "baseline", fetching).context.fetching == fetching
+    with pytest.raises(UsageError, match="fetching is 'third'; allowed: auto, first, second"):
+        CpuOps(1, "auto", "third")
+
+
 @pytest.mark.parametrize("threads", [0, -1, 1025])
 def test_thread_counts_are_bounded(threads):
     with pytest.raises(UsageError, match=f"threads is {threads}; allowed: 1 to 1024"):

@@ -146,6 +146,8 @@ def test_context_names_the_levels(context):
         _native.Context(1, "sse9")
     with pytest.raises(ValueError, match="threads"):
         _native.Context(0)
+    with pytest.raises(ValueError, match="fetching is 'third'; allowed: auto, first, second"):
+        _native.Context(1, "auto", True, "third")
     assert context.isa == _native.isa_levels()[-1]
     assert all(isinstance(present, bool) for present in _native.cpu_features().values())
 

@@ -18,6 +18,7 @@ LINE = 64
 """Bytes of a cache line, and of the widest vectors: those that cross two lines are read twice."""
 LEVELS = ("baseline", "avx2", "avxvnni", "avx512", "avx512bf16", "amx")
 """Every level that kernels exist for, weakest first."""
+FETCHING = ("auto", "first", "second")
 
 ACTIVATIONS = {Activation.SILU: 0, Activation.RELU: 1, Activation.RELU2: 2, Activation.GELU: 3}
 """The native kernels' numbers."""
@@ -39,11 +40,14 @@ class CpuOps:
     Calls from several Python threads run one after another. Not usable in a forked child.
     """
 
-    def __init__(self, threads: int, isa: str = "auto") -> None:
+    def __init__(self, threads: int, isa: str = "auto", fetching: str = "auto") -> None:
         """Start `threads` threads (the caller is one of them) with the kernels of `isa`.
 
+        `fetching` is the cache to which rows of weights are brought before they are read: `first`, `second`, or what is
+        faster on this CPU. Results do not depend on it.
+
         Raises:
-            UsageError: `threads` is not between 1 and 1024, or `isa` names no level.
+            UsageError: `threads` is not between 1 and 1024, or `isa` or `fetching` names nothing that there is.
             HardwareError: this CPU lacks the level.
         """
         if not 1 <= threads <= 1024:
@@ -53,7 +57,9 @@ class CpuOps:
             raise UsageError(f"isa is {isa!r}; allowed: auto, {', '.join(present)}")
         if isa != "auto" and isa not in present:
             raise HardwareError(f"this CPU lacks {isa}; it has {', '.join(present)}: choose one of them, or auto")
-        self._context = _native.Context(threads, isa)
+        if fetching not in FETCHING:
+            raise UsageError(f"fetching is {fetching!r}; allowed: {', '.join(FETCHING)}")
+        self._context = _native.Context(threads, isa, True, fetching)
         self.name = f"cpu/{self._context.isa}"
         """`cpu/` and the level of the kernels."""
         self.threads = threads
