@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from thermocline import _native
 from thermocline.config import CacheType, LoadSettings, Mode, SamplingSettings
@@ -26,6 +27,7 @@ from thermocline.runtime.sequence import TransformerSequence
 
 STORED = {"float32": F32, "float16": F16, "uint8": Q8_0}
 """What a cache's arrays hold."""
+Rows = npt.NDArray[np.int32]
 FREE = SamplingSettings(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=1)
 
 
@@ -34,6 +36,7 @@ class Ours:
 
     def __init__(self, model: LoadedModel, engine: Engine) -> None:
         self.model, self.engine = model, engine
+        self._rng = np.random.default_rng(1)
         self.start(0)
 
     @classmethod
@@ -105,20 +108,31 @@ class Ours:
                 for at in range(0, len(part), len(rows)):
                     part[at : at + len(rows)] = rows[: len(part) - at]
 
-    def read_weights(self) -> tuple[float, float]:
-        """Seconds and bytes of reading once, with nothing else to do, what a dense token reads of the weights."""
+    def read_weights(self, share: float | None = None) -> tuple[float, float]:
+        """Seconds and bytes of reading once, with nothing else to do, what a token reads of the weights.
+
+        All of a dense token; or, with a `share` of neurons that fire, the predictor too, and of the FFN random rows.
+        """
         network = self.model.transformer
-        matrices = [*network.head]
+        whole, rows = [*network.head], []
         for layer in network.layers:
-            matrices += [*layer.qkv, *layer.out]
+            whole += [*layer.qkv, *layer.out]
+            if share is not None and layer.predictor is not None:
+                whole += [layer.predictor.fc1, layer.predictor.fc2]
             for part in layer.ffn.parts:
                 assert isinstance(part, ResidentNeurons)
-                matrices += [m for m in (part.block.gate, part.block.up, part.block.down) if m is not None]
-        sizes = [m.rows * FORMATS[m.ggml_type].row_bytes(m.cols) for m in matrices]
+                rows.append([m for m in (part.block.gate, part.block.up, part.block.down) if m is not None])
         assert isinstance(network.ops, CpuOps)
-        context = network.ops.context
-        seconds = sum(size / _native.read_rows(context, m, None) for size, m in zip(sizes, matrices, strict=True))
-        return seconds, float(sum(sizes))
+        context, seconds, total = network.ops.context, 0.0, 0
+        reads: list[tuple[_native.Matrix, Rows | None]] = [(m, None) for m in whole]
+        for matrices in rows:
+            ids = None if share is None else np.flatnonzero(self._rng.random(matrices[0].rows) < share).astype(np.int32)
+            reads += [(m, ids) for m in matrices]
+        for matrix, ids in reads:
+            size = FORMATS[matrix.ggml_type].row_bytes(matrix.cols) * (matrix.rows if ids is None else len(ids))
+            rate = _native.read_rows(context, matrix, ids) if size else 0.0
+            seconds, total = seconds + (size / rate if size else 0.0), total + size
+        return seconds, float(total)
 
     @property
     def dense_bytes(self) -> float:

@@ -10,7 +10,8 @@ README's table of them.
 
 decode: 128 tokens after the first one, a few at a time of each engine in turns; Thermocline's tokens are drawn from
 the model, as how many neurons fire depends on the text; llama.cpp's are random, as llama-bench has them. Beside
-that the weights of a dense token are only read, which tells how fast the memory is where they happen to lie.
+that the weights of a dense token are only read, and those of a predicted one, as many random rows of the FFN as fire,
+which tells how fast the memory is where they happen to lie, and for rows that lie apart.
 prefill: 512 random tokens in one batch; prompt: 4,096 of them, in batches of 512.
 context: decoding after so many tokens; Thermocline's cache is filled with random numbers, which take it as long
 as real ones, llama.cpp's with a real prompt.
@@ -44,7 +45,10 @@ PAUSE = 0.02
 LLAMA = "llama.cpp"
 READING = "only reading"
 """What a dense token reads of the weights, where they lie, and nothing computed with it: as fast as a token can be."""
-
+READING_ROWS = "only reading rows"
+"""The same of a predicted token."""
+WARM_UP = 4
+"""Tokens before the first turn."""
 
 Turn = Callable[[], tuple[float, float, float]]
 """One engine's turn: tokens, seconds, bytes read (0 where they are not counted)."""
@@ -95,8 +99,8 @@ def decode_turn(ours: Ours, count: int) -> Turn:
     return turn
 
 
-def reading_turn(ours: Ours) -> Turn:
-    return lambda: (1, *ours.read_weights())
+def reading_turn(ours: Ours, share: float | None = None) -> Turn:
+    return lambda: (1, *ours.read_weights(share))
 
 
 def peer_turn(peer: Peer, do: str, tokens: list[int], size: float = 0.0) -> Turn:
@@ -112,7 +116,8 @@ def decode_test(path: Path, peer: Peer | None, probe: Probe, args: argparse.Name
     if peer:
         peer.ask("load", path=str(path), n_ctx=2 * COUNT, threads=args.threads, mmap=args.mmap is not False)
     for engine in engines:
-        engine.decode(4)
+        engine.decode(WARM_UP)
+    fired = engines[-1].engine.fired / (WARM_UP * engines[-1].engine.traffic.neurons)
     rounds = Rounds(probe)
     for _ in range(args.rounds):
         for engine in engines:
@@ -122,6 +127,8 @@ def decode_test(path: Path, peer: Peer | None, probe: Probe, args: argparse.Name
             peer.seconds("prefill", tokens=tokens[:8])
         turns: dict[str, Turn] = {str(e.engine.mode): decode_turn(e, SLICE) for e in engines}
         turns[READING] = reading_turn(engines[0])
+        if engines[-1].engine.mode is Mode.PREDICTED:
+            turns[READING_ROWS] = reading_turn(engines[-1], fired)
         if peer:
             turns[LLAMA] = peer_turn(peer, "decode", tokens[:SLICE], SLICE * engines[0].dense_bytes)
         rounds.run(turns, COUNT // SLICE)

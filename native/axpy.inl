@@ -92,10 +92,23 @@ static void axpy_rows(const AxpyJob& job, int64_t k, int64_t end, int64_t t0, in
   axpy_one<F, R>(tile, h, c0, c1, job.acc + t0 * job.acc_stride);
 }
 
+// Neighbours in floats that are left to the processor's own prefetching are read in one stream.
+template <Format F>
+static inline bool one_by_one(const AxpyJob& job, int64_t k) {
+  if (is_integer(F) || job.rows.fetching != kToSecond) return false;
+  return !job.rows.ids || job.rows.ids[k + kAxpyRows - 1] - job.rows.ids[k] == kAxpyRows - 1;
+}
+
 template <Format F>
 static void axpy(const AxpyJob& job, int64_t k0, int64_t k1, int64_t t0, int64_t t1, int64_t c0, int64_t c1) {
   int64_t k = k0;
-  for (; k + kAxpyRows <= k1; k += kAxpyRows) axpy_rows<F, kAxpyRows>(job, k, k1, t0, t1, c0, c1);
+  for (; k + kAxpyRows <= k1; k += kAxpyRows) {
+    if (t1 - t0 == 1 && one_by_one<F>(job, k)) {
+      for (int r = 0; r < kAxpyRows; ++r) axpy_rows<F, 1>(job, k + r, k1, t0, t1, c0, c1);
+    } else {
+      axpy_rows<F, kAxpyRows>(job, k, k1, t0, t1, c0, c1);
+    }
+  }
   for (; k + 2 <= k1; k += 2) axpy_rows<F, 2>(job, k, k1, t0, t1, c0, c1);
   for (; k < k1; ++k) axpy_rows<F, 1>(job, k, k1, t0, t1, c0, c1);
 }
