@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.peer import Peer, add_flag
-from benchmarks.tables import write_results
+from benchmarks.tables import add_keeping, write_results
 from thermocline.api import shipped_model
 from thermocline.config import LoadSettings, Mode
 from thermocline.files.open import open_model
@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("-m", "--model", type=Path, default=None, help="a GGUF file (default: the shipped model)")
     parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--length", type=int, default=512, help="tokens of a window")
-    parser.add_argument("--dry", action="store_true", help="keep no results")
+    add_keeping(parser)
     add_flag(parser)
     args = parser.parse_args()
     path = args.model or shipped_model()
@@ -86,7 +86,7 @@ def main() -> None:
     for name, row in result.items():
         print(f"{name:16}" + "  ".join(f"{key} {value:.6f}" for key, value in row.items()))
     if not args.dry:
-        write_results("agreement", {"model": path.name, "tokens": len(reference), "peer": about, **result})
+        write_results("agreement", {"model": path.name, "tokens": len(reference), "peer": about, **result}, args.into)
 
 
 if __name__ == "__main__":

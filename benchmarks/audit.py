@@ -17,7 +17,7 @@ from pathlib import Path
 import thermocline
 from benchmarks.agreement import held_out_text
 from benchmarks.machine import facts
-from benchmarks.tables import write_results
+from benchmarks.tables import add_keeping, write_results
 from thermocline.config import LoadSettings
 from thermocline.files.companion import companion
 from thermocline.files.sidecar import SidecarKind
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("-n", "--tokens", type=int, default=8192)
     parser.add_argument("-t", "--threads", type=int, default=0)
     parser.add_argument("--note", action="store_true", help="note the result in the predictor's own file")
-    parser.add_argument("--dry", action="store_true", help="keep no results")
+    add_keeping(parser)
     args = parser.parse_args()
     predictor = companion(args.model, SidecarKind.PREDICTOR)
     with tempfile.TemporaryDirectory() as name:
@@ -45,7 +45,7 @@ def main() -> None:
     if not args.dry:
         about = {"model": args.model.stem.removesuffix(".records"), "seconds": found.seconds}
         machine = facts(args.threads or find_cores().threads)
-        write_results("audit", {**about, **found.as_dict(), "machine": machine})
+        write_results("audit", {**about, **found.as_dict(), "machine": machine}, args.into)
     sys.exit(0 if found.passed else 1)
 
 

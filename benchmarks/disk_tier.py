@@ -33,7 +33,7 @@ import numpy as np
 from benchmarks import machine
 from benchmarks.memory_limit import MemoryLimit
 from benchmarks.peer import Peer, PeerError
-from benchmarks.tables import print_table, write_results
+from benchmarks.tables import add_keeping, print_table, write_results
 from thermocline.config import LoadSettings, Mode
 from thermocline.files.open import open_model
 from thermocline.hardware.disk import random_rate
@@ -184,7 +184,7 @@ def main() -> None:
     parser.add_argument("--llama-tokens", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3, help="turns of the limited runs")
     parser.add_argument("--rest", type=float, default=0.0, help="seconds of pause before each limited run")
-    parser.add_argument("--dry", action="store_true", help="keep no results")
+    add_keeping(parser)
     parser.add_argument("--one", choices=["with", "without", "llama"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one == "llama":
@@ -233,7 +233,7 @@ def compare(args: argparse.Namespace) -> None:
     show(records, args)
     if not args.dry:
         about = {"model": args.model.name, "mode": args.mode, "limited_by": limit.means or limit.why, "rest": args.rest}
-        write_results("disk_tier", {"machine": machine.facts(args.threads), **about, **records})
+        write_results("disk_tier", {"machine": machine.facts(args.threads), **about, **records}, args.into)
 
 
 def show(records: dict[str, Any], args: argparse.Namespace) -> None:

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import machine
-from benchmarks.tables import print_table, write_results
+from benchmarks.tables import add_keeping, print_table, write_results
 from thermocline.activity.statistics import Activity
 from thermocline.activity.store import load_activity, save_activity
 from thermocline.api import LLM, shipped_model
@@ -168,7 +168,7 @@ def main() -> None:
     parser.add_argument("--drift", default="auto")
     parser.add_argument("--length", type=int, default=160, help="tokens of a turn")
     parser.add_argument("--turns", type=int, default=6, help="of the disk's")
-    parser.add_argument("--dry", action="store_true", help="keep no results")
+    add_keeping(parser)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
@@ -195,7 +195,7 @@ def main() -> None:
         about = {"model": (args.model or shipped_model()).name, "drift": args.drift}
         about |= {"ram_budget": args.ram_budget} if args.model else {"vram_budget": args.vram_budget, "kinds": KINDS}
         name = "drift_disk" if args.model else "drift"
-        write_results(name, {"machine": machine.facts(2), **about, **results})
+        write_results(name, {"machine": machine.facts(2), **about, **results}, args.into)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ import numpy.typing as npt
 
 from benchmarks.machine import Probe, arithmetic_peaks, facts
 from benchmarks.synthetic_families import SHAPES, Shape
-from benchmarks.tables import print_table, write_results
+from benchmarks.tables import add_keeping, print_table, write_results
 from thermocline import _native
 from thermocline.files.formats import BY_NAME, F16, F32, Q8_0, BlockFormat
 from thermocline.files.quantize import quantize
@@ -320,7 +320,7 @@ def main() -> None:
     parser.add_argument("--isa", default="auto")
     parser.add_argument("--seconds", type=float, default=0.25, help="of each op")
     parser.add_argument("--pages", choices=("small", "huge"), default="huge", help="small with --mmap, mostly")
-    parser.add_argument("--dry", action="store_true", help="keep no results")
+    add_keeping(parser)
     args = parser.parse_args()
     ops = CpuOps(args.threads, args.isa)
     probe = Probe(ops._context)
@@ -338,7 +338,8 @@ def main() -> None:
         print(f"memory reads {low:.1f} to {high:.1f} GB/s (middle half of {len(probe.rates)} passes)\n", flush=True)
         if not args.dry:
             bandwidth = {"low": low, "median": middle, "high": high}
-            write_results(f"ops/{name}", {**about, "read_bandwidth": bandwidth, "ops": [asdict(m) for m in measured]})
+            results = {**about, "read_bandwidth": bandwidth, "ops": [asdict(m) for m in measured]}
+            write_results(f"ops/{name}", results, args.into)
     if peaks:
         rates = ", ".join(f"{name} {peaks[name]:.0f} GOP/s" for name in ("int8", "bf16", "f32"))
         print(f"{rates} by {peaks['source']}")

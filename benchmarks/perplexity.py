@@ -27,7 +27,7 @@ from benchmarks.agreement import held_out_text
 from benchmarks.machine import facts
 from benchmarks.peer import Peer, add_flag
 from benchmarks.side_by_side import LLAMA
-from benchmarks.tables import print_table, write_results
+from benchmarks.tables import add_keeping, print_table, write_results
 from thermocline.activity.audit import PERPLEXITY_RATIO
 from thermocline.activity.likelihood import Likelihood, log_probabilities
 from thermocline.api import shipped_model
@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, default=0, help="most chunks to read; 0 reads all")
     parser.add_argument("--modes", nargs="+", type=Mode, choices=Mode, default=None)
     parser.add_argument("-t", "--threads", type=int, default=0, help="of ours; they change no figure")
-    parser.add_argument("--dry", action="store_true", help="keep no results")
+    add_keeping(parser)
     add_flag(parser)
     args = parser.parse_args()
     path, text = args.model or shipped_model(), held_out_text()
@@ -93,7 +93,7 @@ def main() -> None:
     )
     if not args.dry:
         setup = {"model": path.name, "chunks": chunks, "n_ctx": args.ctx_size, "peer": about}
-        write_results("perplexity", {**setup, "machine": facts(find_cores().threads), "measured": found})
+        write_results("perplexity", {**setup, "machine": facts(find_cores().threads), "measured": found}, args.into)
     judge({name: row["perplexity"] for name, row in found.items()}, theirs.error)
 
 

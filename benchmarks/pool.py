@@ -20,7 +20,7 @@ from pathlib import Path
 
 from benchmarks.engine import Ours, description_of, records_of
 from benchmarks.machine import facts
-from benchmarks.tables import print_table, write_results
+from benchmarks.tables import add_keeping, print_table, write_results
 from thermocline.config import Mode
 from thermocline.hardware.cores import find_cores
 
@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("-m", "--model", type=Path, required=True)
     parser.add_argument("-r", "--rounds", type=int, default=3)
     parser.add_argument("-t", "--threads", type=int, default=find_cores().threads)
-    parser.add_argument("--dry", action="store_true", help="keep no results")
+    add_keeping(parser)
     args = parser.parse_args()
     path = records_of(args.model)
     one, two = (Ours.load(path, Mode.EXACT, args.threads, 2 * COUNT) for _ in range(2))
@@ -98,7 +98,7 @@ def main() -> None:
     if not args.dry:
         model = args.model.name.removesuffix(".gguf")
         about = {"machine": facts(args.threads), "model": model, **description_of(path)}
-        write_results("pool", {**about, "idle_seconds": rest, "rounds": rounds})
+        write_results("pool", {**about, "idle_seconds": rest, "rounds": rounds}, args.into)
 
 
 if __name__ == "__main__":

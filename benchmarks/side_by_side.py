@@ -33,7 +33,7 @@ import numpy as np
 from benchmarks.engine import Ours, description_of, modes_of, records_of
 from benchmarks.machine import Probe, facts
 from benchmarks.peer import Peer, add_flag
-from benchmarks.tables import print_table, write_results
+from benchmarks.tables import add_keeping, print_table, write_results
 from thermocline import _native
 from thermocline.config import CacheType, Mode
 from thermocline.hardware.cores import find_cores
@@ -266,7 +266,7 @@ def main() -> None:
         action=argparse.BooleanOptionalAction,
         help="both engines on the mapped file, or on weights in memory of their own; without, each as it is by default",
     )
-    parser.add_argument("--dry", action="store_true", help="keep no results")
+    add_keeping(parser)
     add_flag(parser)
     args = parser.parse_args()
     probe = Probe(_native.Context(args.threads, "auto"))
@@ -279,7 +279,7 @@ def main() -> None:
             print_table(lines_of(test, result))
             gc.collect()
             if not args.dry:
-                write_results(f"side_by_side/{model}-{test}", result)
+                write_results(f"side_by_side/{model}-{test}", result, args.into)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from benchmarks.machine import facts
-from benchmarks.tables import print_table, write_results
+from benchmarks.tables import add_keeping, print_table, write_results
 from thermocline.api import shipped_model
 from thermocline.files.gguf_writer import write_gguf
 from thermocline.hardware.cores import find_cores
@@ -55,7 +55,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-m", "--model", type=Path, nargs="*", default=[], help="more models to start")
     parser.add_argument("-r", "--rounds", type=int, default=5)
-    parser.add_argument("--dry", action="store_true", help="keep no results")
+    add_keeping(parser)
     args = parser.parse_args()
     program = [sys.executable, "-m", "thermocline"]
     waits = {"--help": seconds([*program, "--help"], args.rounds)}
@@ -69,7 +69,7 @@ def main() -> None:
         waits[f"start to first token, {model.name} ({size:.2f} GB)"] = seconds(command, args.rounds)
     print_table([{"what": what, "seconds": f"{wait:.2f}"} for what, wait in waits.items()])
     if not args.dry:
-        write_results("start", {"machine": facts(find_cores().threads), "seconds": waits})
+        write_results("start", {"machine": facts(find_cores().threads), "seconds": waits}, args.into)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
@@ -25,6 +26,18 @@ def print_table(rows: Sequence[Mapping[str, object]]) -> None:
         )
 
 
+def add_keeping(parser: argparse.ArgumentParser) -> None:
+    """Give `parser` the flags that say where results are kept."""
+    parser.add_argument("--dry", action="store_true", help="keep no results")
+    parser.add_argument(
+        "--into",
+        type=lambda name: RESULTS / name,
+        default=RESULTS,
+        metavar="NAME",
+        help="keep them in a folder of their own under benchmarks/results, as those of another machine",
+    )
+
+
 def write_results(name: str, results: Mapping[str, object], folder: Path = RESULTS) -> None:
     """Write `NAME.json` among the results, or to another folder."""
     plain = {k: asdict(v) if is_dataclass(v) and not isinstance(v, type) else v for k, v in results.items()}
@@ -32,4 +45,4 @@ def write_results(name: str, results: Mapping[str, object], folder: Path = RESUL
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
         file.write((json.dumps(plain, indent=1) + "\n").encode())
-    print(f"\nwritten: {path.relative_to(RESULTS.parent.parent) if folder is RESULTS else path}")
+    print(f"\nwritten: {path.relative_to(RESULTS.parent.parent) if path.is_relative_to(RESULTS) else path}")
