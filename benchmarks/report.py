@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from benchmarks import report_tiers
@@ -25,9 +26,9 @@ MODES = ("dense", "exact", "predicted")
 Result = dict[str, Any]
 
 
-def read(pattern: str) -> list[Result]:
-    """The results whose files match, in the order of their formats."""
-    found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(pattern))]
+def read(pattern: str, place: Path | None = None) -> list[Result]:
+    """The results in `place` whose files match, in the order of their formats."""
+    found = [json.loads(path.read_text()) for path in sorted((place or RESULTS).glob(pattern))]
     return sorted(found, key=lambda r: ORDER.index(form(r)) if form(r) in ORDER else len(ORDER))
 
 
@@ -46,12 +47,7 @@ def block() -> str:
     parts = [
         part
         for part in (
-            _machine(),
-            _decode(),
-            _prefill(),
-            _context(),
-            _ops(),
-            _attention(),
+            *_speeds(RESULTS),
             _start(),
             _agreement(),
             _perplexity(),
@@ -59,6 +55,7 @@ def block() -> str:
             _pool(),
             _gpu(),
             *_placement(),
+            *(part for other in _others() for part in _speeds(other)),
         )
         if part
     ]
@@ -69,6 +66,16 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Markdown; the first column is words, the others are figures."""
     lines = ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 1)]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def _speeds(place: Path) -> list[str]:
+    """What was measured beside llama.cpp and of every op, on one machine."""
+    return [part(place) for part in (_machine, _decode, _prefill, _context, _ops, _attention)]
+
+
+def _others() -> list[Path]:
+    """Folders of machines beside the first."""
+    return sorted(path.parent for path in RESULTS.glob("*/side_by_side"))
 
 
 def _placement() -> list[str]:
@@ -112,8 +119,8 @@ def gpu_part(result: Result) -> str:
     return f"{said}\n\n{table(heads, rows)}"
 
 
-def _machine() -> str:
-    results = read("side_by_side/*.json")
+def _machine(place: Path) -> str:
+    results = read("side_by_side/*.json", place)
     if not results:
         return ""
     machine, peers = results[0]["machine"], {r["peer"]["version"] for r in results if r["peer"]}
@@ -145,8 +152,8 @@ def _rate(rounds: list[dict[str, Any]], name: str) -> str:
     return f"{rate} ({statistics.median(ratio):.2f}×, {min(ratio):.2f} to {max(ratio):.2f})"
 
 
-def _decode() -> str:
-    results = read("side_by_side/*-decode.json")
+def _decode(place: Path) -> str:
+    results = read("side_by_side/*-decode.json", place)
     if not results:
         return ""
     rows = []
@@ -155,15 +162,10 @@ def _decode() -> str:
         cells = [_rate(rounds, name) if name in rounds[0] else "" for name in (LLAMA, *MODES)]
         of_reading = [_over(rounds, "dense", READING), _over(rounds, "predicted", READING_ROWS)]
         rows.append([form(result).upper(), *cells, f"{statistics.median(shares(rounds, 'dense')):.0%}", *of_reading])
-    heads = [
-        "decode, tokens/s",
-        LLAMA,
-        *MODES,
-        "dense, of the bandwidth",
-        "of only reading it",
-        "predicted, of only reading",
-    ]
-    return table(heads, rows)
+    heads = ["decode, tokens/s", LLAMA, *MODES, "dense, of the bandwidth", "dense, of only reading"]
+    if any(row[-1] for row in rows):
+        heads.append("predicted, of only reading")
+    return table(heads, [row[: len(heads)] for row in rows])
 
 
 def _over(rounds: list[Result], name: str, other: str) -> str:
@@ -174,9 +176,9 @@ def _over(rounds: list[Result], name: str, other: str) -> str:
     return f"{statistics.median(a / b for a, b in pairs):.0%}"
 
 
-def _prefill() -> str:
+def _prefill(place: Path) -> str:
     rows = []
-    for result in read("side_by_side/*-prefill.json") + read("side_by_side/*-prompt.json"):
+    for result in read("side_by_side/*-prefill.json", place) + read("side_by_side/*-prompt.json", place):
         rounds = result["rounds"]
         speed = statistics.median(rates(rounds, "thermocline")) * result["operations_per_token"] / 1e9
         cells = [_rate(rounds, name) if name in rounds[0] else "" for name in (LLAMA, "thermocline")]
@@ -184,9 +186,9 @@ def _prefill() -> str:
     return table(["prompt, tokens/s", LLAMA, "thermocline", "GOP/s"], rows) if rows else ""
 
 
-def _context() -> str:
+def _context(place: Path) -> str:
     rows = []
-    for result in read("side_by_side/*-context.json"):
+    for result in read("side_by_side/*-context.json", place):
         start = {part["cache"]: part for part in result["depths"] if part["depth"] == 0}
         for part in result["depths"]:
             rounds = part["rounds"]
@@ -212,8 +214,8 @@ def _bound(part: dict[str, Any], first: dict[str, Any] | None) -> str:
     return f"{base + part['cache_bytes'] / bandwidth / 1e6:.1f}"
 
 
-def _ops() -> str:
-    every = [op for result in read("ops/*.json") for op in result["ops"] if op["share"]]
+def _ops(place: Path) -> str:
+    every = [op for result in read("ops/*.json", place) for op in result["ops"] if op["share"]]
     formats = [
         f for f in ("F16", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q4_0") if any(o["format"] == f for o in every)
     ]
@@ -223,7 +225,7 @@ def _ops() -> str:
         rows.append([name, *(f"{by[f]['share']:.0%}" if f in by else "" for f in formats)])
     if not rows:
         return ""
-    peaks = next((r["peaks"] for r in read("ops/gemm.json")), None)
+    peaks = next((r["peaks"] for r in read("ops/gemm.json", place)), None)
     note = (
         "Shares of the machine's best, of a layer of that model: of the bandwidth probe for decode, for gemm of "
         f"{peaks['int8']:.0f} (int8) or {peaks['bf16']:.0f} GOP/s (BF16, with AMX for all formats), the best of "
@@ -232,13 +234,14 @@ def _ops() -> str:
         else "Shares of the bandwidth probe, of a layer of that model."
     )
     note += " Rows: a program that only reads the rows that such an FFN reads."
-    picture = f"![roofline]({PICTURE.relative_to(README.parent)})\n\n" if PICTURE.is_file() else ""
+    drawn = place == RESULTS and PICTURE.is_file()
+    picture = f"![roofline]({PICTURE.relative_to(README.parent)})\n\n" if drawn else ""
     return f"{picture}{note}\n\n" + table(["op", *formats], rows)
 
 
-def _attention() -> str:
+def _attention(place: Path) -> str:
     """Of the decode path, for each kind of cache, by how many keys there are."""
-    ops = [op for r in read("ops/attention.json") for op in r["ops"] if op["op"] == "attention"]
+    ops = [op for r in read("ops/attention.json", place) for op in r["ops"] if op["op"] == "attention"]
     by: dict[str, dict[str, str]] = {}
     for op in ops:
         heads, _, keys = op["size"].partition(", ")

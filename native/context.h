@@ -12,7 +12,7 @@ namespace thermocline {
 
 struct Context {
   // Throws std::invalid_argument if this CPU lacks `isa`, or there is no such `fetching` (see fetching_of).
-  Context(int threads, const std::string& isa, bool pin, const std::string& fetching);
+  Context(int threads, const std::string& isa, bool pin, const std::string& fetching = "auto");
 
   const Kernels& kernels;
   const Fetching fetching;

@@ -44,6 +44,22 @@ def test_rates_are_medians_and_ratios_are_of_the_same_round(tmp_path: Path, monk
     assert row in report.block()
 
 
+def test_another_machine_has_tables_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = {"dense": turn(2, 40e9), "only reading": turn(1), "llama.cpp": turn(2)}
+    second = {"dense": turn(4, 80e9), "predicted": turn(1), "only reading": turn(2), "only reading rows": turn(0.8)}
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    (tmp_path / "other").mkdir()
+    keep(tmp_path, "decode", rounds=[first])
+    keep(tmp_path / "other", "decode", rounds=[second | {"llama.cpp": turn(2)}], machine=MACHINE | {"threads": 16})
+    one, other = report.block().split("On a processor, ")[1:]
+    assert one.startswith("2 threads")
+    assert "| Q8_0 | 5.0 | 5.0 (1.00×, 1.00 to 1.00) |  |  | 50% | 50% |\n" in one
+    assert "predicted, of only reading" not in one
+    assert other.startswith("16 threads")
+    assert "| Q8_0 | 5.0 | 2.5 (0.50×, 0.50 to 0.50) |  | 10.0 (2.00×, 2.00 to 2.00) | 50% | 50% | 80% |\n" in other
+    assert "dense, of only reading | predicted, of only reading |" in other
+
+
 def test_prefill_counts_operations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     keep(tmp_path, "prefill", rounds=[{"thermocline": turn(2), "llama.cpp": turn(4)}])

@@ -68,12 +68,12 @@ struct Weights {
 
 int failures = 0;
 
-// op(context, out) by every number of threads, which must agree.
+// op(context, out) by every number of threads, and each way to fetch rows, which must agree.
 template <class Op>
 void same(const char* what, const std::string& isa, int64_t size, Op op) {
   Floats first;
   for (int threads : {1, 2, 3, 7}) {
-    Context context(threads, isa, false);
+    Context context(threads, isa, false, threads % 2 ? "first" : "second");
     const OpScope scope(context);
     Floats out(static_cast<size_t>(size), 0.25f);
     op(context, out.data());
