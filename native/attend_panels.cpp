@@ -18,8 +18,8 @@ constexpr int64_t kMostDim = 1024;
 }  // namespace
 
 bool PanelAttention::pays(const Kernels& kernels, const AttentionJob& job) {
-  return job.tokens >= kPanelTokens && job.head_dim <= kMostDim && kernels.split.panel[job.keys.format].dot &&
-         kernels.split.pack_across[job.values.format];
+  return job.tokens >= kRoundedTokens && job.head_dim <= kMostDim &&
+         kernels.split.panel[job.keys.format].dot && kernels.split.pack_across[job.values.format];
 }
 
 PanelAttention::PanelAttention(Context& context, const AttentionJob& job)

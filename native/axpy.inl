@@ -36,11 +36,11 @@ static inline void axpy_one(const RowTile<R>& tile, const float* const (&h)[R], 
   };
   constexpr int kStep = 4 * kBlock, kStepBytes = kStep * kFormatInfo[F].block_bytes / kFormatInfo[F].block;
   const int64_t steps = (c1 - c0) / kStep;
-  for_steps<true, kLongRows<F>, kStepBytes, R>(tile.next, bytes_of<F>(c0), steps,
-                                               [&](int64_t s) __attribute__((always_inline)) {
-                                                 for (int u = 0; u < kStep; u += kUnit<F>)
-                                                   add_unit(c0 + s * kStep + u);
-                                               });
+  for_steps<kLongRows<F>, kStepBytes, R>(tile.next, bytes_of<F>(c0), steps,
+                                         [&](int64_t s) __attribute__((always_inline)) {
+                                           for (int u = 0; u < kStep; u += kUnit<F>)
+                                             add_unit(c0 + s * kStep + u);
+                                         });
   int64_t c = c0 + steps * kStep;
   for (; c + kUnit<F> <= c1; c += kUnit<F>) add_unit(c);
   if constexpr (!is_integer(F)) {

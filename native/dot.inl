@@ -15,7 +15,7 @@ static inline float load_one(const uint8_t* row, int64_t c) {
   if constexpr (F == kBF16) return load_bfloat(row + 2 * c);
 }
 
-template <Format F, int R, int T, bool Fetch>
+template <Format F, int R, int T>
 static inline void float_tile(const RowTile<R>& tile, const float* x, int64_t x_stride, int64_t n,
                               float (&out)[T][R]) {
   Vec acc[T][R];
@@ -37,12 +37,12 @@ static inline void float_tile(const RowTile<R>& tile, const float* x, int64_t x_
   };
   // A cache line of halves.
   constexpr int kVecs = 32 / kLanes;
-  for_steps<Fetch, true, 32 * kFormatInfo[F].block_bytes, R>(tile.next, 0, n / 32,
-                                                             [&](int64_t s) __attribute__((always_inline)) {
+  for_steps<true, 32 * kFormatInfo[F].block_bytes, R>(tile.next, 0, n / 32,
+                                                      [&](int64_t s) __attribute__((always_inline)) {
 #pragma GCC unroll 8
-                                                               for (int v = 0; v < kVecs; ++v)
-                                                                 add_vector(32 * s + v * kLanes);
-                                                             });
+                                                        for (int v = 0; v < kVecs; ++v)
+                                                          add_vector(32 * s + v * kLanes);
+                                                      });
   int64_t c = n / 32 * 32;
   for (; c + kLanes <= n; c += kLanes) add_vector(c);
 #pragma GCC unroll 8
@@ -61,14 +61,14 @@ static inline void float_tile(const RowTile<R>& tile, const float* x, int64_t x_
   }
 }
 
-template <Format F, int R, int T, bool Fetch>
+template <Format F, int R, int T>
 static void dot_tile(const DotJob& job, const RowTile<R>& tile, int64_t r0, int64_t t0) {
   float sums[T][R];
   if constexpr (is_integer(F)) {
-    int_tile<F, R, T, Fetch>(tile, job.tokens, t0, job.columns, sums);
+    int_tile<F, R, T>(tile, job.tokens, t0, job.columns, sums);
   } else {
-    float_tile<F, R, T, Fetch>(tile, job.tokens.x + t0 * job.tokens.x_stride, job.tokens.x_stride,
-                               job.columns, sums);
+    float_tile<F, R, T>(tile, job.tokens.x + t0 * job.tokens.x_stride, job.tokens.x_stride, job.columns,
+                        sums);
   }
   for (int t = 0; t < T; ++t) {
     float* out = job.out + (t0 + t) * job.out_stride + r0;
@@ -84,13 +84,16 @@ static inline void dot_rows(const DotJob& job, int64_t r, int64_t end, int64_t t
   constexpr int kTokens = is_integer(F) ? kIntTokens : kFloatTokens;
   RowTile<R> tile;
   find_tile<R, kLongRows<F>>(job.rows, r, end, tile);
-  if (t1 - t0 == 1) return dot_tile<F, R, 1, true>(job, tile, r, t0);
+  const auto tokens = [&]<int T>(int64_t& t) __attribute__((always_inline)) {
+    for (; t + T <= t1; t += T) {
+      dot_tile<F, R, T>(job, tile, r, t);
+      tile.next.what = Next::kNothing;  // all was fetched with the first tokens
+    }
+  };
   int64_t t = t0;
-  for (; t + kTokens <= t1; t += kTokens) dot_tile<F, R, kTokens, false>(job, tile, r, t);
-  if constexpr (kTokens > 2) {
-    for (; t + 2 <= t1; t += 2) dot_tile<F, R, 2, false>(job, tile, r, t);
-  }
-  for (; t < t1; ++t) dot_tile<F, R, 1, false>(job, tile, r, t);
+  tokens.template operator()<kTokens>(t);
+  if constexpr (kTokens > 2) tokens.template operator()<2>(t);
+  tokens.template operator()<1>(t);
 }
 
 // One token meets two rows of floats at a time, for memory is read fastest in few streams; where they are

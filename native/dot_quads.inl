@@ -26,7 +26,7 @@ template <Format F, int T>
   if constexpr (kQuadVecs > 1) add_vec<F, 1, T>(rows, scales, tokens, t0, b, last, acc);
 }
 
-template <Format F, int T, bool Fetch>
+template <Format F, int T>
 [[gnu::always_inline]] static inline void int_quad(const uint8_t* const (&rows)[4], const NextRows& next,
                                                    const Tokens& tokens, int64_t t0, int64_t n,
                                                    float (&out)[T][4]) {
@@ -37,23 +37,23 @@ template <Format F, int T, bool Fetch>
   const int64_t blocks = n / kBlock;
   constexpr int kStepBytes = kFormatInfo[F].block_bytes * 4 * kBlock / kFormatInfo[F].block;
   // Where the last block is surely no nearer than the fourth, the compiler sees that none is clamped.
-  for_steps<Fetch, false, kStepBytes, 4>(next, 0, blocks / 4, [&](int64_t s) __attribute__((always_inline)) {
+  for_steps<false, kStepBytes, 4>(next, 0, blocks / 4, [&](int64_t s) __attribute__((always_inline)) {
     int_step<F, T>(rows, tokens, t0, 4 * s, 4 * s + 3, acc);
   });
   if (blocks % 4) int_step<F, T>(rows, tokens, t0, blocks / 4 * 4, blocks - 1, acc);
   for (int t = 0; t < T; ++t) _mm_storeu_ps(out[t], sum_blocks(acc[t]));
 }
 
-template <Format F, int R, int T, bool Fetch>
+template <Format F, int R, int T>
 [[gnu::always_inline]] static inline void int_tile(const RowTile<R>& tile, const Tokens& tokens, int64_t t0,
                                                    int64_t n, float (&out)[T][R]) {
   if constexpr (R == 4) {
-    int_quad<F, T, Fetch>(tile.now, tile.next, tokens, t0, n, out);
+    int_quad<F, T>(tile.now, tile.next, tokens, t0, n, out);
   } else {
     static_assert(R == 1);
     const uint8_t* const rows[4] = {tile.now[0], tile.now[0], tile.now[0], tile.now[0]};
     float four[T][4];
-    int_quad<F, T, Fetch>(rows, tile.next, tokens, t0, n, four);
+    int_quad<F, T>(rows, tile.next, tokens, t0, n, four);
     for (int t = 0; t < T; ++t) out[t][0] = four[t][0];
   }
 }

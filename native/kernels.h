@@ -12,7 +12,7 @@ namespace thermocline {
 
 // Where rows are brought to before they are read. To the first cache: those that lie apart eight at a time.
 // Or to the second, which some processors ask for more lines at once: those that lie apart a tile at a time;
-// neighbours in floats are then left to the processor's own prefetching.
+// single rows of floats with neighbours are then left to the processor's own prefetching.
 enum Fetching { kToFirst, kToSecond };
 
 // Rows of a matrix: row i lies at base + (ids ? ids[i] : i) * row_bytes. There are `count` of them, which a
@@ -61,6 +61,8 @@ enum TokenForm : unsigned {
 };
 
 constexpr int64_t kPanelRows = 32;
+// Tokens from which on weights meet what is rounded for them.
+constexpr int64_t kRoundedTokens = 8;
 constexpr int kTileTokens = 12;
 constexpr int64_t kPairColumns = 32;
 constexpr int64_t kAcrossColumns = 256;
@@ -81,6 +83,7 @@ struct DotJob {
 // Products of a batch of tokens with weights that are unpacked first, kPanelRows rows at a time.
 struct PanelKernels {
   TokenForm form;
+  int64_t least;  // tokens from which on unpacking pays
   // Rows that are unpacked at once at most: a panel for each kPanelRows, one after another.
   int64_t rows;
   int64_t scratch;                    // bytes that dot needs

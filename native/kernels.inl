@@ -43,17 +43,18 @@ namespace thermocline::THERMOCLINE_ISA {
 
 #ifdef THERMOCLINE_PANELS
 template <Format F>
-constexpr PanelKernels panel = {kTiled, kPanelRows, 0, float_panel_bytes, pack_floats<F>, float_panel_dot};
+constexpr PanelKernels panel = {kTiled,         F == kF32 ? 32 : 96, kPanelRows, 0, float_panel_bytes,
+                                pack_floats<F>, float_panel_dot};
 #else
 template <Format F>
 constexpr PanelKernels panel = {};
 constexpr auto tile_tokens = nullptr;
 #endif
 #if defined THERMOCLINE_PANELS || defined THERMOCLINE_PANELS_256
-#define THERMOCLINE_INT_PANEL(F)                                          \
-  template <>                                                             \
-  constexpr PanelKernels panel<F> = {kPanelForm<F>,      kPanelRows,   0, \
-                                     int_panel_bytes<F>, pack_ints<F>, int_panel_dot<F>};
+#define THERMOCLINE_INT_PANEL(F)                                                              \
+  template <>                                                                                 \
+  constexpr PanelKernels panel<F> = {kPanelForm<F>,      kIntPanelTokens, kPanelRows,      0, \
+                                     int_panel_bytes<F>, pack_ints<F>,    int_panel_dot<F>};
 THERMOCLINE_INT_PANEL(kQ8_0)
 THERMOCLINE_INT_PANEL(kQ4_0)
 THERMOCLINE_INT_PANEL(kQ4_K)

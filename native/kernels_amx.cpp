@@ -16,11 +16,13 @@ namespace THERMOCLINE_ISA {
 // clang-format on
 
 template <Format F>
-constexpr PanelKernels panel = {kPaired,          kManyPanelRows,  kAmxScratch, amx_panel_bytes<1>,
-                                pack_tiles<F, 1>, amx_panel_dot<1>};
+constexpr PanelKernels panel = {kPaired,         kRoundedTokens,     kManyPanelRows,
+                                kAmxScratch,     amx_panel_bytes<1>, pack_tiles<F, 1>,
+                                amx_panel_dot<1>};
 template <Format F>
-constexpr PanelKernels split = {kSplit,           kManyPanelRows,  kAmxScratch, amx_panel_bytes<2>,
-                                pack_tiles<F, 2>, amx_panel_dot<2>};
+constexpr PanelKernels split = {kSplit,          kRoundedTokens,     kManyPanelRows,
+                                kAmxScratch,     amx_panel_bytes<2>, pack_tiles<F, 2>,
+                                amx_panel_dot<2>};
 template <>
 constexpr PanelKernels panel<kF16> = split<kF16>;
 

@@ -17,7 +17,7 @@ namespace THERMOCLINE_ISA {
 }  // namespace THERMOCLINE_ISA
 
 constexpr Bf16Kernels kAvx512Bf16Kernels = {
-    {kRounded, kPanelRows, 0, THERMOCLINE_ISA::bf16_panel_bytes, THERMOCLINE_ISA::pack_bf16,
+    {kRounded, kRoundedTokens, kPanelRows, 0, THERMOCLINE_ISA::bf16_panel_bytes, THERMOCLINE_ISA::pack_bf16,
      THERMOCLINE_ISA::bf16_panel_dot},
     THERMOCLINE_ISA::round_tokens,
 };

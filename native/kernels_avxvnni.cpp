@@ -21,8 +21,8 @@ namespace THERMOCLINE_ISA {
 // clang-format on
 
 template <Format F>
-constexpr PanelKernels panel = {kPanelForm<F>,      kPanelRows,   0,
-                                int_panel_bytes<F>, pack_ints<F>, int_panel_dot<F>};
+constexpr PanelKernels panel = {kPanelForm<F>,      kIntPanelTokens, kPanelRows,      0,
+                                int_panel_bytes<F>, pack_ints<F>,    int_panel_dot<F>};
 
 }  // namespace THERMOCLINE_ISA
 

@@ -9,7 +9,7 @@ namespace {
 constexpr int64_t kPiece = 2048;  // columns of a token quantised at a time
 
 // Tokens from which widening a row once pays for writing and reading it back.
-constexpr int64_t kWidenTokens = 8;
+constexpr int64_t kWidenTokens = 96;
 constexpr int64_t kWidenRows = 32;
 // Blocks of tokens that fit the second cache (1 MB on common cores) beside the rows, at 4096 columns.
 constexpr int64_t kFloatBlock = 24;
@@ -40,7 +40,7 @@ void dot_blocks(const Kernels& kernels, Format format, const DotJob& job, int64_
 }  // namespace
 
 bool has_panel(const Kernels& kernels, Format format, int64_t tokens) {
-  return tokens >= kPanelTokens && kernels.panel[format].dot;
+  return kernels.panel[format].dot && tokens >= kernels.panel[format].least;
 }
 
 Batch::Batch(Context& context, const float* x, int64_t count, int64_t columns, unsigned forms)

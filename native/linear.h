@@ -8,9 +8,6 @@
 
 namespace thermocline {
 
-// Tokens from which unpacking numbers into panels pays.
-constexpr int64_t kPanelTokens = 8;
-
 // Whether a matrix of this format meets so many tokens by panels.
 bool has_panel(const Kernels& kernels, Format format, int64_t tokens);
 

@@ -57,7 +57,7 @@ static inline void find_next(const Rows& rows, int64_t k, int64_t limit, bool al
     return to < limit && place(to) - place(from) == to - from;
   };
   if (all || run(after, after + R - 1)) {
-    next.what = Long && rows.fetching == kToSecond ? Next::kNothing : Next::kNeighbours;
+    next.what = Long && R == 1 && rows.fetching == kToSecond ? Next::kNothing : Next::kNeighbours;
     next.first = rows.base + (all ? after : place(after)) * rows.row_bytes;
     next.far = all || run(k, k + 2 * kFarAhead / rows.row_bytes);
     next.count = next.begin = next.end = 0;
@@ -101,16 +101,12 @@ static inline void fetch_by_turns(const uint8_t* from, const uint8_t* to) {
   }
 }
 
-// step(s) for all steps, which read kStepBytes of every row of a tile from `offset` on. If FETCH, its next
-// rows are fetched meanwhile.
-template <bool Fetch, bool Long, int kStepBytes, int R, class Step>
+// step(s) for all steps, which read kStepBytes of every row of a tile from `offset` on, while its next rows
+// are fetched.
+template <bool Long, int kStepBytes, int R, class Step>
 [[gnu::always_inline]] static inline void for_steps(const NextRows& next, int64_t offset, int64_t steps,
                                                     Step step) {
   constexpr int kLine = 64;
-  if constexpr (!Fetch) {
-    for (int64_t s = 0; s < steps; ++s) step(s);
-    return;
-  }
   if (next.what == Next::kNothing) {
     for (int64_t s = 0; s < steps; ++s) step(s);
     return;

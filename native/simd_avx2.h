@@ -18,6 +18,7 @@ constexpr int kLanes = 8;
 constexpr int kDotRows = 4;
 constexpr int kFloatTokens = 3;
 constexpr int kIntTokens = 2;
+constexpr int kIntPanelTokens = 12;
 constexpr int kAxpyRows = 4;
 
 static inline Vec splat(float a) { return _mm256_set1_ps(a); }

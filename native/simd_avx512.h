@@ -20,6 +20,7 @@ constexpr int kLanes = 16;
 constexpr int kDotRows = 4;
 constexpr int kFloatTokens = 6;
 constexpr int kIntTokens = 4;
+constexpr int kIntPanelTokens = 16;
 constexpr int kAxpyRows = 4;
 
 static inline Vec splat(float a) { return _mm512_set1_ps(a); }

@@ -191,9 +191,9 @@ static void add_sum_tile(const SumJob& job, int64_t k, int64_t end, int64_t limi
     if constexpr (kQuadVecs > 1) add_sum_vec<F, Q, 1>(tile.now, b, last, whole, job.sums + s);
   };
   constexpr int kStepBytes = kSumColumns * kFormatInfo[F].block_bytes / kFormatInfo[F].block;
-  for_steps<true, false, kStepBytes, 4 * Q>(
-      tile.next, bytes_of<F>(c0), blocks / 4,
-      [&](int64_t s) __attribute__((always_inline)) { step(s, first + 4 * s + 3); });
+  for_steps<false, kStepBytes, 4 * Q>(tile.next, bytes_of<F>(c0), blocks / 4,
+                                      [&](int64_t s)
+                                          __attribute__((always_inline)) { step(s, first + 4 * s + 3); });
   if (blocks % 4) step(blocks / 4, first + blocks - 1);
 }
 

@@ -93,7 +93,7 @@ void products(const std::string& isa, Format format) {
   for (int64_t rows : {1, 5, 33}) {
     for (int64_t columns : widths) {
       const Weights w(format, rows, columns);
-      for (int64_t tokens : {1, 3, 7, 8, 13, 29}) {
+      for (int64_t tokens : {1, 3, 7, 8, 13, 29, 97}) {
         const Floats x = floats(tokens * columns), bias = floats(rows);
         same("linear", isa, tokens * rows, [&](Context& context, float* out) {
           const LinearPart part{w.matrix, out, bias.data()};

@@ -11,7 +11,7 @@ from thermocline.files.weight import Weight
 ROWS = (0, 1, 3, 4, 5, 33)
 WIDTHS = {1: (0, 1, 15, 16, 17, 33, 100), 32: (0, 32, 64, 96, 160), 256: (0, 256, 512, 768)}
 """Round a vector's lanes of any level; block formats come in whole blocks, odd numbers of them too."""
-TOKENS = (1, 2, 3, 6, 7, 8, 9, 14, 25)
+TOKENS = (1, 2, 3, 6, 7, 8, 9, 14, 25, 33, 97)
 
 
 @pytest.mark.parametrize("fmt", BY_NAME.values(), ids=lambda f: f.name)
@@ -28,7 +28,7 @@ def test_linear_agrees_with_reference(ops, reference, skewed, weight, fence, lin
                 assert (np.abs(out.check() - expected) <= bound).all(), (rows, width, tokens)
 
 
-@pytest.mark.parametrize("tokens", [1, 3, 11])
+@pytest.mark.parametrize("tokens", [1, 3, 17])
 def test_linear_shares_x_among_formats_with_biases_and_sums(
     ops, reference, skewed, weight, fence, linear_bound, tokens
 ):
@@ -51,14 +51,14 @@ def test_linear_shares_x_among_formats_with_biases_and_sums(
 def test_linear_is_the_same_whatever_the_threads_and_the_batch(team, skewed, weight, company, fmt):
     width = 352 if fmt.block < 256 else 512
     w = weight(skewed((230, width)), fmt, offset=0)
-    x = skewed((70, width))
+    x = skewed((110, width))
     results = []
     for ops in team:
         matrix = ops.place(w)
         few = company(ops, fmt)
-        out, part = np.empty((70, 230), np.float32), np.empty((few, 230), np.float32)
+        out, part = np.empty((110, 230), np.float32), np.empty((few, 230), np.float32)
         ops.linear(x, (matrix,), (out,))
-        for end in (few, 41, 70):
+        for end in (few, 41, 110):
             ops.linear(x[end - few : end], (matrix,), (part,))
             assert part.tobytes() == out[end - few : end].tobytes()
         results.append(out.tobytes())
