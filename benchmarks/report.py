@@ -44,22 +44,17 @@ def stem(result: Result) -> str:
 
 def block() -> str:
     """What stands between the marks in the README."""
-    parts = [
-        part
-        for part in (
-            *_speeds(RESULTS),
-            _start(),
-            _agreement(),
-            _perplexity(),
-            _audit(),
-            _pool(),
-            _gpu(),
-            *_placement(),
-            *(part for other in _others() for part in _speeds(other)),
-        )
-        if part
-    ]
-    return "\n\n".join([BEGIN, *parts, END]) + "\n"
+    makers = (_machine, _decode, _prefill, _context, _ops, _attention, _start, _agreement, _perplexity, _audit, _pool)
+    parts = []
+    for place in _places():
+        parts += [*(maker(place) for maker in makers), _gpu(place), *_placement(place)]
+    return "\n\n".join([BEGIN, *filter(None, parts), END]) + "\n"
+
+
+def _places() -> list[Path]:
+    """Where results are kept: those of the first machine, and the folders of others (`--into`)."""
+    own = {"ops", "side_by_side"}
+    return [RESULTS, *sorted(path for path in RESULTS.glob("*/") if path.is_dir() and path.name not in own)]
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -68,26 +63,16 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
-def _speeds(place: Path) -> list[str]:
-    """What was measured beside llama.cpp and of every op, on one machine."""
-    return [part(place) for part in (_machine, _decode, _prefill, _context, _ops, _attention)]
-
-
-def _others() -> list[Path]:
-    """Folders of machines beside the first."""
-    return sorted(path.parent for path in RESULTS.glob("*/side_by_side"))
-
-
-def _placement() -> list[str]:
+def _placement(place: Path) -> list[str]:
     """The disk tier, drift, and published figures beside predicted ones."""
-    parts = [report_tiers.disk(r) for r in read("disk_tier.json")]
-    parts += [report_tiers.drift(r) for r in (*read("drift.json"), *read("drift_disk.json"))]
-    parts += [report_tiers.paper(r, table) for r in read("placement_paper.json")]
-    return parts + [report_tiers.powerinfer(r, table) for r in read("placement_powerinfer.json")]
+    parts = [report_tiers.disk(r) for r in read("disk_tier.json", place)]
+    parts += [report_tiers.drift(r) for r in (*read("drift.json", place), *read("drift_disk.json", place))]
+    parts += [report_tiers.paper(r, table) for r in read("placement_paper.json", place)]
+    return parts + [report_tiers.powerinfer(r, table) for r in read("placement_powerinfer.json", place)]
 
 
-def _gpu() -> str:
-    path = RESULTS / "gpu.json"
+def _gpu(place: Path) -> str:
+    path = place / "gpu.json"
     return gpu_part(json.loads(path.read_text())) if path.exists() else ""
 
 
@@ -254,23 +239,23 @@ def _attention(place: Path) -> str:
     return table(["decode attention, of the bandwidth: heads/of keys, cache", *heads_row], rows)
 
 
-def _start() -> str:
-    rows = [(what, f"{wait:.2f}") for r in read("start.json") for what, wait in r["seconds"].items()]
+def _start(place: Path) -> str:
+    rows = [(what, f"{wait:.2f}") for r in read("start.json", place) for what, wait in r["seconds"].items()]
     return table(["from nothing, files cached", "seconds"], rows) if rows else ""
 
 
-def _agreement() -> str:
+def _agreement(place: Path) -> str:
     return "\n\n".join(
         f"{r['model']} against llama.cpp on the same file, {r['tokens']:,} held-out tokens: same likeliest token "
         f"{min(v['top1'] for v in _compared(r)):.1%}, mean KL divergence {max(v['kl_mean'] for v in _compared(r)):.1e} "
         "(the worst of dense and exact, prefill and decode)."
-        for r in read("agreement.json")
+        for r in read("agreement.json", place)
     )
 
 
-def _perplexity() -> str:
+def _perplexity(place: Path) -> str:
     parts = []
-    for r in read("perplexity.json"):
+    for r in read("perplexity.json", place):
         measured = r["measured"]
         said = [f"{name} {v['perplexity']:.4f} ± {v['error']:.4f}" for name, v in measured.items()]
         if {"dense", "predicted"} <= measured.keys():
@@ -283,10 +268,10 @@ def _perplexity() -> str:
     return "\n\n".join(parts)
 
 
-def _audit() -> str:
+def _audit(place: Path) -> str:
     """What `benchmarks.audit` kept."""
     parts = []
-    for r in read("audit.json"):
+    for r in read("audit.json", place):
         found, worst = r["predicted"], min(layer["energy_recall"] for layer in r["layers"])
         same = max(r[name]["max_kl"] for name in ("exact", "oracle"))
         parts.append(
@@ -298,10 +283,10 @@ def _audit() -> str:
     return "\n\n".join(parts)
 
 
-def _pool() -> str:
+def _pool(place: Path) -> str:
     """An engine at rest, two in one process, and one beside a busy program."""
     parts = []
-    for r in read("pool.json"):
+    for r in read("pool.json", place):
         alone, turns, once, busy = (
             statistics.median(row[name] for row in r["rounds"])
             for name in ("alone", "in turns", "at once", "beside a busy program")

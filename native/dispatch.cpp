@@ -129,7 +129,7 @@ const Kernels& kernels_for(const std::string& isa) {
   throw std::invalid_argument("isa is '" + isa + "'; this CPU has: " + names);
 }
 
-// Measured on AMD's Zen 4 and on Intel's Sapphire Rapids.
+// Measured on AMD's Zen 4 and on Intel's server processors with AMX.
 Fetching fetching_of(const std::string& name) {
   if (name == "first") return kToFirst;
   if (name == "second") return kToSecond;

@@ -59,13 +59,11 @@ ReadProbe read_rows(Context& context, const Matrix& matrix, const int32_t* ids, 
     const int64_t end = count * (worker + 1) / context.pool.size();
     uint64_t sum = 0;
     if (!whole) fetch_lines(first, std::min(first + kTogether, end));
-    for (int64_t i = first; i < end; i += kTogether) {
-      const int64_t next = std::min(i + kTogether, end);
-      if (!whole) fetch_lines(next, std::min(next + kTogether, end));
-      for (int64_t k = i; k < next; ++k) {
-        if (whole && k + kTogether < end) fetch_row(k + kTogether);
-        sum += context.kernels.checksum(row(k), matrix.row_bytes);
-      }
+    for (int64_t i = first; i < end; ++i) {
+      const int64_t next = i + kTogether;
+      if (whole && next < end) fetch_row(next);
+      if (!whole && (i - first) % kTogether == 0) fetch_lines(next, std::min(next + kTogether, end));
+      sum += context.kernels.checksum(row(i), matrix.row_bytes);
     }
     total.fetch_add(sum);
   });
