@@ -17,13 +17,45 @@ template <Format F, int v, int T>
   }
 }
 
+// Those of blocks b to b + 3.
+template <Format F>
+[[gnu::always_inline]] static inline QuadScales quad_scales(const uint8_t* const (&rows)[4], int64_t b,
+                                                            int64_t last) {
+  if constexpr (is_k_quant(F)) {
+    const uint8_t* p[4];
+    for (int r = 0; r < 4; ++r) p[r] = part_at<F>(rows[r], b).block;
+    return scales_of_half<F>(k_heads<F>(p), p, static_cast<int>(b / 4 % 2));
+  } else {
+    return load_scales<F>(rows, b, last);
+  }
+}
+
+// Blocks b to b + 3.
+template <Format F, int T>
+[[gnu::always_inline]] static inline void add_four(const uint8_t* const (&rows)[4], const QuadScales& scales,
+                                                   const Tokens& tokens, int64_t t0, int64_t b, int64_t last,
+                                                   Vec (&acc)[T][kQuadVecs]) {
+  add_vec<F, 0, T>(rows, scales, tokens, t0, b, last, acc);
+  if constexpr (kQuadVecs > 1) add_vec<F, 1, T>(rows, scales, tokens, t0, b, last, acc);
+}
+
+// Blocks of a row in a step: four, or a superblock.
+template <Format F>
+constexpr int kStepBlocks = is_k_quant(F) ? 8 : 4;
+
 template <Format F, int T>
 [[gnu::always_inline]] static inline void int_step(const uint8_t* const (&rows)[4], const Tokens& tokens,
                                                    int64_t t0, int64_t b, int64_t last,
                                                    Vec (&acc)[T][kQuadVecs]) {
-  const QuadScales scales = load_scales<F>(rows, b, last);
-  add_vec<F, 0, T>(rows, scales, tokens, t0, b, last, acc);
-  if constexpr (kQuadVecs > 1) add_vec<F, 1, T>(rows, scales, tokens, t0, b, last, acc);
+  if constexpr (is_k_quant(F)) {
+    const uint8_t* p[4];
+    for (int r = 0; r < 4; ++r) p[r] = part_at<F>(rows[r], b).block;
+    const KHeads heads = k_heads<F>(p);
+    add_four<F, T>(rows, scales_of_half<F>(heads, p, 0), tokens, t0, b, last, acc);
+    add_four<F, T>(rows, scales_of_half<F>(heads, p, 1), tokens, t0, b + 4, last, acc);
+  } else {
+    add_four<F, T>(rows, load_scales<F>(rows, b, last), tokens, t0, b, last, acc);
+  }
 }
 
 template <Format F, int T>
@@ -35,12 +67,13 @@ template <Format F, int T>
     for (int v = 0; v < kQuadVecs; ++v) acc[t][v] = zero();
   }
   const int64_t blocks = n / kBlock;
-  constexpr int kStepBytes = kFormatInfo[F].block_bytes * 4 * kBlock / kFormatInfo[F].block;
+  constexpr int kBlocks = kStepBlocks<F>;
+  constexpr int kStepBytes = kFormatInfo[F].block_bytes * kBlocks * kBlock / kFormatInfo[F].block;
   // Where the last block is surely no nearer than the fourth, the compiler sees that none is clamped.
-  for_steps<false, kStepBytes, 4>(next, 0, blocks / 4, [&](int64_t s) __attribute__((always_inline)) {
-    int_step<F, T>(rows, tokens, t0, 4 * s, 4 * s + 3, acc);
+  for_steps<false, kStepBytes, 4>(next, 0, blocks / kBlocks, [&](int64_t s) __attribute__((always_inline)) {
+    int_step<F, T>(rows, tokens, t0, kBlocks * s, kBlocks * s + kBlocks - 1, acc);
   });
-  if (blocks % 4) int_step<F, T>(rows, tokens, t0, blocks / 4 * 4, blocks - 1, acc);
+  if (blocks % kBlocks) int_step<F, T>(rows, tokens, t0, blocks / 4 * 4, blocks - 1, acc);
   for (int t = 0; t < T; ++t) _mm_storeu_ps(out[t], sum_blocks(acc[t]));
 }
 

@@ -146,26 +146,30 @@ static inline Vec spread_rows(__m128 rows) { return _mm256_broadcast_ps(&rows); 
   to[1] = mul(rows, _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8))));
 }
 
+// Of the first or the second four parts of a superblock, which begins at p[r] in row r.
+template <Format F>
+[[gnu::always_inline]] static inline QuadScales scales_of_half(const KHeads& heads,
+                                                               const uint8_t* const (&p)[4], int half) {
+  const KScales k = k_scales<F>(heads, p, half);
+  QuadScales scales{};
+  floats_of_scales(k.first, heads.d, scales.first);
+  if constexpr (F == kQ6_K) floats_of_scales(k.second, heads.d, scales.second);
+  if constexpr (has_minima(F)) floats_of_scales(k.least, heads.d_least, scales.least);
+  return scales;
+}
+
 template <Format F>
 [[gnu::always_inline]] static inline QuadScales load_scales(const uint8_t* const (&rows)[4], int64_t b,
                                                             int64_t last) {
   QuadScales scales{};
-  if constexpr (!is_k_quant(F)) {
-    // The first word of a block of each row.
-    const auto four = [&](int i) __attribute__((always_inline)) {
-      const int64_t at = (b + i < last ? b + i : last) * kFormatInfo[F].block_bytes;
-      const auto word = [&](int r) { return _mm_cvtsi32_si128(load_int(rows[r] + at)); };
-      return _mm_unpacklo_epi32(_mm_unpacklo_epi16(word(0), word(1)), _mm_unpacklo_epi16(word(2), word(3)));
-    };
-    for (int v = 0; v < kQuadVecs; ++v)
-      scales.first[v] = _mm256_cvtph_ps(_mm_unpacklo_epi64(four(2 * v), four(2 * v + 1)));
-  } else {
-    (void)last;
-    const KScales k = k_scales<F>(rows, b);
-    floats_of_scales(k.first, k.d, scales.first);
-    if constexpr (F == kQ6_K) floats_of_scales(k.second, k.d, scales.second);
-    if constexpr (has_minima(F)) floats_of_scales(k.least, k.d_least, scales.least);
-  }
+  // The first word of a block of each row.
+  const auto four = [&](int i) __attribute__((always_inline)) {
+    const int64_t at = (b + i < last ? b + i : last) * kFormatInfo[F].block_bytes;
+    const auto word = [&](int r) { return _mm_cvtsi32_si128(load_int(rows[r] + at)); };
+    return _mm_unpacklo_epi32(_mm_unpacklo_epi16(word(0), word(1)), _mm_unpacklo_epi16(word(2), word(3)));
+  };
+  for (int v = 0; v < kQuadVecs; ++v)
+    scales.first[v] = _mm256_cvtph_ps(_mm_unpacklo_epi64(four(2 * v), four(2 * v + 1)));
   return scales;
 }
 

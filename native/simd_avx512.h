@@ -287,34 +287,36 @@ static inline Vec spread_rows(__m128 rows) { return _mm512_broadcast_f32x4(rows)
 static inline Vec floats_of_scales(__m128i bytes, Vec d) {
   return mul(d, _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)));
 }
+// Of the first or the second four parts of a superblock, which begins at p[r] in row r.
+template <Format F>
+[[gnu::always_inline]] static inline QuadScales scales_of_half(const KHeads& heads,
+                                                               const uint8_t* const (&p)[4], int half) {
+  const KScales k = k_scales<F>(heads, p, half);
+  QuadScales scales{};
+  scales.first[0] = floats_of_scales(k.first, spread_rows(heads.d));
+  if constexpr (F == kQ6_K) scales.second[0] = floats_of_scales(k.second, spread_rows(heads.d));
+  if constexpr (has_minima(F)) scales.least[0] = floats_of_scales(k.least, spread_rows(heads.d_least));
+  return scales;
+}
+
 template <Format F>
 [[gnu::always_inline]] static inline QuadScales load_scales(const uint8_t* const (&rows)[4], int64_t b,
                                                             int64_t last) {
   constexpr int kBytes = kFormatInfo[F].block_bytes;
-  if constexpr (!is_k_quant(F)) {
-    __m256i halves;
-    if (b + 3 <= last) {
-      halves = _mm256_setzero_si256();
+  __m256i halves;
+  if (b + 3 <= last) {
+    halves = _mm256_setzero_si256();
 #pragma GCC unroll 4
-      for (int r = 0; r < 4; ++r) halves = pick_scales<kBytes / 2>(rows[r] + b * kBytes, r, halves);
-    } else {
-      int64_t at[4];
-      for (int i = 0; i < 4; ++i) at[i] = (b + i < last ? b + i : last) * kBytes;
-      const auto half = [&](int i, int r) { return static_cast<short>(load_u16(rows[r] + at[i])); };
-      halves = _mm256_setr_epi16(  //
-          half(0, 0), half(0, 1), half(0, 2), half(0, 3), half(1, 0), half(1, 1), half(1, 2), half(1, 3),
-          half(2, 0), half(2, 1), half(2, 2), half(2, 3), half(3, 0), half(3, 1), half(3, 2), half(3, 3));
-    }
-    return {{_mm512_cvtph_ps(halves)}, {}, {}};
+    for (int r = 0; r < 4; ++r) halves = pick_scales<kBytes / 2>(rows[r] + b * kBytes, r, halves);
   } else {
-    (void)last;
-    const KScales k = k_scales<F>(rows, b);
-    QuadScales scales{};
-    scales.first[0] = floats_of_scales(k.first, spread_rows(k.d));
-    if constexpr (F == kQ6_K) scales.second[0] = floats_of_scales(k.second, spread_rows(k.d));
-    if constexpr (has_minima(F)) scales.least[0] = floats_of_scales(k.least, spread_rows(k.d_least));
-    return scales;
+    int64_t at[4];
+    for (int i = 0; i < 4; ++i) at[i] = (b + i < last ? b + i : last) * kBytes;
+    const auto half = [&](int i, int r) { return static_cast<short>(load_u16(rows[r] + at[i])); };
+    halves = _mm256_setr_epi16(  //
+        half(0, 0), half(0, 1), half(0, 2), half(0, 3), half(1, 0), half(1, 1), half(1, 2), half(1, 3),
+        half(2, 0), half(2, 1), half(2, 2), half(2, 3), half(3, 0), half(3, 1), half(3, 2), half(3, 3));
   }
+  return {{_mm512_cvtph_ps(halves)}, {}, {}};
 }
 
 // Activations of four blocks, as the quads lie; values for a block repeat for four rows.

@@ -90,7 +90,7 @@ template <Format F>
 [[gnu::always_inline]] static inline WholeFactors whole_factors(const uint8_t* const* rows, int64_t b,
                                                                 int64_t last, Vec factor, Vec least) {
   const uint8_t* const four[4] = {rows[0], rows[1], rows[2], rows[3]};
-  const QuadScales scales = load_scales<F>(four, b, last);
+  const QuadScales scales = quad_scales<F>(four, b, last);
   WholeFactors whole;
 #pragma GCC unroll 2
   for (int v = 0; v < kQuadVecs; ++v) {
