@@ -85,6 +85,11 @@ static inline Vec add_rows(const FourRows& four, const int8_t* q, Vec d, __m512i
   return fma(_mm512_cvtepi32_ps(all), mul(four.scales, d), acc);
 }
 
+static inline __m512i spread_blocks(__m128i four) {
+  const __m512i lanes = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+  return _mm512_permutexvar_epi32(lanes, _mm512_castsi128_si512(four));
+}
+
 // Sixteen rows, of which `count` are there, and T queries.
 template <int T>
 static inline void score_bytes_tile(const DotJob& job, const uint8_t* first, int64_t count, int64_t t,

@@ -5,6 +5,7 @@
 
 #include "attend_panels.h"
 #include "attend_parts.h"
+#include "matrix.h"
 
 namespace thermocline {
 namespace {
@@ -54,7 +55,8 @@ class Attention {
         job_(job),
         group_(job.group()),
         dim_(job.head_dim),
-        q_stride_((job.head_dim + 4 * kBlock - 1) / (4 * kBlock) * (4 * kBlock)),
+        q_stride_(parts_of(job.head_dim, kQuadColumns) * kQuadColumns),
+        quads_(context.kernels.quad_tokens ? q_stride_ / kQuadColumns : 0),
         split_(job.tokens <= kSplitTokens),
         block_tokens_(split_ ? job.tokens : std::max<int64_t>(1, kQueries / group_)),
         first_chunk_(job.visible_from(0) / kChunk),
@@ -64,7 +66,10 @@ class Attention {
         streams_(context.streams(team_)) {
     const int64_t queries = block_tokens_ * group_;
     sums_size_ = Sums::size(queries, dim_);
-    bytes_size_ = job.keys.format == kQ8_0 ? queries * (q_stride_ / 4 + 2 * q_stride_ / kBlock) : 0;
+    constexpr int64_t kQuadFloats = sizeof(QuadToken) / sizeof(float);
+    bytes_size_ = job.keys.format == kQ8_0
+                      ? queries * (q_stride_ / 4 + 2 * q_stride_ / kBlock + quads_ * kQuadFloats)
+                      : 0;
     queries_size_ = aligned(queries * dim_ + bytes_size_);
     // Queries, scores, widened chunk, sums of the chunk, sums so far.
     scratch_size_ = queries_size_ + aligned(queries * kChunk + kChunk * dim_ + 2 * sums_size_);
@@ -121,9 +126,13 @@ class Attention {
     const Queries to = queries_at(memory);
     std::memset(to.q, 0, static_cast<size_t>(bytes_size_) * sizeof(float));
     const int64_t blocks = q_stride_ / kBlock;
-    for (int64_t i = 0; i < (t1 - t0) * group_; ++i)
-      context_.kernels.quantize(to.x + i * dim_, dim_, to.q + i * q_stride_, to.d + i * blocks,
-                                to.sums + 2 * i * blocks);
+    for (int64_t i = 0; i < (t1 - t0) * group_; ++i) {
+      int8_t* q = to.q + i * q_stride_;
+      float* d = to.d + i * blocks;
+      int16_t* sums = to.sums + 2 * i * blocks;
+      context_.kernels.quantize(to.x + i * dim_, dim_, q, d, sums);
+      if (quads_) context_.kernels.quad_tokens(q, d, sums, quads_, to.quads + i * quads_);
+    }
   }
 
   struct Queries {
@@ -131,14 +140,16 @@ class Attention {
     int8_t* q;
     float* d;
     int16_t* sums;
+    QuadToken* quads;
   };
 
   Queries queries_at(float* memory) const {
     const int64_t room = block_tokens_ * group_;
     float* bytes = memory + room * dim_;
     float* d = bytes + room * q_stride_ / 4;
-    return {memory, reinterpret_cast<int8_t*>(bytes), d,
-            reinterpret_cast<int16_t*>(d + room * q_stride_ / kBlock)};
+    float* sums = d + room * q_stride_ / kBlock;
+    return {memory, reinterpret_cast<int8_t*>(bytes), d, reinterpret_cast<int16_t*>(sums),
+            reinterpret_cast<QuadToken*>(sums + room * q_stride_ / kBlock)};
   }
 
   // What prepare() put there.
@@ -152,6 +163,7 @@ class Attention {
     tokens.d = from.d;
     tokens.sums = from.sums;
     tokens.q_stride = q_stride_;
+    tokens.quads = quads_ ? from.quads : nullptr;
     return tokens;
   }
 
@@ -273,7 +285,7 @@ class Attention {
 
   Context& context_;
   const AttentionJob& job_;
-  const int64_t group_, dim_, q_stride_;
+  const int64_t group_, dim_, q_stride_, quads_;
   const bool split_;
   const int64_t block_tokens_, first_chunk_, chunks_;
   Pool& team_;

@@ -1,7 +1,5 @@
 // Integer dot products, four blocks of 32 of four rows at a time.
 
-constexpr int kVecBlocks = 4 / kQuadVecs;  // of a row, that share a vector
-
 template <Format F, int v, int T>
 [[gnu::always_inline]] static inline void add_vec(const uint8_t* const (&rows)[4], const QuadScales& scales,
                                                   const Tokens& tokens, int64_t t0, int64_t b, int64_t last,
@@ -11,9 +9,7 @@ template <Format F, int v, int T>
   for (int r = 0; r < 4; ++r) w[r] = load_quad_of<F, v>(rows[r], b, last);
 #pragma GCC unroll 8
   for (int t = 0; t < T; ++t) {
-    const int64_t at = (t0 + t) * tokens.q_stride + (b + v * kVecBlocks) * kBlock;
-    const QuadTokens x = load_tokens<F>(tokens.q + at, tokens.d + at / kBlock, tokens.sums + at / 16);
-    acc[t][v] = add_quads<F>(w, scales, v, x, acc[t][v]);
+    acc[t][v] = add_quads<F>(w, scales, v, load_tokens<F, v>(tokens, t0 + t, b), acc[t][v]);
   }
 }
 
@@ -71,7 +67,8 @@ template <Format F, int T>
   constexpr int kStepBytes = kFormatInfo[F].block_bytes * kBlocks * kBlock / kFormatInfo[F].block;
   // Where the last block is surely no nearer than the fourth, the compiler sees that none is clamped.
   for_steps<false, kStepBytes, 4>(next, 0, blocks / kBlocks, [&](int64_t s) __attribute__((always_inline)) {
-    int_step<F, T>(rows, tokens, t0, kBlocks * s, kBlocks * s + kBlocks - 1, acc);
+    const int64_t b = kBlocks * s;
+    int_step<F, T>(rows, tokens, t0, b, b + (kBlocks - 1), acc);
   });
   if (blocks % kBlocks) int_step<F, T>(rows, tokens, t0, blocks / 4 * 4, blocks - 1, acc);
   for (int t = 0; t < T; ++t) _mm_storeu_ps(out[t], sum_blocks(acc[t]));

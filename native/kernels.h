@@ -27,6 +27,17 @@ struct Rows {
 
 constexpr int kGroupTokens = 16;
 
+constexpr int64_t kQuadColumns = 4 * kBlock;
+
+// Four blocks of a token for vectors of 512 bits: the first 16 numbers of each block, and the second 16. Then
+// what belongs to a block, four times: its scale, and that times the sum of its numbers; and minus the sums
+// of its first 16 numbers and of the second, with two zeros after them.
+struct QuadToken {
+  int8_t first[64], second[64];
+  float d[16], sums[16];
+  int32_t minus[16];
+};
+
 // Activations of a batch. Integer formats read the quantised form: per block of 32 a float scale `d` and 32
 // signed bytes `q` in [-127, 127]; `sums` holds the sum of every 16 neighbouring bytes. `q_stride` is a whole
 // number of four blocks, the last padded with zeros, so that a kernel may read past `columns`.
@@ -47,6 +58,8 @@ struct Tokens {
   const uint16_t* rounded;
   const uint16_t* pairs;
   const uint16_t* split;
+  // Instead of q, d and sums where a level wants it: q_stride / kQuadColumns for each token.
+  const QuadToken* quads;
 };
 
 // The form of tokens that a kernel reads.
@@ -57,7 +70,8 @@ enum TokenForm : unsigned {
   kTiled = 4,
   kRounded = 8,
   kPaired = 16,
-  kSplit = 32
+  kSplit = 32,
+  kQuads = 64
 };
 
 constexpr int64_t kPanelRows = 32;
@@ -284,6 +298,9 @@ struct Kernels {
   uint64_t (*checksum)(const uint8_t* data, int64_t n);
   AttendKernels attend = {};
   SplitKernels split = {};
+  // `count` times four blocks of a token. Null where the level reads none.
+  void (*quad_tokens)(const int8_t* q, const float* d, const int16_t* sums, int64_t count,
+                      QuadToken* out) = nullptr;
   // Multiplies tiles, of bytes or of BF16 numbers, `rounds` times and reads no memory; returns the
   // operations, of which a product and its addition are two. Null where the level has no tiles.
   int64_t (*turn_tiles)(bool bytes, int64_t rounds) = nullptr;

@@ -49,7 +49,7 @@ Batch::Batch(Context& context, const float* x, int64_t count, int64_t columns, u
   tokens_.x = x;
   tokens_.x_stride = columns;
   if (forms & (kBytes | kOffsetBytes)) {
-    const int64_t stride = round_up(columns, 4 * kBlock);
+    const int64_t stride = round_up(columns, kQuadColumns);
     tokens_.q = q_ = arena.take<int8_t>(count * stride);
     tokens_.d = d_ = arena.take<float>(count * stride / kBlock);
     tokens_.sums = sums_ = arena.take<int16_t>(count * stride / 16);
@@ -58,6 +58,7 @@ Batch::Batch(Context& context, const float* x, int64_t count, int64_t columns, u
       tokens_.offset = offset_ = arena.take<uint8_t>(count * stride);
       tokens_.lifts = lifts_ = arena.take<float>(count * stride / kBlock);
     }
+    if (forms & kQuads) tokens_.quads = quads_ = arena.take<QuadToken>(count * stride / kQuadColumns);
     pieces_ = (columns + kPiece - 1) / kPiece;
     byte_items_.reset(count * pieces_, 1);
   }
@@ -113,6 +114,9 @@ void Batch::quantise_piece(const Kernels& kernels, int64_t piece) {
     std::fill(sums + columns_ / 16, sums + stride / 16, int16_t{0});
     std::fill(d + columns_ / kBlock, d + stride / kBlock, 0.0f);
   }
+  if (quads_)
+    kernels.quad_tokens(q + begin, d + begin / kBlock, sums + begin / 16, parts_of(end - begin, kQuadColumns),
+                        quads_ + (token * stride + begin) / kQuadColumns);
   if (!offset_) return;
   uint8_t* offset = offset_ + token * stride;
   for (int64_t c = begin; c < end; ++c) offset[c] = static_cast<uint8_t>(q[c] ^ 0x80);
@@ -131,7 +135,8 @@ int64_t row_grain(int64_t rows, int64_t row_bytes, int64_t tokens, int workers) 
 
 unsigned form_of(const Kernels& kernels, Format format, int64_t tokens) {
   if (has_panel(kernels, format, tokens)) return kernels.panel[format].form;
-  return is_integer(format) ? kBytes : kPlain;
+  if (!is_integer(format)) return kPlain;
+  return kernels.quad_tokens ? kBytes | kQuads : kBytes;
 }
 
 int64_t dot_scratch(const Kernels& kernels, Format format, int64_t columns, int64_t tokens) {

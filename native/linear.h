@@ -33,6 +33,7 @@ class Batch {
   Tokens tokens_{};
   int64_t count_, columns_;
   int8_t* q_ = nullptr;
+  QuadToken* quads_ = nullptr;
   float* d_ = nullptr;
   int16_t* sums_ = nullptr;
   uint8_t* offset_ = nullptr;

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "k_scales.h"
+#include "kernels.h"
 #include "simd_avx2.h"
 
 namespace thermocline::THERMOCLINE_ISA {
@@ -184,9 +185,13 @@ static inline __m256i spread_blocks(__m128i two) {
   return _mm256_permutevar8x32_epi32(_mm256_castsi128_si256(two), _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1));
 }
 
-template <Format F>
-[[gnu::always_inline]] static inline QuadTokens load_tokens(const int8_t* q, const float* d,
-                                                            const int16_t* sums) {
+// Those that meet vector v of blocks b to b + 3.
+template <Format F, int v>
+[[gnu::always_inline]] static inline QuadTokens load_tokens(const Tokens& tokens, int64_t t, int64_t b) {
+  const int64_t at = t * tokens.q_stride + (b + 2 * v) * kBlock;
+  const int8_t* q = tokens.q + at;
+  const float* d = tokens.d + at / kBlock;
+  const int16_t* sums = tokens.sums + at / 16;
   QuadTokens x;
   x.first = join(load_128(q), load_128(q + 32));
   x.second = join(load_128(q + 16), load_128(q + 48));

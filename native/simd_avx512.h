@@ -9,6 +9,7 @@
 #include "format.h"
 #include "half.h"
 #include "k_scales.h"
+#include "kernels.h"
 #include "numbers_256.h"
 
 namespace thermocline::THERMOCLINE_ISA {
@@ -321,34 +322,31 @@ template <Format F>
 
 // Activations of four blocks, as the quads lie; values for a block repeat for four rows.
 struct QuadTokens {
-  __m512i first, second;      // numbers
-  __m512i lift, second_lift;  // what the offset adds to the sums; of the first 16 and the second in Q6_K
-  Vec d, sums;                // scale; scale times sum, for the minima
+  __m512i first, second;  // numbers
+  // What sums of products begin with, for what the offset adds to them; in Q6_K those of the first 16 and of
+  // the second.
+  __m512i begin, second_begin;
+  Vec d, sums;  // scale; scale times sum, for the minima
 };
 
-static inline __m512i spread_blocks(__m128i four) {
-  const __m512i lanes = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-  return _mm512_permutexvar_epi32(lanes, _mm512_castsi128_si512(four));
-}
-
-template <Format F>
-[[gnu::always_inline]] static inline QuadTokens load_tokens(const int8_t* q, const float* d,
-                                                            const int16_t* sums) {
-  const __m512i low = _mm512_loadu_si512(q), high = _mm512_loadu_si512(q + 64);
+// Those that meet blocks b to b + 3.
+template <Format F, int>
+[[gnu::always_inline]] static inline QuadTokens load_tokens(const Tokens& tokens, int64_t t, int64_t b) {
+  const QuadToken& quad = tokens.quads[t * (tokens.q_stride / kQuadColumns) + b / 4];
   QuadTokens x;
-  x.first = _mm512_shuffle_i32x4(low, high, 0x88);
-  x.second = _mm512_shuffle_i32x4(low, high, 0xDD);
-  x.d = _mm512_castsi512_ps(spread_blocks(load_128(d)));
-  const __m128i halves = load_128(sums);
-  if constexpr (F == kQ6_K) {
-    x.lift = _mm512_slli_epi32(spread_blocks(_mm_srai_epi32(_mm_slli_epi32(halves, 16), 16)), 5);
-    x.second_lift = _mm512_slli_epi32(spread_blocks(_mm_srai_epi32(halves, 16)), 5);
+  x.first = _mm512_loadu_si512(quad.first);
+  x.second = _mm512_loadu_si512(quad.second);
+  x.d = load(quad.d);
+  if constexpr (has_minima(F)) {
+    x.begin = _mm512_setzero_si512();
+    x.sums = load(quad.sums);
   } else {
-    const __m512i whole = spread_blocks(_mm_madd_epi16(halves, _mm_set1_epi16(1)));
-    if constexpr (has_minima(F)) {
-      x.sums = mul(x.d, _mm512_cvtepi32_ps(whole));
-    } else {
-      x.lift = _mm512_slli_epi32(whole, F == kQ8_0 ? 7 : 3);
+    static_assert(kUnsigned<F> == 8 || kUnsigned<F> == 32 || kUnsigned<F> == 128);
+    constexpr unsigned kShift = kUnsigned<F> == 8 ? 3 : kUnsigned<F> == 32 ? 5 : 7;
+    x.begin = _mm512_slli_epi32(_mm512_loadu_si512(quad.minus), kShift);
+    if constexpr (F == kQ6_K) {
+      x.second_begin = _mm512_maskz_mov_epi32(0x2222, x.begin);
+      x.begin = _mm512_maskz_mov_epi32(0x1111, x.begin);
     }
   }
   return x;
@@ -366,22 +364,18 @@ static inline __m512i sum_fours(__m512i a, __m512i b, __m512i c, __m512i d) {
 template <Format F>
 [[gnu::always_inline]] static inline Vec add_quads(const Quad (&w)[4], const QuadScales& scales, int v,
                                                    const QuadTokens& x, Vec acc) {
-  const __m512i none = _mm512_setzero_si512();
   __m512i first[4], second[4];
 #pragma GCC unroll 4
   for (int r = 0; r < 4; ++r) {
-    first[r] = _mm512_dpbusd_epi32(none, w[r].first, x.first);
-    second[r] = _mm512_dpbusd_epi32(F == kQ6_K ? none : first[r], w[r].second, x.second);
+    first[r] = _mm512_dpbusd_epi32(x.begin, w[r].first, x.first);
+    second[r] = _mm512_dpbusd_epi32(F == kQ6_K ? x.second_begin : first[r], w[r].second, x.second);
   }
   const Vec scale = mul(scales.first[v], x.d);
+  const __m512i all = sum_fours(second[0], second[1], second[2], second[3]);
   if constexpr (F == kQ6_K) {
-    const __m512i one = _mm512_sub_epi32(sum_fours(first[0], first[1], first[2], first[3]), x.lift);
-    const __m512i two =
-        _mm512_sub_epi32(sum_fours(second[0], second[1], second[2], second[3]), x.second_lift);
-    return fma(_mm512_cvtepi32_ps(two), mul(scales.second[v], x.d), fma(_mm512_cvtepi32_ps(one), scale, acc));
+    const __m512i one = sum_fours(first[0], first[1], first[2], first[3]);
+    return fma(_mm512_cvtepi32_ps(all), mul(scales.second[v], x.d), fma(_mm512_cvtepi32_ps(one), scale, acc));
   } else {
-    __m512i all = sum_fours(second[0], second[1], second[2], second[3]);
-    if constexpr (kUnsigned<F> != 0) all = _mm512_sub_epi32(all, x.lift);
     acc = fma(_mm512_cvtepi32_ps(all), scale, acc);
     return has_minima(F) ? _mm512_fnmadd_ps(scales.least[v], x.sums, acc) : acc;
   }
