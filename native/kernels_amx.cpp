@@ -15,12 +15,28 @@ namespace THERMOCLINE_ISA {
 #include "panel_amx.inl"
 // clang-format on
 
+// Tokens from which on it pays to make tiles of the weights, as measured.
+constexpr int64_t fewest_tokens(Format format) {
+  switch (format) {
+    case kBF16:
+      return kRoundedTokens;
+    case kQ8_0:
+      return 10;
+    case kQ4_0:
+      return 12;
+    case kF16:
+      return 20;
+    default:
+      return 16;
+  }
+}
+
 template <Format F>
-constexpr PanelKernels panel = {kPaired,         kRoundedTokens,     kManyPanelRows,
+constexpr PanelKernels panel = {kPaired,         fewest_tokens(F),   kManyPanelRows,
                                 kAmxScratch,     amx_panel_bytes<1>, pack_tiles<F, 1>,
                                 amx_panel_dot<1>};
 template <Format F>
-constexpr PanelKernels split = {kSplit,          kRoundedTokens,     kManyPanelRows,
+constexpr PanelKernels split = {kSplit,          fewest_tokens(F),   kManyPanelRows,
                                 kAmxScratch,     amx_panel_bytes<2>, pack_tiles<F, 2>,
                                 amx_panel_dot<2>};
 template <>

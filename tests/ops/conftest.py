@@ -208,8 +208,13 @@ EPS = 2.0**-24
 """Largest relative error of rounding once to float32."""
 
 
-BATCH = 8
-"""From so many tokens on, a level with BF16 arithmetic rounds tokens to BF16 before they meet some weights."""
+TILES = {"Q8_0": 10, "Q4_0": 12, "F16": 20}
+"""From so many tokens on AMX makes tiles of weights of a format, if not from 16 on."""
+
+
+def _batch(fmt: BlockFormat) -> int:
+    """From so many tokens on, a level with BF16 arithmetic rounds tokens to BF16 before they meet some weights."""
+    return 8 if fmt is BF16 else TILES.get(fmt.name, 16)
 
 
 def _off(ops: CpuOps, fmt: BlockFormat) -> float:
@@ -290,7 +295,7 @@ class LinearBound:
         return _linear_bound(h, w, F32, off=0) + (_factor_bound(h, w) if fmt.block > 1 else 0)
 
     def _off(self, x: Any, fmt: BlockFormat) -> float:
-        return _off(self._ops, fmt) if len(x) >= BATCH else 0
+        return _off(self._ops, fmt) if len(x) >= _batch(fmt) else 0
 
 
 @pytest.fixture
@@ -301,4 +306,4 @@ def linear_bound(ops: CpuOps) -> LinearBound:
 @pytest.fixture
 def company() -> Callable[[CpuOps, BlockFormat], int]:
     """Tokens that a batch must have for its bits to be those of any larger one: mostly one is enough."""
-    return lambda ops, fmt: BATCH if _off(ops, fmt) else 1
+    return lambda ops, fmt: _batch(fmt) if _off(ops, fmt) else 1

@@ -11,7 +11,7 @@ from thermocline.files.weight import Weight
 ROWS = (0, 1, 3, 4, 5, 33)
 WIDTHS = {1: (0, 1, 15, 16, 17, 33, 100), 32: (0, 32, 64, 96, 160), 256: (0, 256, 512, 768)}
 """Round a vector's lanes of any level; block formats come in whole blocks, odd numbers of them too."""
-TOKENS = (1, 2, 3, 6, 7, 8, 9, 14, 25, 33, 97)
+TOKENS = (1, 2, 3, 6, 7, 8, 9, 12, 14, 19, 25, 33, 97)
 
 
 @pytest.mark.parametrize("fmt", BY_NAME.values(), ids=lambda f: f.name)
