@@ -39,11 +39,11 @@ static inline __m512i two_blocks(const uint8_t* first, const uint8_t* second) {
   return _mm512_xor_si512(pair, _mm512_set1_epi8(static_cast<char>(0x80)));
 }
 
-// `whole`: four blocks are left; else block `last` stands for those past it.
-static inline FourRows load_rows(const uint8_t* const (&rows)[4], int64_t b, int64_t last, bool whole) {
+// `left` blocks are there from b on, whose last one stands for those past it.
+static inline FourRows load_rows(const uint8_t* const (&rows)[4], int64_t b, int left) {
   constexpr int kBytes = kFormatInfo[kQ8_0].block_bytes;
   FourRows four;
-  if (whole) {
+  if (left >= 4) {
     // The scales of two blocks are the words 0 and 17 of 64 bytes; row r's go to the places r, 4 + r, 8 + r,
     // 12 + r.
     const __m512i places =
@@ -61,12 +61,12 @@ static inline FourRows load_rows(const uint8_t* const (&rows)[4], int64_t b, int
     four.scales = _mm512_cvtph_ps(halves);
   } else {
     int64_t at[4];
-    for (int i = 0; i < 4; ++i) at[i] = (b + i < last ? b + i : last) * kBytes;
+    for (int i = 0; i < 4; ++i) at[i] = (b + block_in(i, left)) * kBytes;
     for (int r = 0; r < 4; ++r) {
       four.low[r] = two_blocks(rows[r] + at[0], rows[r] + at[1]);
       four.high[r] = two_blocks(rows[r] + at[2], rows[r] + at[3]);
     }
-    four.scales = load_scales<kQ8_0>(rows, b, last).first[0];
+    four.scales = load_scales<kQ8_0>(rows, b, left).first[0];
   }
   return four;
 }
@@ -118,7 +118,7 @@ static inline void score_bytes_tile(const DotJob& job, const uint8_t* first, int
       const uint8_t* rows[4];
       for (int r = 0; r < 4; ++r)
         rows[r] = first + (count == 16 || 4 * j + r < count ? 4 * j + r : count - 1) * job.rows.row_bytes;
-      const FourRows four = load_rows(rows, b, blocks - 1, b + 4 <= blocks);
+      const FourRows four = load_rows(rows, b, static_cast<int>(blocks - b < 4 ? blocks - b : 4));
 #pragma GCC unroll 4
       for (int i = 0; i < T; ++i) acc[i][j][0] = add_rows(four, q[i], d[i], lift[i], acc[i][j][0]);
     }

@@ -1,5 +1,7 @@
 // Integer dot products, a block of 32 at a time: every lane sums its own elements.
 
+constexpr auto quad_tokens = nullptr;
+
 template <Format F, int R, int T>
 static inline void int_tile(const RowTile<R>& tile, const Tokens& tokens, int64_t t0, int64_t n,
                             float (&out)[T][R]) {

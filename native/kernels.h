@@ -29,7 +29,7 @@ constexpr int kGroupTokens = 16;
 
 constexpr int64_t kQuadColumns = 4 * kBlock;
 
-// Four blocks of a token for vectors of 512 bits: the first 16 numbers of each block, and the second 16. Then
+// Four blocks of a token: the first 16 numbers of each block, and the second 16. Then
 // what belongs to a block, four times: its scale, and that times the sum of its numbers; and minus the sums
 // of its first 16 numbers and of the second, with two zeros after them.
 struct QuadToken {
@@ -37,6 +37,9 @@ struct QuadToken {
   float d[16], sums[16];
   int32_t minus[16];
 };
+
+// Which block stands for block i of four, of which `left` are there.
+static inline int block_in(int i, int left) { return i < left ? i : left - 1; }
 
 // Activations of a batch. Integer formats read the quantised form: per block of 32 a float scale `d` and 32
 // signed bytes `q` in [-127, 127]; `sums` holds the sum of every 16 neighbouring bytes. `q_stride` is a whole

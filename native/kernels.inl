@@ -95,6 +95,9 @@ static constexpr Kernels make_kernels(const char* name) {
       reduce,
       to_half,
       checksum,
+      {},
+      {},
+      quad_tokens,
   };
 }
 

@@ -31,6 +31,7 @@ static inline Int load_ints(const int32_t* p) {
 }
 static inline void store_ints(int32_t* p, Int v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
 static inline Int add_ints(Int a, Int b) { return _mm256_add_epi32(a, b); }
+static inline Int zero_ints() { return _mm256_setzero_si256(); }
 static inline Int splat_int(int a) { return _mm256_set1_epi32(a); }
 static inline Int xor_ints(Int a, Int b) { return _mm256_xor_si256(a, b); }
 static inline Int whole_numbers(Vec x) { return _mm256_cvtps_epi32(x); }
@@ -78,14 +79,14 @@ static inline __m256i sixteens(const uint8_t* p, int at) {
   return _mm256_slli_epi16(_mm256_and_si256(bits, _mm256_set1_epi8(1)), 4);
 }
 
-// Blocks b + 2 v and b + 2 v + 1 of a row whose last block is `last`, which is read again in place of those
-// past it.
+// Blocks b + 2 v and b + 2 v + 1 of a row that has `left` blocks from b on, whose last one is read again in
+// place of those past it.
 template <Format F, int v>
-[[gnu::always_inline]] static inline Quad load_quad_of(const uint8_t* row, int64_t b, int64_t last) {
+[[gnu::always_inline]] static inline Quad load_quad_of(const uint8_t* row, int64_t b, int left) {
   constexpr int kBytes = kFormatInfo[F].block_bytes;
   if constexpr (!is_k_quant(F)) {
-    const uint8_t* p = row + (b + 2 * v < last ? b + 2 * v : last) * kBytes + 2;
-    const uint8_t* q = row + (b + 2 * v + 1 < last ? b + 2 * v + 1 : last) * kBytes + 2;
+    const uint8_t* p = row + (b + block_in(2 * v, left)) * kBytes + 2;
+    const uint8_t* q = row + (b + block_in(2 * v + 1, left)) * kBytes + 2;
     const __m256i low = join(load_128(p), load_128(q));
     if constexpr (F == kQ8_0) {
       const __m256i high = join(load_128(p + 16), load_128(q + 16));
@@ -96,9 +97,9 @@ template <Format F, int v>
       return {_mm256_and_si256(low, mask), _mm256_and_si256(_mm256_srli_epi16(low, 4), mask)};
     }
   } else {
-    (void)last;
+    (void)left;
     const uint8_t* block = row + b / 8 * kBytes;
-    const int half = static_cast<int>(b / 4 % 2);
+    const int half = static_cast<int>(b / 4 & 1);
     if constexpr (F == kQ6_K) {
       const uint8_t *low = block + half * 64, *two = block + 128 + half * 32;
       const __m256i four = _mm256_set1_epi8(15), high = _mm256_set1_epi8(0x30);
@@ -123,10 +124,10 @@ template <Format F, int v>
 
 // The bytes of blocks b + 2 v and b + 2 v + 1 of a row, of a format of nibbles, in the order of the file.
 template <Format F, int v>
-[[gnu::always_inline]] static inline __m256i load_bytes(const uint8_t* row, int64_t b, int64_t last) {
+[[gnu::always_inline]] static inline __m256i load_bytes(const uint8_t* row, int64_t b, int left) {
   constexpr int kBytes = kFormatInfo[F].block_bytes;
   if constexpr (F == kQ4_0) {
-    const auto at = [&](int i) { return row + (b + i < last ? b + i : last) * kBytes + 2; };
+    const auto at = [&](int i) { return row + (b + block_in(i, left)) * kBytes + 2; };
     return join(load_128(at(2 * v)), load_128(at(2 * v + 1)));
   } else {
     return load_256(row + b / 8 * kBytes + 16 + b / 4 % 2 * 64 + v * 32);
@@ -139,7 +140,9 @@ struct QuadScales {
   Vec first[kQuadVecs], second[kQuadVecs], least[kQuadVecs];
 };
 
-static inline Vec spread_rows(__m128 rows) { return _mm256_broadcast_ps(&rows); }
+static inline Vec spread_rows(__m128 rows) {
+  return _mm256_insertf128_ps(_mm256_castps128_ps256(rows), rows, 1);
+}
 
 [[gnu::always_inline]] static inline void floats_of_scales(__m128i bytes, __m128 d, Vec (&to)[kQuadVecs]) {
   const Vec rows = spread_rows(d);
@@ -161,52 +164,24 @@ template <Format F>
 
 template <Format F>
 [[gnu::always_inline]] static inline QuadScales load_scales(const uint8_t* const (&rows)[4], int64_t b,
-                                                            int64_t last) {
+                                                            int left) {
   QuadScales scales{};
-  // The first word of a block of each row.
-  const auto four = [&](int i) __attribute__((always_inline)) {
-    const int64_t at = (b + i < last ? b + i : last) * kFormatInfo[F].block_bytes;
-    const auto word = [&](int r) { return _mm_cvtsi32_si128(load_int(rows[r] + at)); };
-    return _mm_unpacklo_epi32(_mm_unpacklo_epi16(word(0), word(1)), _mm_unpacklo_epi16(word(2), word(3)));
-  };
-  for (int v = 0; v < kQuadVecs; ++v)
-    scales.first[v] = _mm256_cvtph_ps(_mm_unpacklo_epi64(four(2 * v), four(2 * v + 1)));
-  return scales;
-}
-
-// Activations of two blocks, as the quads lie; values for a block repeat for four rows.
-struct QuadTokens {
-  __m256i first, second;      // numbers
-  __m256i lift, second_lift;  // what the offset adds to the sums; of the first 16 and the second in Q6_K
-  Vec d, sums;                // scale; scale times sum, for the minima
-};
-
-static inline __m256i spread_blocks(__m128i two) {
-  return _mm256_permutevar8x32_epi32(_mm256_castsi128_si256(two), _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1));
-}
-
-// Those that meet vector v of blocks b to b + 3.
-template <Format F, int v>
-[[gnu::always_inline]] static inline QuadTokens load_tokens(const Tokens& tokens, int64_t t, int64_t b) {
-  const int64_t at = t * tokens.q_stride + (b + 2 * v) * kBlock;
-  const int8_t* q = tokens.q + at;
-  const float* d = tokens.d + at / kBlock;
-  const int16_t* sums = tokens.sums + at / 16;
-  QuadTokens x;
-  x.first = join(load_128(q), load_128(q + 32));
-  x.second = join(load_128(q + 16), load_128(q + 48));
-  x.d = _mm256_blend_ps(_mm256_broadcast_ss(d), _mm256_broadcast_ss(d + 1), 0xF0);
-  const __m128i halves = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(sums));
-  if constexpr (F == kQ6_K) {
-    x.lift = _mm256_slli_epi32(spread_blocks(_mm_srai_epi32(_mm_slli_epi32(halves, 16), 16)), 5);
-    x.second_lift = _mm256_slli_epi32(spread_blocks(_mm_srai_epi32(halves, 16)), 5);
-  } else if constexpr (has_minima(F)) {
-    const __m256i whole = spread_blocks(_mm_madd_epi16(halves, _mm_set1_epi16(1)));
-    x.sums = mul(x.d, _mm256_cvtepi32_ps(whole));
-  } else if constexpr (kUnsigned<F> != 0) {
-    x.lift = spread_blocks(_mm_madd_epi16(halves, _mm_set1_epi16(kUnsigned<F>)));
+#pragma GCC unroll 2
+  for (int v = 0; v < kQuadVecs; ++v) {
+    // The first word of two blocks of each row.
+    const auto at = [&](int i) { return (b + block_in(2 * v + i, left)) * kFormatInfo[F].block_bytes; };
+    const auto word = [&](int i, int r) { return load_u16(rows[r] + at(i)); };
+    __m128i words = _mm_cvtsi32_si128(load_int(rows[0] + at(0)));
+    words = _mm_insert_epi16(words, word(0, 1), 1);
+    words = _mm_insert_epi16(words, word(0, 2), 2);
+    words = _mm_insert_epi16(words, word(0, 3), 3);
+    words = _mm_insert_epi16(words, word(1, 0), 4);
+    words = _mm_insert_epi16(words, word(1, 1), 5);
+    words = _mm_insert_epi16(words, word(1, 2), 6);
+    words = _mm_insert_epi16(words, word(1, 3), 7);
+    scales.first[v] = _mm256_cvtph_ps(words);
   }
-  return x;
+  return scales;
 }
 
 // Sums of four neighbouring products each, of 16 numbers of two blocks.
@@ -215,14 +190,13 @@ template <Format F>
 static inline __m256i sums_of(__m256i w, __m256i x, __m256i before) {
   return _mm256_dpbusd_avx_epi32(before, w, x);
 }
-#else
+#endif
 template <Format F>
 static inline __m256i pairs_of(__m256i w, __m256i x) {
   return F == kQ8_0 ? _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w))
                     : _mm256_maddubs_epi16(w, x);
 }
 static inline __m256i sums_of_pairs(__m256i pairs) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
-#endif
 
 template <Format F>
 static inline Int add_products(Int before, Int numbers, Int digits) {
@@ -233,52 +207,78 @@ static inline Int add_products(Int before, Int numbers, Int digits) {
 #endif
 }
 
-// Of both halves of the blocks; numbers of up to five bits leave room for the sum of two pairs.
-template <Format F>
-static inline __m256i whole_sums(const Quad& w, const QuadTokens& x) {
+// Of one row with one token: sums of neighbouring products, of both halves of the blocks or, in Q6_K, of each
+// half. Sums of pairs are added where they fit 16 bits.
+struct QuadProducts {
+  Int first, second;
+};
+
+template <Format F, int v>
+[[gnu::always_inline]] static inline QuadProducts multiply_quad(const Quad& w, const QuadToken& x) {
+  const Int first = load_256(x.first + 32 * v), second = load_256(x.second + 32 * v);
 #ifdef THERMOCLINE_VNNI
-  return sums_of<F>(w.second, x.second, sums_of<F>(w.first, x.first, _mm256_setzero_si256()));
+  const Int sums = sums_of<F>(w.first, first, _mm256_setzero_si256());
+  if constexpr (F == kQ6_K) return {sums, sums_of<F>(w.second, second, _mm256_setzero_si256())};
+  return {sums_of<F>(w.second, second, sums), zero_ints()};
 #else
-  const __m256i first = pairs_of<F>(w.first, x.first), second = pairs_of<F>(w.second, x.second);
-  if constexpr (F == kQ8_0) return _mm256_add_epi32(sums_of_pairs(first), sums_of_pairs(second));
-  return sums_of_pairs(_mm256_add_epi16(first, second));
+  const Int one = pairs_of<F>(w.first, first), two = pairs_of<F>(w.second, second);
+  if constexpr (F == kQ6_K) return {one, two};
+  if constexpr (F == kQ8_0) return {_mm256_add_epi32(sums_of_pairs(one), sums_of_pairs(two)), zero_ints()};
+  return {_mm256_add_epi16(one, two), zero_ints()};
 #endif
 }
 
-template <Format F>
-static inline __m256i half_sums(__m256i w, __m256i x) {
-#ifdef THERMOCLINE_VNNI
-  return sums_of<F>(w, x, _mm256_setzero_si256());
-#else
-  return sums_of_pairs(pairs_of<F>(w, x));
-#endif
+// Pairs of neighbours of a and of b are added: sums over 64 bits, of a and of b by turns.
+static inline Int sum_twos(Int a, Int b) {
+  return _mm256_add_epi32(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
 }
-
-// Sums of the four integers in each 128 bits of a, b, c and d, which become four neighbours.
-static inline __m256i sum_fours(__m256i a, __m256i b, __m256i c, __m256i d) {
-  const __m256i ab = _mm256_add_epi32(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
-  const __m256i cd = _mm256_add_epi32(_mm256_unpacklo_epi32(c, d), _mm256_unpackhi_epi32(c, d));
+static inline Int sum_wholes(Int ab, Int cd) {
   return _mm256_add_epi32(_mm256_unpacklo_epi64(ab, cd), _mm256_unpackhi_epi64(ab, cd));
+}
+static inline Int sum_two_pairs(Int a, Int b) {
+  return _mm256_add_epi16(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
+}
+static inline Int sum_whole_pairs(Int ab, Int cd) {
+  return _mm256_add_epi16(_mm256_unpacklo_epi64(ab, cd), _mm256_unpackhi_epi64(ab, cd));
+}
+
+// Sums over 128 bits of what products a, b, c and d hold, which become four neighbours.
+template <Format F>
+static inline Int sum_fours(Int a, Int b, Int c, Int d) {
+  if constexpr (kVnni || F == kQ8_0) {
+    return sum_wholes(sum_twos(a, b), sum_twos(c, d));
+  } else if constexpr (F == kQ5_K || F == kQ6_K) {
+    return sum_wholes(sums_of_pairs(sum_two_pairs(a, b)), sums_of_pairs(sum_two_pairs(c, d)));
+  } else {
+    return sums_of_pairs(sum_whole_pairs(sum_two_pairs(a, b), sum_two_pairs(c, d)));
+  }
 }
 
 // What two blocks of four rows add to the sums: block i of row r to lane 4 i + r.
-template <Format F>
-[[gnu::always_inline]] static inline Vec add_quads(const Quad (&w)[4], const QuadScales& scales, int v,
-                                                   const QuadTokens& x, Vec acc) {
-  const Vec scale = mul(scales.first[v], x.d);
-  if constexpr (F == kQ6_K) {
-    const __m256i one = sum_fours(half_sums<F>(w[0].first, x.first), half_sums<F>(w[1].first, x.first),
-                                  half_sums<F>(w[2].first, x.first), half_sums<F>(w[3].first, x.first));
-    const __m256i two = sum_fours(half_sums<F>(w[0].second, x.second), half_sums<F>(w[1].second, x.second),
-                                  half_sums<F>(w[2].second, x.second), half_sums<F>(w[3].second, x.second));
-    acc = fma(_mm256_cvtepi32_ps(_mm256_sub_epi32(one, x.lift)), scale, acc);
-    return fma(_mm256_cvtepi32_ps(_mm256_sub_epi32(two, x.second_lift)), mul(scales.second[v], x.d), acc);
+template <Format F, int v>
+[[gnu::always_inline]] static inline Vec add_quads(const QuadProducts (&p)[4], const QuadScales& scales,
+                                                   const QuadToken& x, Vec acc) {
+  const Vec d = load(x.d + kLanes * v);
+  Int all = sum_fours<F>(p[0].first, p[1].first, p[2].first, p[3].first);
+  if constexpr (has_minima(F)) {
+    acc = fma(_mm256_cvtepi32_ps(all), mul(scales.first[v], d), acc);
+    return _mm256_fnmadd_ps(scales.least[v], load(x.sums + kLanes * v), acc);
+  } else if constexpr (kUnsigned<F> == 0) {
+    return fma(_mm256_cvtepi32_ps(all), mul(scales.first[v], d), acc);
   } else {
-    __m256i all = sum_fours(whole_sums<F>(w[0], x), whole_sums<F>(w[1], x), whole_sums<F>(w[2], x),
-                            whole_sums<F>(w[3], x));
-    if constexpr (kUnsigned<F> != 0) all = _mm256_sub_epi32(all, x.lift);
-    acc = fma(_mm256_cvtepi32_ps(all), scale, acc);
-    return has_minima(F) ? _mm256_fnmadd_ps(scales.least[v], x.sums, acc) : acc;
+    const Int minus = load_ints(x.minus + kLanes * v);
+    if constexpr (F == kQ6_K) {
+      const Int two = sum_fours<F>(p[0].second, p[1].second, p[2].second, p[3].second);
+      all = add_ints(all, _mm256_slli_epi32(repeat_int<0>(minus), 5));
+      acc = fma(_mm256_cvtepi32_ps(all), mul(scales.first[v], d), acc);
+      all = add_ints(two, _mm256_slli_epi32(repeat_int<1>(minus), 5));
+      return fma(_mm256_cvtepi32_ps(all), mul(scales.second[v], d), acc);
+    } else {
+      const __m128i words = _mm_setr_epi8(0, 1, 4, 5, 0, 1, 4, 5, 0, 1, 4, 5, 0, 1, 4, 5);
+      const Int lift = _mm256_madd_epi16(_mm256_shuffle_epi8(minus, _mm256_broadcastsi128_si256(words)),
+                                         _mm256_set1_epi16(kUnsigned<F>));
+      return fma(_mm256_cvtepi32_ps(add_ints(all, lift)), mul(scales.first[v], d), acc);
+    }
   }
 }
 

@@ -188,19 +188,20 @@ template <int kStride, int kFirst>
                                    _mm512_loadu_si512(p + 2 * kSecond));
 }
 
-// Blocks b to b + 3 of a row whose last block is `last`, which is read again in place of those past it.
+// Blocks b to b + 3 of a row that has `left` from b on, whose last one is read again in place of those past
+// it.
 template <Format F, int>
-[[gnu::always_inline]] static inline Quad load_quad_of(const uint8_t* row, int64_t b, int64_t last) {
+[[gnu::always_inline]] static inline Quad load_quad_of(const uint8_t* row, int64_t b, int left) {
   constexpr int kBytes = kFormatInfo[F].block_bytes;
   if constexpr (!is_k_quant(F)) {
     __m512i v, w;
-    if (b + 3 <= last) {
+    if (left >= 4) {
       const uint8_t* p = row + b * kBytes;
       v = pick_words<kBytes / 2, 1>(p);
       if constexpr (F == kQ8_0) w = pick_words<kBytes / 2, 9>(p);
     } else {
       const uint8_t* p[4];
-      for (int i = 0; i < 4; ++i) p[i] = row + (b + i < last ? b + i : last) * kBytes + 2;
+      for (int i = 0; i < 4; ++i) p[i] = row + (b + block_in(i, left)) * kBytes + 2;
       v = load_quad(p[0], p[1], p[2], p[3]);
       if constexpr (F == kQ8_0) w = load_quad(p[0] + 16, p[1] + 16, p[2] + 16, p[3] + 16);
     }
@@ -212,9 +213,9 @@ template <Format F, int>
       return {_mm512_and_si512(v, mask), _mm512_and_si512(_mm512_srli_epi16(v, 4), mask)};
     }
   } else {
-    (void)last;
+    (void)left;
     const uint8_t* p = row + b / 8 * kBytes;
-    const int half = static_cast<int>(b / 4 % 2);
+    const int half = static_cast<int>(b / 4 & 1);
     if constexpr (F == kQ6_K) {
       const __m512i low = _mm512_loadu_si512(p + half * 64),
                     shifts = _mm512_setr_epi64(0, 0, 0, 0, 4, 4, 4, 4);
@@ -248,10 +249,10 @@ template <Format F, int>
 
 // The bytes of blocks b to b + 3 of a row, of a format of nibbles, in the order of the file.
 template <Format F, int>
-[[gnu::always_inline]] static inline __m512i load_bytes(const uint8_t* row, int64_t b, int64_t last) {
+[[gnu::always_inline]] static inline __m512i load_bytes(const uint8_t* row, int64_t b, int left) {
   constexpr int kBytes = kFormatInfo[F].block_bytes;
   if constexpr (F == kQ4_0) {
-    const auto part = [&](int i) { return load_128(row + (b + i < last ? b + i : last) * kBytes + 2); };
+    const auto part = [&](int i) { return load_128(row + (b + block_in(i, left)) * kBytes + 2); };
     __m512i v = _mm512_castsi128_si512(part(0));
     v = _mm512_mask_broadcast_i32x4(v, 0x00F0, part(1));
     v = _mm512_mask_broadcast_i32x4(v, 0x0F00, part(2));
@@ -302,16 +303,16 @@ template <Format F>
 
 template <Format F>
 [[gnu::always_inline]] static inline QuadScales load_scales(const uint8_t* const (&rows)[4], int64_t b,
-                                                            int64_t last) {
+                                                            int left) {
   constexpr int kBytes = kFormatInfo[F].block_bytes;
   __m256i halves;
-  if (b + 3 <= last) {
+  if (left >= 4) {
     halves = _mm256_setzero_si256();
 #pragma GCC unroll 4
     for (int r = 0; r < 4; ++r) halves = pick_scales<kBytes / 2>(rows[r] + b * kBytes, r, halves);
   } else {
     int64_t at[4];
-    for (int i = 0; i < 4; ++i) at[i] = (b + i < last ? b + i : last) * kBytes;
+    for (int i = 0; i < 4; ++i) at[i] = (b + block_in(i, left)) * kBytes;
     const auto half = [&](int i, int r) { return static_cast<short>(load_u16(rows[r] + at[i])); };
     halves = _mm256_setr_epi16(  //
         half(0, 0), half(0, 1), half(0, 2), half(0, 3), half(1, 0), half(1, 1), half(1, 2), half(1, 3),
@@ -320,36 +321,27 @@ template <Format F>
   return {{_mm512_cvtph_ps(halves)}, {}, {}};
 }
 
-// Activations of four blocks, as the quads lie; values for a block repeat for four rows.
-struct QuadTokens {
-  __m512i first, second;  // numbers
-  // What sums of products begin with, for what the offset adds to them; in Q6_K those of the first 16 and of
-  // the second.
-  __m512i begin, second_begin;
-  Vec d, sums;  // scale; scale times sum, for the minima
+// Of one row with one token: sums of neighbouring products, of both halves of the blocks or, in Q6_K, of each
+// half; less what the offset adds to them.
+struct QuadProducts {
+  __m512i first, second;
 };
 
-// Those that meet blocks b to b + 3.
 template <Format F, int>
-[[gnu::always_inline]] static inline QuadTokens load_tokens(const Tokens& tokens, int64_t t, int64_t b) {
-  const QuadToken& quad = tokens.quads[t * (tokens.q_stride / kQuadColumns) + b / 4];
-  QuadTokens x;
-  x.first = _mm512_loadu_si512(quad.first);
-  x.second = _mm512_loadu_si512(quad.second);
-  x.d = load(quad.d);
-  if constexpr (has_minima(F)) {
-    x.begin = _mm512_setzero_si512();
-    x.sums = load(quad.sums);
-  } else {
+[[gnu::always_inline]] static inline QuadProducts multiply_quad(const Quad& w, const QuadToken& x) {
+  __m512i begin = _mm512_setzero_si512(), second_begin;
+  if constexpr (!has_minima(F)) {
     static_assert(kUnsigned<F> == 8 || kUnsigned<F> == 32 || kUnsigned<F> == 128);
     constexpr unsigned kShift = kUnsigned<F> == 8 ? 3 : kUnsigned<F> == 32 ? 5 : 7;
-    x.begin = _mm512_slli_epi32(_mm512_loadu_si512(quad.minus), kShift);
-    if constexpr (F == kQ6_K) {
-      x.second_begin = _mm512_maskz_mov_epi32(0x2222, x.begin);
-      x.begin = _mm512_maskz_mov_epi32(0x1111, x.begin);
-    }
+    begin = _mm512_slli_epi32(_mm512_loadu_si512(x.minus), kShift);
   }
-  return x;
+  if constexpr (F == kQ6_K) {
+    second_begin = _mm512_maskz_mov_epi32(0x2222, begin);
+    begin = _mm512_maskz_mov_epi32(0x1111, begin);
+  }
+  const __m512i first = _mm512_dpbusd_epi32(begin, w.first, _mm512_loadu_si512(x.first));
+  return {first,
+          _mm512_dpbusd_epi32(F == kQ6_K ? second_begin : first, w.second, _mm512_loadu_si512(x.second))};
 }
 
 // Sums of the four integers in each 128 bits of a, b, c and d, which become four neighbours.
@@ -361,23 +353,17 @@ static inline __m512i sum_fours(__m512i a, __m512i b, __m512i c, __m512i d) {
 
 // What four blocks of four rows add to the sums: block i of row r to lane 4 i + r. Integers are exact, so
 // that any other order of theirs gives the same; the float operations are the ones that panels repeat.
-template <Format F>
-[[gnu::always_inline]] static inline Vec add_quads(const Quad (&w)[4], const QuadScales& scales, int v,
-                                                   const QuadTokens& x, Vec acc) {
-  __m512i first[4], second[4];
-#pragma GCC unroll 4
-  for (int r = 0; r < 4; ++r) {
-    first[r] = _mm512_dpbusd_epi32(x.begin, w[r].first, x.first);
-    second[r] = _mm512_dpbusd_epi32(F == kQ6_K ? x.second_begin : first[r], w[r].second, x.second);
-  }
-  const Vec scale = mul(scales.first[v], x.d);
-  const __m512i all = sum_fours(second[0], second[1], second[2], second[3]);
+template <Format F, int v>
+[[gnu::always_inline]] static inline Vec add_quads(const QuadProducts (&p)[4], const QuadScales& scales,
+                                                   const QuadToken& x, Vec acc) {
+  const Vec d = load(x.d), scale = mul(scales.first[v], d);
+  const __m512i all = sum_fours(p[0].second, p[1].second, p[2].second, p[3].second);
   if constexpr (F == kQ6_K) {
-    const __m512i one = sum_fours(first[0], first[1], first[2], first[3]);
-    return fma(_mm512_cvtepi32_ps(all), mul(scales.second[v], x.d), fma(_mm512_cvtepi32_ps(one), scale, acc));
+    const __m512i one = sum_fours(p[0].first, p[1].first, p[2].first, p[3].first);
+    return fma(_mm512_cvtepi32_ps(all), mul(scales.second[v], d), fma(_mm512_cvtepi32_ps(one), scale, acc));
   } else {
     acc = fma(_mm512_cvtepi32_ps(all), scale, acc);
-    return has_minima(F) ? _mm512_fnmadd_ps(scales.least[v], x.sums, acc) : acc;
+    return has_minima(F) ? _mm512_fnmadd_ps(scales.least[v], load(x.sums), acc) : acc;
   }
 }
 

@@ -30,12 +30,12 @@ static inline void turn(const Int (&rows)[4], Int (&columns)[4]) {
 }
 
 template <Format F, int v>
-[[gnu::always_inline]] static inline Turned turned(const uint8_t* const* rows, int64_t b, int64_t last) {
+[[gnu::always_inline]] static inline Turned turned(const uint8_t* const* rows, int64_t b, int left) {
   Turned to;
   Int first[4], second[4];
   if constexpr (kFileOrder<F> || kWholeBytes<F>) {
 #pragma GCC unroll 4
-    for (int r = 0; r < 4; ++r) first[r] = load_bytes<F, v>(rows[r], b, last);
+    for (int r = 0; r < 4; ++r) first[r] = load_bytes<F, v>(rows[r], b, left);
     turn(first, to.second);
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
@@ -45,7 +45,7 @@ template <Format F, int v>
   } else {
 #pragma GCC unroll 4
     for (int r = 0; r < 4; ++r) {
-      const Quad quad = load_quad_of<F, v>(rows[r], b, last);
+      const Quad quad = load_quad_of<F, v>(rows[r], b, left);
       first[r] = quad.first;
       second[r] = quad.second;
     }
@@ -88,9 +88,9 @@ struct WholeFactors {
 
 template <Format F>
 [[gnu::always_inline]] static inline WholeFactors whole_factors(const uint8_t* const* rows, int64_t b,
-                                                                int64_t last, Vec factor, Vec least) {
+                                                                int left, Vec factor, Vec least) {
   const uint8_t* const four[4] = {rows[0], rows[1], rows[2], rows[3]};
-  const QuadScales scales = quad_scales<F>(four, b, last);
+  const QuadScales scales = quad_scales<F>(four, b, left);
   WholeFactors whole;
 #pragma GCC unroll 2
   for (int v = 0; v < kQuadVecs; ++v) {
@@ -141,11 +141,11 @@ template <Format F, int Q>
 }
 
 template <Format F, int Q, int v>
-[[gnu::always_inline]] static inline void add_sum_vec(const uint8_t* const* rows, int64_t b, int64_t last,
+[[gnu::always_inline]] static inline void add_sum_vec(const uint8_t* const* rows, int64_t b, int left,
                                                       const WholeFactors (&whole)[Q], SumStep* to) {
   Turned w[Q];
 #pragma GCC unroll 2
-  for (int g = 0; g < Q; ++g) w[g] = turned<F, v>(rows + 4 * g, b, last);
+  for (int g = 0; g < Q; ++g) w[g] = turned<F, v>(rows + 4 * g, b, left);
   static_assert(kDigits == 3);
   add_digit<F, 0, 0, Q>(w, whole, v, to);
   add_digit<F, 0, 1, Q>(w, whole, v, to);
@@ -182,19 +182,18 @@ static void add_sum_tile(const SumJob& job, int64_t k, int64_t end, int64_t limi
     least[g] = spread_rows(factors_of(weights, job.per_least));
   }
   const int64_t first = c0 / kBlock, blocks = (c1 - c0) / kBlock;
-  const auto step = [&](int64_t s, int64_t last) __attribute__((always_inline)) {
+  const auto step = [&](int64_t s, int left) __attribute__((always_inline)) {
     const int64_t b = first + 4 * s;
     WholeFactors whole[Q];
 #pragma GCC unroll 2
-    for (int g = 0; g < Q; ++g) whole[g] = whole_factors<F>(tile.now + 4 * g, b, last, factor[g], least[g]);
-    add_sum_vec<F, Q, 0>(tile.now, b, last, whole, job.sums + s);
-    if constexpr (kQuadVecs > 1) add_sum_vec<F, Q, 1>(tile.now, b, last, whole, job.sums + s);
+    for (int g = 0; g < Q; ++g) whole[g] = whole_factors<F>(tile.now + 4 * g, b, left, factor[g], least[g]);
+    add_sum_vec<F, Q, 0>(tile.now, b, left, whole, job.sums + s);
+    if constexpr (kQuadVecs > 1) add_sum_vec<F, Q, 1>(tile.now, b, left, whole, job.sums + s);
   };
   constexpr int kStepBytes = kSumColumns * kFormatInfo[F].block_bytes / kFormatInfo[F].block;
   for_steps<false, kStepBytes, 4 * Q>(tile.next, bytes_of<F>(c0), blocks / 4,
-                                      [&](int64_t s)
-                                          __attribute__((always_inline)) { step(s, first + 4 * s + 3); });
-  if (blocks % 4) step(blocks / 4, first + blocks - 1);
+                                      [&](int64_t s) __attribute__((always_inline)) { step(s, 4); });
+  if (blocks % 4) step(blocks / 4, static_cast<int>(blocks % 4));
 }
 
 template <Format F>
