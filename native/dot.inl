@@ -96,15 +96,16 @@ static inline void dot_rows(const DotJob& job, int64_t r, int64_t end, int64_t t
   tokens.template operator()<1>(t);
 }
 
-// One token meets two rows of floats at a time, for memory is read fastest in few streams; where they are
-// fetched to the second cache one, if they are neighbours, or else four. A tile of integers is four.
+// One token meets kFloatRows rows of floats at a time, for memory is read fastest in few streams; where they
+// are fetched to the second cache one, if they are neighbours, or else four. A tile of integers is four.
 template <Format F>
 static void dot(const DotJob& job, int64_t r0, int64_t r1, int64_t t0, int64_t t1) {
   int64_t r = r0;
   if constexpr (!is_integer(F)) {
     const bool one = t1 - t0 == 1, second = job.rows.fetching == kToSecond;
     for (; one && second && !job.rows.ids && r < r1; ++r) dot_rows<F, 1>(job, r, r1, t0, t1);
-    for (; one && !second && r + 2 <= r1; r += 2) dot_rows<F, 2>(job, r, r1, t0, t1);
+    for (; one && !second && r + kFloatRows <= r1; r += kFloatRows)
+      dot_rows<F, kFloatRows>(job, r, r1, t0, t1);
   }
   for (; r + kDotRows <= r1; r += kDotRows) dot_rows<F, kDotRows>(job, r, r1, t0, t1);
   for (; r < r1; ++r) dot_rows<F, 1>(job, r, r1, t0, t1);

@@ -198,12 +198,21 @@ static inline __m256i pairs_of(__m256i w, __m256i x) {
 }
 static inline __m256i sums_of_pairs(__m256i pairs) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
 
-template <Format F>
-static inline Int add_products(Int before, Int numbers, Int digits) {
+// What Q vectors of numbers and digits add to sums of four neighbouring products: pairs of two vectors fit 16
+// bits together, but those of whole bytes.
+template <Format F, int Q>
+static inline Int add_products(Int before, const Int (&numbers)[Q], const Int (&digits)[Q]) {
 #ifdef THERMOCLINE_VNNI
-  return sums_of<F>(numbers, digits, before);
+#pragma GCC unroll 2
+  for (int g = 0; g < Q; ++g) before = sums_of<F>(numbers[g], digits[g], before);
+  return before;
 #else
-  return _mm256_add_epi32(before, sums_of_pairs(pairs_of<F>(numbers, digits)));
+  static_assert(Q == 1 || Q == 2);
+  const Int pairs = pairs_of<F>(numbers[0], digits[0]);
+  if constexpr (Q == 1) return add_ints(before, sums_of_pairs(pairs));
+  const Int more = pairs_of<F>(numbers[Q - 1], digits[Q - 1]);
+  if constexpr (F == kQ8_0) return add_ints(add_ints(before, sums_of_pairs(pairs)), sums_of_pairs(more));
+  return add_ints(before, sums_of_pairs(_mm256_add_epi16(pairs, more)));
 #endif
 }
 

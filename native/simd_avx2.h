@@ -16,6 +16,7 @@ typedef __m256 Vec;
 constexpr int kLanes = 8;
 // 4 x 3 accumulators, 3 tokens and a row fill the 16 registers.
 constexpr int kDotRows = 4;
+constexpr int kFloatRows = 4;
 constexpr int kFloatTokens = 3;
 constexpr int kIntTokens = 2;
 constexpr int kIntPanelTokens = 12;

@@ -19,6 +19,7 @@ constexpr int kLanes = 16;
 // 4 x 6 accumulators, 6 tokens and a row take 31 of the 32 registers; integer tokens need three registers
 // each.
 constexpr int kDotRows = 4;
+constexpr int kFloatRows = 2;
 constexpr int kFloatTokens = 6;
 constexpr int kIntTokens = 4;
 constexpr int kIntPanelTokens = 16;
@@ -124,9 +125,12 @@ template <int second>
 static inline Int repeat_lanes(Int v) {
   return _mm512_shuffle_i32x4(v, v, second ? 0xF5 : 0xA0);
 }
-template <Format>
-static inline Int add_products(Int before, Int numbers, Int digits) {
-  return _mm512_dpbusd_epi32(before, numbers, digits);
+// What Q vectors of numbers and digits add to sums of four neighbouring products.
+template <Format, int Q>
+static inline Int add_products(Int before, const Int (&numbers)[Q], const Int (&digits)[Q]) {
+#pragma GCC unroll 2
+  for (int g = 0; g < Q; ++g) before = _mm512_dpbusd_epi32(before, numbers[g], digits[g]);
+  return before;
 }
 
 static inline float scale_of(const uint8_t* p) { return _cvtsh_ss(load_u16(p)); }

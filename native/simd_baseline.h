@@ -13,6 +13,7 @@ typedef float Vec __attribute__((vector_size(16)));
 typedef int32_t Int __attribute__((vector_size(16)));
 constexpr int kLanes = 4;
 constexpr int kDotRows = 4;
+constexpr int kFloatRows = 2;
 constexpr int kFloatTokens = 2;
 constexpr int kIntTokens = 2;
 constexpr int kAxpyRows = 2;

@@ -5,20 +5,24 @@
 // sums are exact, so that they depend neither on the order of the rows, nor on which of them share a call,
 // nor on the level.
 
-// Numbers of four rows, those of one column together. A vector has 16 bytes of each of its blocks; `second`
-// is the rest of these blocks, but for formats in file order.
-struct Turned {
-  Int first[4], second[4];
-};
-
 // Whether bytes are taken as they lie in the file, where the low nibbles belong to one block and the high
 // ones to the next.
 template <Format F>
 constexpr bool kFileOrder = F == kQ4_K;
 
-// Whether `second` holds whole bytes, of which the sums of the low nibbles are taken off at the end.
+// Whether rows are turned as bytes, which hold a number in each of their nibbles.
+template <Format F>
+constexpr bool kNibbles = F == kQ4_0 || F == kQ4_K;
+
+// Whether the second half is whole bytes, of which the sums of the low nibbles are taken off at the end.
 template <Format F>
 constexpr bool kWholeBytes = F == kQ4_0 && kVnni;
+
+// Numbers of four rows, those of one column together. A vector has 16 bytes of each of its blocks; `second`
+// is the rest of these blocks, which formats of nibbles have in the same bytes.
+struct Turned {
+  Int first[4], second[4];
+};
 
 static inline void turn(const Int (&rows)[4], Int (&columns)[4]) {
   const Int ab = low_bytes(rows[0], rows[1]), cd = low_bytes(rows[2], rows[3]);
@@ -30,29 +34,28 @@ static inline void turn(const Int (&rows)[4], Int (&columns)[4]) {
 }
 
 template <Format F, int v>
-[[gnu::always_inline]] static inline Turned turned(const uint8_t* const* rows, int64_t b, int left) {
-  Turned to;
+[[gnu::always_inline]] static inline void turn_rows(const uint8_t* const* rows, int64_t b, int left,
+                                                    Turned& to) {
   Int first[4], second[4];
-  if constexpr (kFileOrder<F> || kWholeBytes<F>) {
 #pragma GCC unroll 4
-    for (int r = 0; r < 4; ++r) first[r] = load_bytes<F, v>(rows[r], b, left);
-    turn(first, to.second);
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-      to.first[j] = low_nibbles(to.second[j]);
-      if constexpr (!kWholeBytes<F>) to.second[j] = high_nibbles(to.second[j]);
-    }
-  } else {
-#pragma GCC unroll 4
-    for (int r = 0; r < 4; ++r) {
+  for (int r = 0; r < 4; ++r) {
+    if constexpr (kNibbles<F>) {
+      first[r] = load_bytes<F, v>(rows[r], b, left);
+    } else {
       const Quad quad = load_quad_of<F, v>(rows[r], b, left);
       first[r] = quad.first;
       second[r] = quad.second;
     }
-    turn(first, to.first);
-    turn(second, to.second);
   }
-  return to;
+  turn(first, to.first);
+  if constexpr (!kNibbles<F>) turn(second, to.second);
+}
+
+template <Format F, int half>
+static inline Int half_of(const Turned& w, int j) {
+  if constexpr (!kNibbles<F>) return half ? w.second[j] : w.first[j];
+  if constexpr (half == 0) return low_nibbles(w.first[j]);
+  return kWholeBytes<F> ? w.first[j] : high_nibbles(w.first[j]);
 }
 
 // Where numbers take their sign from the digit, this must have the opposite number: -128 is none then.
@@ -109,20 +112,29 @@ template <Format F, int half, int d>
   return spread;
 }
 
-// One digit of one half of a vector's columns, of Q quads of rows.
-template <Format F, int half, int d, int Q>
-[[gnu::always_inline]] static inline void add_digit(const Turned (&w)[Q], const WholeFactors (&whole)[Q],
-                                                    int v, SumStep* to) {
-  Int digits[Q];
+// One half of a vector's columns, of Q quads of rows.
+template <Format F, int half, int Q>
+[[gnu::always_inline]] static inline void add_half(const Turned (&w)[Q], const WholeFactors (&whole)[Q],
+                                                   int v, SumStep* to) {
+  static_assert(kDigits == 3);
+  Int digits[kDigits][Q];
 #pragma GCC unroll 2
-  for (int g = 0; g < Q; ++g) digits[g] = spread_digit<F, half, d>(whole[g].of[F == kQ6_K ? half : 0][v]);
+  for (int g = 0; g < Q; ++g) {
+    const Int all = whole[g].of[F == kQ6_K ? half : 0][v];
+    digits[0][g] = spread_digit<F, half, 0>(all);
+    digits[1][g] = spread_digit<F, half, 1>(all);
+    digits[2][g] = spread_digit<F, half, 2>(all);
+  }
 #pragma GCC unroll 4
   for (int j = 0; j < 4; ++j) {
-    int32_t* place = to->at[d] + (half * 4 + j) * 16 + v * kLanes;
-    Int sum = load_ints(place);
+    Int numbers[Q];
 #pragma GCC unroll 2
-    for (int g = 0; g < Q; ++g) sum = add_products<F>(sum, half ? w[g].second[j] : w[g].first[j], digits[g]);
-    store_ints(place, sum);
+    for (int g = 0; g < Q; ++g) numbers[g] = half_of<F, half>(w[g], j);
+#pragma GCC unroll 4
+    for (int d = 0; d < kDigits; ++d) {
+      int32_t* place = to->at[d] + (half * 4 + j) * 16 + v * kLanes;
+      store_ints(place, add_products<F>(load_ints(place), numbers, digits[d]));
+    }
   }
 }
 
@@ -130,7 +142,8 @@ template <Format F, int half, int d, int Q>
 template <Format F, int Q>
 [[gnu::always_inline]] static inline void add_factors(const WholeFactors (&whole)[Q], int v, SumStep* to) {
   const auto add = [&](int32_t* place, Int digits) __attribute__((always_inline)) {
-    store_ints(place, add_products<kQ4_0>(load_ints(place), splat_int(0x01010101), digits));
+    const Int ones[1] = {splat_int(0x01010101)}, of[1] = {digits};
+    store_ints(place, add_products<kQ4_0>(load_ints(place), ones, of));
   };
 #pragma GCC unroll 2
   for (int g = 0; g < Q; ++g) {
@@ -145,14 +158,9 @@ template <Format F, int Q, int v>
                                                       const WholeFactors (&whole)[Q], SumStep* to) {
   Turned w[Q];
 #pragma GCC unroll 2
-  for (int g = 0; g < Q; ++g) w[g] = turned<F, v>(rows + 4 * g, b, left);
-  static_assert(kDigits == 3);
-  add_digit<F, 0, 0, Q>(w, whole, v, to);
-  add_digit<F, 0, 1, Q>(w, whole, v, to);
-  add_digit<F, 0, 2, Q>(w, whole, v, to);
-  add_digit<F, 1, 0, Q>(w, whole, v, to);
-  add_digit<F, 1, 1, Q>(w, whole, v, to);
-  add_digit<F, 1, 2, Q>(w, whole, v, to);
+  for (int g = 0; g < Q; ++g) turn_rows<F, v>(rows + 4 * g, b, left, w[g]);
+  add_half<F, 0, Q>(w, whole, v, to);
+  add_half<F, 1, Q>(w, whole, v, to);
   add_factors<F, Q>(whole, v, to);
 }
 
