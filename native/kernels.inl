@@ -21,13 +21,11 @@ namespace thermocline::THERMOCLINE_ISA {
 #include "sums_tile.inl"
 #include THERMOCLINE_SUMS
 #include "sums_finish.inl"
-#ifdef THERMOCLINE_PANELS
+#ifdef THERMOCLINE_LANES
+#include THERMOCLINE_LANES
 #include "panel.inl"
-#include "panel_int.inl"
+#include THERMOCLINE_INT_PANELS
 #include "panel_float.inl"
-#endif
-#ifdef THERMOCLINE_PANELS_256
-#include "panel_256.inl"
 #endif
 #include "elementwise.inl"
 #include "layer_norm.inl"
@@ -41,16 +39,10 @@ namespace thermocline::THERMOCLINE_ISA {
 #define THERMOCLINE_INTEGER_FORMATS(kernel) \
   {nullptr, nullptr, nullptr, kernel<kQ8_0>, kernel<kQ4_0>, kernel<kQ4_K>, kernel<kQ5_K>, kernel<kQ6_K>}
 
-#ifdef THERMOCLINE_PANELS
+#ifdef THERMOCLINE_LANES
 template <Format F>
-constexpr PanelKernels panel = {kTiled,         F == kF32 ? 32 : 96, kPanelRows, 0, float_panel_bytes,
+constexpr PanelKernels panel = {kTiled,         kFloatPanelTokens<F>, kPanelRows, 0, float_panel_bytes,
                                 pack_floats<F>, float_panel_dot};
-#else
-template <Format F>
-constexpr PanelKernels panel = {};
-constexpr auto tile_tokens = nullptr;
-#endif
-#if defined THERMOCLINE_PANELS || defined THERMOCLINE_PANELS_256
 #define THERMOCLINE_INT_PANEL(F)                                                              \
   template <>                                                                                 \
   constexpr PanelKernels panel<F> = {kPanelForm<F>,      kIntPanelTokens, kPanelRows,      0, \
@@ -61,6 +53,10 @@ THERMOCLINE_INT_PANEL(kQ4_K)
 THERMOCLINE_INT_PANEL(kQ5_K)
 THERMOCLINE_INT_PANEL(kQ6_K)
 #undef THERMOCLINE_INT_PANEL
+#else
+template <Format F>
+constexpr PanelKernels panel = {};
+constexpr auto tile_tokens = nullptr;
 #endif
 
 static constexpr Kernels make_kernels(const char* name) {

@@ -11,6 +11,7 @@ namespace THERMOCLINE_ISA {
 // clang-format off
 #include "rows.inl"
 #include "parts.inl"
+#include "lanes_512.inl"
 #include "panel.inl"
 #include "panel_amx.inl"
 // clang-format on

@@ -1,7 +1,8 @@
 #define THERMOCLINE_ISA avx2_level
 #define THERMOCLINE_INT_DOT "dot_quads.inl"
 #define THERMOCLINE_SUMS "sums.inl"
-#define THERMOCLINE_PANELS_256
+#define THERMOCLINE_LANES "lanes_256.inl"
+#define THERMOCLINE_INT_PANELS "panel_256.inl"
 #include "quads_256.h"
 //
 #include "kernels.inl"

@@ -10,6 +10,7 @@ namespace THERMOCLINE_ISA {
 // In the order in which they build on each other.
 // clang-format off
 #include "rows.inl"
+#include "lanes_512.inl"
 #include "panel.inl"
 #include "panel_bf16.inl"
 // clang-format on

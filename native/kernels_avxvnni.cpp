@@ -17,6 +17,8 @@ namespace THERMOCLINE_ISA {
 #include "sums_tile.inl"
 #include "sums.inl"
 #include "sums_finish.inl"
+#include "lanes_256.inl"
+#include "panel.inl"
 #include "panel_256.inl"
 // clang-format on
 

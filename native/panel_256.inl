@@ -2,7 +2,6 @@
 // rows, with numbers as the quads have them; scales; minima. Passes and their sums are those of
 // panel_int.inl.
 
-constexpr int kPanelVecs = kPanelRows / kLanes;
 constexpr int kIntPasses = 4;
 constexpr int64_t kVecBytes = sizeof(Vec);
 constexpr int64_t kUnitBytes = kPanelVecs * kVecBytes;
@@ -18,37 +17,14 @@ static int64_t int_panel_bytes(int64_t columns) {
   return columns / kBlock * kPanelBlock<F>;
 }
 
-// Lane i of vector j becomes lane j of vector i.
-static inline void transpose(__m256i (&v)[8]) {
-  __m256i t[8], s[8];
-#pragma GCC unroll 4
-  for (int k = 0; k < 4; ++k) {
-    t[2 * k] = _mm256_unpacklo_epi32(v[2 * k], v[2 * k + 1]);
-    t[2 * k + 1] = _mm256_unpackhi_epi32(v[2 * k], v[2 * k + 1]);
-  }
-#pragma GCC unroll 2
-  for (int k = 0; k < 8; k += 4) {
-    s[k] = _mm256_unpacklo_epi64(t[k], t[k + 2]);
-    s[k + 1] = _mm256_unpackhi_epi64(t[k], t[k + 2]);
-    s[k + 2] = _mm256_unpacklo_epi64(t[k + 1], t[k + 3]);
-    s[k + 3] = _mm256_unpackhi_epi64(t[k + 1], t[k + 3]);
-  }
-#pragma GCC unroll 4
-  for (int m = 0; m < 4; ++m) {
-    v[m] = _mm256_permute2x128_si256(s[m], s[4 + m], 0x20);
-    v[4 + m] = _mm256_permute2x128_si256(s[m], s[4 + m], 0x31);
-  }
-}
-
-// The eight rows of vector v of a block; the last row again in place of those past the end, whose sums are
-// not stored.
+// The rows of vector v of a block.
 template <Format F>
-static inline void pack_units(const uint8_t* const (&rows)[kLanes], int64_t b, int v, uint8_t* to) {
+static inline void pack_units(const PanelLanes& lanes, int64_t b, int v, uint8_t* to) {
   __m256i units[8];
   float scale[2][kLanes], least[kLanes];
 #pragma GCC unroll 8
   for (int i = 0; i < kLanes; ++i) {
-    const Part<F> at = part_at<F>(rows[i], b);
+    const Part<F> at = part_at<F>(lanes.row[i], b);
     units[i] = _mm256_add_epi8(numbers<F>(at), _mm256_set1_epi8(static_cast<char>(kUnsigned<F>)));
     const PartScales s = part_scales<F>(at);
     scale[0][i] = s.scale[0];
@@ -66,15 +42,11 @@ static inline void pack_units(const uint8_t* const (&rows)[kLanes], int64_t b, i
 template <Format F>
 static void pack_ints(const Rows& rows, int64_t r0, int64_t r1, int64_t columns, uint8_t* panel) {
   for (int v = 0; v < kPanelVecs; ++v) {
-    const uint8_t* at[kLanes];
-    for (int i = 0; i < kLanes; ++i) {
-      const int64_t r = r0 + v * kLanes + i;
-      at[i] = row_at(rows, r < r1 ? r : r1 - 1);
-    }
+    const PanelLanes lanes(rows, r0, r1, v);
     uint8_t* to = panel;
     for (int pass = 0; pass < kIntPasses; ++pass) {
       for (int64_t b = pass; b < columns / kBlock; b += kIntPasses, to += kPanelBlock<F>)
-        pack_units<F>(at, b, v, to);
+        pack_units<F>(lanes, b, v, to);
     }
   }
 }
@@ -187,16 +159,6 @@ static inline void add_block(const uint8_t* at, const Tokens& tokens, int64_t t0
   }
 }
 
-static inline void store_sum(const DotJob& job, Vec sum, int64_t r, int64_t r1, int64_t t) {
-  float values[kLanes];
-  store(values, sum);
-  float* out = job.out + t * job.out_stride;
-  for (int i = 0; i < kLanes && r + i < r1; ++i) {
-    const float value = job.bias ? values[i] + job.bias[r + i] : values[i];
-    out[r + i] = job.add ? out[r + i] + value : value;
-  }
-}
-
 template <Format F, int T>
 static void int_panel_tile(const DotJob& job, const uint8_t* panel, int64_t r0, int64_t r1, int64_t t0) {
   const int64_t blocks = job.columns / kBlock;
@@ -211,7 +173,7 @@ static void int_panel_tile(const DotJob& job, const uint8_t* panel, int64_t r0, 
     for (int t = 0; t < T; ++t) {
       for (int v = 0; v < kTileVecs; ++v) {
         const Vec total = add(add(sums[0][t][v], sums[1][t][v]), add(sums[2][t][v], sums[3][t][v]));
-        store_sum(job, total, r0 + (first + v) * kLanes, r1, t0 + t);
+        store_rows(job, &total, 1, r0 + (first + v) * kLanes, r1, t0 + t, 1);
       }
     }
   }

@@ -20,6 +20,10 @@ constexpr int kFloatRows = 4;
 constexpr int kFloatTokens = 3;
 constexpr int kIntTokens = 2;
 constexpr int kIntPanelTokens = 12;
+template <Format F>
+constexpr int kFloatPanelTokens = F == kF32    ? 24
+                                  : F == kBF16 ? 32
+                                               : 96;
 constexpr int kAxpyRows = 4;
 
 static inline Vec splat(float a) { return _mm256_set1_ps(a); }

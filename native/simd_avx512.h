@@ -23,6 +23,8 @@ constexpr int kFloatRows = 2;
 constexpr int kFloatTokens = 6;
 constexpr int kIntTokens = 4;
 constexpr int kIntPanelTokens = 16;
+template <Format F>
+constexpr int kFloatPanelTokens = F == kF32 ? 32 : 96;
 constexpr int kAxpyRows = 4;
 
 static inline Vec splat(float a) { return _mm512_set1_ps(a); }
