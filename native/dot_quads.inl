@@ -91,7 +91,7 @@ template <Format F, int T>
     int_step<F, T>(rows, x, stride, kStep * s, 4, acc);
   });
   if (const int left = static_cast<int>(n % kQuadColumns / kBlock))
-    int_step<F, T>(rows, x, stride, steps, left, acc);
+    int_step<F, T>(rows, x, stride, kStep * steps, left, acc);
   for (int t = 0; t < T; ++t) _mm_storeu_ps(out[t], sum_blocks(acc[t]));
 }
 
