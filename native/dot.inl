@@ -81,7 +81,7 @@ static void dot_tile(const DotJob& job, const RowTile<R>& tile, int64_t r0, int6
 
 template <Format F, int R>
 static inline void dot_rows(const DotJob& job, int64_t r, int64_t end, int64_t t0, int64_t t1) {
-  constexpr int kTokens = is_integer(F) ? kIntTokens : kFloatTokens;
+  constexpr int kTokens = is_integer(F) ? kIntTokens<F> : kFloatTokens;
   RowTile<R> tile;
   find_tile<R, kLongRows<F>>(job.rows, r, end, tile);
   const auto tokens = [&]<int T>(int64_t& t) __attribute__((always_inline)) {

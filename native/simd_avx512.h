@@ -21,6 +21,7 @@ constexpr int kLanes = 16;
 constexpr int kDotRows = 4;
 constexpr int kFloatRows = 2;
 constexpr int kFloatTokens = 6;
+template <Format>
 constexpr int kIntTokens = 4;
 constexpr int kIntPanelTokens = 16;
 template <Format F>

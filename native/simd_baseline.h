@@ -15,6 +15,7 @@ constexpr int kLanes = 4;
 constexpr int kDotRows = 4;
 constexpr int kFloatRows = 2;
 constexpr int kFloatTokens = 2;
+template <Format>
 constexpr int kIntTokens = 2;
 constexpr int kAxpyRows = 2;
 
