@@ -8,7 +8,7 @@ namespace {
 
 constexpr int64_t kPiece = 2048;  // columns of a token quantised at a time
 
-// Tokens from which widening a row once pays for writing and reading it back.
+// Tokens from which widening a row once pays for writing and reading it back, where there are no panels.
 constexpr int64_t kWidenTokens = 96;
 constexpr int64_t kWidenRows = 32;
 // Blocks of tokens that fit the second cache (1 MB on common cores) beside the rows, at 4096 columns.

@@ -191,6 +191,7 @@ static inline __m256i sums_of(__m256i w, __m256i x, __m256i before) {
   return _mm256_dpbusd_avx_epi32(before, w, x);
 }
 #endif
+
 template <Format F>
 static inline __m256i pairs_of(__m256i w, __m256i x) {
   return F == kQ8_0 ? _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w))
