@@ -44,20 +44,19 @@ class GrowingPages:
         self._due = due[order].tolist()
         self._pages = np.concatenate([pages for _, pages in found])[order].tolist() if found else []
         self._next = 0
+        self.made = 0
+        """Huge pages that the system made. It refuses some where memory is short or in pieces; they stay small ones."""
 
     def grow(self, rows: int, most: int) -> int:
-        """Note that so many rows are filled; how many huge pages were made, of which there are at most `most`.
-
-        Where the system has no memory for one, it stays as it is.
-        """
-        made = 0
-        while made < most and self._next < len(self._due) and self._due[self._next] <= rows:
+        """Note that so many rows are filled; how many huge pages were asked for, at most `most`."""
+        asked = 0
+        while asked < most and self._next < len(self._due) and self._due[self._next] <= rows:
             page = self._pages[self._next]
             _advise(page, HUGE_PAGE, mmap.MADV_HUGEPAGE)
-            _advise(page, HUGE_PAGE, COLLAPSE)
+            self.made += _advise(page, HUGE_PAGE, COLLAPSE)
             self._next += 1
-            made += 1
-        return made
+            asked += 1
+        return asked
 
 
 def due_pages(array: NDArray[Any]) -> tuple[Places, Places]:
@@ -84,7 +83,6 @@ def _whole_pages(array: NDArray[Any], page: int) -> tuple[int, int]:
     return start, max(0, (array.ctypes.data + array.nbytes) // page * page - start)
 
 
-def _advise(address: int, size: int, advice: int) -> None:
-    """Where the system does not follow, memory is only slower."""
-    if size:
-        c_library().madvise(address, size, advice)
+def _advise(address: int, size: int, advice: int) -> bool:
+    """Whether the system follows; where it does not, memory is only slower."""
+    return bool(size) and c_library().madvise(address, size, advice) == 0
