@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from thermocline.files.sidecar import update_info
+
 AUDIT = {"passed": True, "summary": "KL 0.004"}
 GREEDY = ("-p", "the cat", "-n", 6, "--temp", 0, "--ignore-eos", "-t", 1)
 
@@ -42,6 +44,17 @@ def test_a_predictor_is_named_by_flag_and_by_environment(command, model, predict
     assert record["report"]["predictor_bytes"] > 0
     assert record["report"]["mode"] == "predicted"
     assert 0 < record["report"]["selected_share"] < 1
+
+
+def test_a_predictor_that_was_named_and_is_not_used_is_told_of_even_where_nobody_watches(
+    command, model, predictor
+) -> None:
+    update_info(predictor, {"audit": {"passed": False, "summary": "KL 0.4 > 0.01"}})
+    assert command("run", "-m", model, *GREEDY).err == ""
+    for flags in (("--predictor", predictor), ("--predictor-threshold", 0.5)):
+        outcome = command("run", "-m", model, *GREEDY, *flags)
+        assert outcome.code == 0
+        assert outcome.err.startswith("WARNING: mode exact, for predictor tiny.predictor.safetensors")
 
 
 @pytest.mark.parametrize(("value", "share"), [("-inf", 1), ("-1000", 1), ("inf", 0), ("1e9", 0)])

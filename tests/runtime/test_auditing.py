@@ -28,8 +28,10 @@ from thermocline.files.open import open_model
 from thermocline.files.powerinfer import PredictorLayer
 from thermocline.files.quantize import from_float
 from thermocline.files.sidecar import SidecarKind, read_sidecar, write_sidecar
+from thermocline.model.families import family_of
 from thermocline.runtime import auditing
 from thermocline.runtime.auditing import Audited
+from thermocline.runtime.prediction import find_predictor
 
 TOKENS, WINDOW, LAYERS, NEURONS = 60, 24, 2, 96
 SETTINGS = LoadSettings(ctx_size=WINDOW, threads=1)
@@ -41,6 +43,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(auditing, "BATCH", 7)
     monkeypatch.setattr(auditing, "FREE_TOKENS", 8)
     monkeypatch.setattr("thermocline.activity.audit.MIN_TOKENS", TOKENS)
+    monkeypatch.setattr(auditing, "MIN_TOKENS", TOKENS)
 
 
 @pytest.fixture
@@ -204,8 +207,28 @@ def test_a_comparison_of_nothing_passes_no_gate() -> None:
 def test_progress_counts_to_the_end(model: Path, text: Path) -> None:
     seen: list[Audited] = []
     audit(model, [text], SETTINGS, tokens=TOKENS, progress=seen.append)
-    assert [s.tokens for s in seen] == [7, 14, 21, 24, 31, 38, 45, 48, 55, 60]
+    reading = [s for s in seen if not s.texts]
+    assert [s.tokens for s in reading] == [7, 14, 21, 24, 31, 38, 45, 48, 55, 60]
+    assert [s.texts for s in seen[len(reading) :]] == list(range(1, 2 * auditing.PROMPTS + 1))
     assert {s.total for s in seen} == {TOKENS}
+    shares = [s.share for s in seen]
+    assert shares == sorted(set(shares))
+    assert shares[-1] == 1.0
+
+
+def test_an_audit_of_too_few_tokens_leaves_what_was_noted(model: Path, text: Path) -> None:
+    path = constant(model, 1e9)
+    audit(model, [text], SETTINGS, tokens=TOKENS)
+    noted = path.read_bytes()
+    found = audit(model, [text], SETTINGS, tokens=TOKENS - 1)
+    assert (found.whole, found.passed, found.stored, found.problem) == (False, False, False, "")
+    assert path.read_bytes() == noted
+
+
+def test_no_audit_that_cannot_pass_is_recommended(model: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auditing, "MIN_TOKENS", 133)
+    with pytest.raises(UsageError, match=r"the audit reads 10,000: give more text$"):
+        audit(model, [text], SETTINGS, tokens=10_000)
 
 
 @pytest.mark.parametrize(
@@ -330,6 +353,11 @@ def test_an_audit_of_another_model_or_a_damaged_one_is_told_of(inside: Path, tex
 def test_an_audit_with_another_threshold_is_not_noted(inside: Path, text: Path) -> None:
     assert not audit(inside, [text], replace(SETTINGS, predictor_threshold=0.1), tokens=TOKENS).stored
     assert not companion(inside, SidecarKind.AUDIT).exists()
+    with open_model(inside) as source:
+        found = find_predictor(source, family_of(source).spec(source))
+    assert found is not None
+    (own,) = set(found.predictor.thresholds)
+    assert audit(inside, [text], replace(SETTINGS, predictor_threshold=own), tokens=TOKENS).stored
 
 
 def test_mode_auto_predicts_by_an_audited_predictor_inside(shipped: Path, source_text: Path, tmp_path: Path) -> None:
@@ -358,5 +386,5 @@ def test_an_audit_that_cannot_be_noted_is_told_all_the_same(
 
     monkeypatch.setattr("thermocline.runtime.auditing.keep_audit", full)
     found = audit(model, [text], SETTINGS, tokens=100)
-    assert (found.tokens, found.stored) == (100, False)
+    assert (found.tokens, found.stored, found.whole) == (100, False, True)
     assert found.problem.endswith("free 5 more")

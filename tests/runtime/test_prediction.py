@@ -28,7 +28,7 @@ from thermocline.ops.contract import ActiveSet
 from thermocline.runtime import planning
 from thermocline.runtime.loading import load_model
 from thermocline.runtime.observed import ObservedRunner
-from thermocline.runtime.prediction import VARIABLE, threshold_of_environment
+from thermocline.runtime.prediction import VARIABLE, WARNING, threshold_of_environment
 
 pytestmark = pytest.mark.usefixtures("machine_home")
 
@@ -38,7 +38,7 @@ FAILED = {"audit": {"passed": False, "summary": "KL 0.4 > 0.01"}}
 
 
 def notice_of(llm: LLM) -> str:
-    (notice,) = [notice for notice in llm.notices if notice.startswith("mode ")]
+    (notice,) = [notice for notice in llm.notices if notice.removeprefix(WARNING).startswith("mode ")]
     return notice
 
 
@@ -135,7 +135,7 @@ def test_a_named_predictor_comes_before_the_one_beside_the_model(audited: Path, 
     update_info(named, FAILED)
     with LLM.load(audited, predictor=named) as llm:
         assert llm.mode == "exact"
-        assert "other.safetensors" in notice_of(llm)
+        assert notice_of(llm).startswith(f"{WARNING}mode exact, for predictor other.safetensors: its audit failed")
     with LLM.load(audited, predictor=named, mode="predicted") as llm:
         assert notice_of(llm) == "mode predicted by predictor other.safetensors: its audit failed (KL 0.4 > 0.01)"
 
@@ -310,7 +310,14 @@ def test_powerinfers_variable_sets_the_threshold_of_its_files_only(
     text = sparse.with_name("text.txt")
     text.write_text("pack my box with five dozen jugs\n" * 4)
     assert not audit(sparse, [text], LoadSettings(ctx_size=24), tokens=24).stored  # it is of another threshold
+    monkeypatch.setenv(VARIABLE, "5")
+    with LLM.load(sparse) as llm:
+        assert notice_of(llm).startswith(
+            f"mode exact, for the predictor inside the model with threshold 5 from {VARIABLE}: not audited"
+        )
     monkeypatch.setenv(VARIABLE, "much")
+    with pytest.raises(UsageError, match="allowed: a number"):
+        LLM.load(sparse)
     with pytest.raises(UsageError, match=f"{VARIABLE} is much; allowed: a number"):
         LLM.load(sparse, mode="predicted")
 

@@ -20,7 +20,7 @@ from thermocline.activity.likelihood import Likelihood
 Floats = npt.NDArray[np.float64]
 
 MIN_TOKENS: Final = 8192
-"""How many tokens an audit reads unless somebody says otherwise; over fewer none passes."""
+"""How many tokens an audit reads unless somebody says otherwise; over fewer none passes, nor is it noted."""
 MEAN_ENERGY_RECALL: Final = 0.98
 WORST_ENERGY_RECALL: Final = 0.95
 MEAN_KL: Final = 0.010
@@ -160,6 +160,11 @@ class AuditResult:
             Gate("invalid text beyond exact's", predicted.invalid - exact.invalid, MORE_INVALID, False),
             Gate("tokens read", self.tokens, MIN_TOKENS, True),
         )
+
+    @property
+    def whole(self) -> bool:
+        """Whether enough was read to judge by."""
+        return self.tokens >= MIN_TOKENS
 
     @property
     def passed(self) -> bool:

@@ -9,7 +9,7 @@ from rich.table import Table
 import thermocline
 from thermocline.cli.bars import progress_bar
 from thermocline.cli.flags import JsonFlag, ModelFlag, TextFlag, VerboseFlag, count, with_settings
-from thermocline.cli.output import status, write_json
+from thermocline.cli.output import tell_notice, write_json
 from thermocline.cli.tables import facts, print_tables
 from thermocline.config import LoadSettings
 from thermocline.errors import OutputError
@@ -27,7 +27,7 @@ def audit(
     model: ModelFlag = None,
     text: TextFlag,
     tokens: Annotated[
-        int, count("--tokens", "-n", help="How many tokens to read; over fewer than 8192 none passes.")
+        int, count("--tokens", "-n", help="How many tokens to read; over fewer than 8192 none passes or is noted.")
     ] = 8192,
     as_json: JsonFlag = False,
     verbose: VerboseFlag = False,
@@ -55,9 +55,11 @@ def audit(
             text,
             load,
             tokens=tokens,
-            notice=lambda line: status(f"note: {line}", always=verbose),
+            notice=lambda line: tell_notice(line, always=verbose),
             progress=lambda p: show(
-                p.tokens / p.total, f"{p.tokens:,} tokens, KL {p.mean_kl:.5f}, {p.tokens_per_second:,.0f} tokens/s"
+                p.share,
+                f"{p.tokens:,} tokens, KL {p.mean_kl:.5f}, {p.tokens_per_second:,.0f} tokens/s"
+                + (f", {p.texts} free texts" if p.texts else ""),
             ),
         )
     if as_json:
@@ -99,7 +101,9 @@ def _summary(found: AuditResult) -> list[tuple[str, str]]:
     exact, predicted = found.generated
     free = f"repeated {predicted.repeated:.1%} (exact {exact.repeated:.1%}), invalid {predicted.invalid:.1%}"
     selected = sum(layer.selected for layer in found.layers) / len(found.layers)
-    why = "it could not be written" if found.problem else "it is not the predictor's own threshold"
+    why = "it is not the predictor's own threshold"
+    if found.problem or not found.whole:
+        why = "it could not be written" if found.problem else "it read too little to judge by"
     noted = "noted: mode auto goes by it" if found.stored else f"not noted: {why}"
     return [
         ("verdict", f"{'passed' if found.passed else 'FAILED'}: {found.summary}"),

@@ -37,10 +37,16 @@ def status(line: str, *, always: bool = False) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
+def tell_notice(notice: str, *, always: bool = False) -> None:
+    """Say what is odd; what was asked for and is not done, to everybody."""
+    warning = notice.startswith("WARNING")
+    status(notice if warning else f"note: {notice}", always=always or warning)
+
+
 def notices(llm: LLM, *, always: bool = False) -> None:
     """Say what is odd about a model, or what was decided while it was loaded."""
     for notice in llm.notices:
-        status(f"note: {notice}", always=always)
+        tell_notice(notice, always=always)
     if always and llm.plan is not None:
         from thermocline.cli.plan import plan_table  # the tables are slow to import, and seldom wanted
         from thermocline.cli.tables import print_tables

@@ -7,6 +7,7 @@ oracle, which is told these sets; and predicted, on its own.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -56,12 +57,20 @@ The repeated share of one text is anything from 0 to 1; the mean of fewer texts 
 
 
 class Audited(NamedTuple):
-    """How far an audit is: tokens done of all, mean KL divergence of predicted so far, tokens a second."""
+    """How far an audit is: tokens done of all, mean KL divergence of predicted so far, tokens a second, free texts."""
 
     tokens: int
     total: int
     mean_kl: float
     tokens_per_second: float
+    texts: int = 0
+
+    @property
+    def share(self) -> float:
+        """Of the whole work: a token is read by four networks, and a free text's token written by one."""
+        written = FREE_TOKENS * np.array([self.texts, 2 * PROMPTS])
+        done, whole = 4 * np.array([self.tokens, self.total]) + written
+        return float(done / whole)
 
 
 def audit_predictor(
@@ -76,7 +85,8 @@ def audit_predictor(
     """Load `source` with its predictor, hold it to exact computing over `tokens` tokens, and note the result.
 
     The note is kept in the predictor's file, or beside a model that has it inside, and mode auto goes by it. A
-    predictor with another threshold than its own gets none. Where it cannot be written, the result says why.
+    predictor with another threshold than its own gets none, nor does one of which less than `MIN_TOKENS` tells: what
+    was noted before stays. Where it cannot be written, the result says why.
 
     Raises:
         UsageError: the model has no predictor, or the texts have less than `tokens` tokens.
@@ -90,7 +100,7 @@ def audit_predictor(
     spec = family_of(source).spec(source)
     window = settings.ctx_size or min(spec.n_ctx_train, WINDOW)
     settings.require_unwatched("audit")
-    with closing(load_model(source, replace(settings, ctx_size=window, mode=Mode.PREDICTED))) as loaded:
+    with closing(load_model(source, replace(settings, ctx_size=window, mode=Mode.PREDICTED), check=True)) as loaded:
         return _audit(source, loaded, settings, corpus, window, tokens, notice, progress)
 
 
@@ -110,13 +120,19 @@ def _audit(
     began = time.perf_counter()
     read = _read(loaded, corpus, window, tokens)
     auditor = _Auditor(source, loaded, window, settings)
-    done = 0
+    done, at = 0, Audited(0, tokens, math.nan, math.nan)
     for part in read:
         for count in auditor.run(np.asarray(part.tokens, np.int32)):
             done += count
+            divergences = auditor.predicted.divergences
+            at = Audited(done, tokens, float(np.mean(divergences)), done / (time.perf_counter() - began))
             if progress is not None:
-                divergences = auditor.predicted.divergences
-                progress(Audited(done, tokens, float(np.mean(divergences)), done / (time.perf_counter() - began)))
+                progress(at)
+
+    def written(texts: int) -> None:
+        if progress is not None:
+            progress(at._replace(texts=texts))
+
     found = loaded.prediction.found
     assert found is not None
     result = AuditResult(
@@ -125,17 +141,17 @@ def _audit(
         oracle=auditor.oracle.result(),
         predicted=auditor.predicted.result(),
         layers=auditor.watch.qualities(),
-        generated=_generated(loaded, [part.tokens for part in read], window, settings),
+        generated=_generated(loaded, [part.tokens for part in read], window, settings, written),
         share=found.predictor.share(loaded.transformer.spec),
-        stored=not found.adjusted,
         seconds=time.perf_counter() - began,
     )
-    if result.stored:
+    if result.whole and not found.adjusted:
         note = {**result.as_dict(), "texts": corpus.digest, "ops": loaded.transformer.ops.name, "window": window}
         try:
             keep_audit(source, found, note, [layer.selected for layer in result.layers])
         except OutputError as error:  # what took an hour is told all the same
-            return replace(result, stored=False, problem=str(error))
+            return replace(result, problem=str(error))
+        return replace(result, stored=True)
     return result
 
 
@@ -250,17 +266,19 @@ def _read(loaded: LoadedModel, corpus: Corpus, window: int, tokens: int) -> list
     found = sum(len(part.tokens) for part in read)
     if found < tokens:
         more = f" ({skipped_words(reading.skipped)})" if reading.skipped else ""
-        raise UsageError(
-            f"the text makes {found:,} tokens{more} and the audit reads {tokens:,}: give more text, or settle for less "
-            f"with --tokens {found}"
-        )
+        less = f", or settle for less with --tokens {found}" if found >= MIN_TOKENS else ""
+        raise UsageError(f"the text makes {found:,} tokens{more} and the audit reads {tokens:,}: give more text{less}")
     return read
 
 
 def _generated(
-    loaded: LoadedModel, read: Sequence[Sequence[int]], window: int, settings: LoadSettings
+    loaded: LoadedModel,
+    read: Sequence[Sequence[int]],
+    window: int,
+    settings: LoadSettings,
+    written: Callable[[int], None],
 ) -> tuple[Generated, Generated]:
-    """Free texts of exact and of predicted, after the beginnings of what was read."""
+    """Free texts of exact and of predicted, after the beginnings of what was read; `written` hears how many are done."""
     prompts = _prompts(read, min(PROMPT_TOKENS, max(window // 2, 1)))
     transformer, found = loaded.transformer, []
     for mode in (Mode.EXACT, Mode.PREDICTED):
@@ -273,6 +291,7 @@ def _generated(
         for seed, prompt in enumerate(prompts):
             sampling = SamplingSettings(seed=seed, max_tokens=FREE_TOKENS, ignore_eos=True)
             texts.append(Stream(engine, loaded.tokenizer, prompt, sampling).collect())
+            written(len(found) * len(prompts) + len(texts))
         found.append(Generated.of([text.tokens for text in texts], [text.text for text in texts]))
     return found[0], found[1]
 

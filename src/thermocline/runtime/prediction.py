@@ -26,6 +26,8 @@ INSIDE: Final = "the predictor inside the model"
 VARIABLE: Final = "LLAMA_SPARSE_PRED_THRESHOLD"
 """PowerInfer's environment variable; honoured for predictors inside its own files."""
 SHARES: Final = "active_share"
+WARNING: Final = "WARNING: "
+"""Begins a notice that something was asked for and is not done, which everybody is told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,14 +85,17 @@ def choose_prediction(
         return Prediction(Mode.DENSE)
     if not asked and _only_inside(source):
         # Reading it takes seconds in a large model, and only what lies beside it tells of an audit.
-        return _unused(INSIDE, _judged(None))
+        return _unused(_with_threshold(INSIDE, *_threshold(settings, source, inside=True)), _judged(None))
     try:
         found = find_predictor(source, spec, settings.predictor)
         if found is None and asked:
             raise _missing(source)
-        return (
-            Prediction(Mode.EXACT) if found is None else _decided(_adjusted(found, source, settings), mode, first_bytes)
-        )
+        if found is None:
+            return Prediction(Mode.EXACT)
+        decided = _decided(_adjusted(found, source, settings), mode, first_bytes)
+        if asked and decided.mode is Mode.EXACT:
+            return replace(decided, notices=tuple(WARNING + notice for notice in decided.notices))
+        return decided
     except ThermoclineError as error:
         if asked:
             raise
@@ -176,13 +181,24 @@ def _missing(source: ModelSource) -> UsageError:
 
 def _adjusted(found: Found, source: ModelSource, settings: LoadSettings) -> Found:
     """With the threshold that was asked for, by the settings or by PowerInfer's variable."""
-    threshold, origin = settings.predictor_threshold, ""
-    if threshold is None and isinstance(source, GgufFile) and source.powerinfer and found.path == source.path:
-        threshold, origin = threshold_of_environment(os.environ), f" from {VARIABLE}"
+    threshold, origin = _threshold(settings, source, inside=found.path == source.path)
     if threshold is None:
         return found
-    name = f"{found.name} with threshold {threshold:g}{origin}"
-    return Found(found.predictor.with_threshold(threshold), found.path, name, adjusted=True)
+    name, other = _with_threshold(found.name, threshold, origin), found.predictor.with_threshold(threshold)
+    if other.thresholds == found.predictor.thresholds:
+        return replace(found, name=name)
+    return Found(other, found.path, name, adjusted=True)
+
+
+def _threshold(settings: LoadSettings, source: ModelSource, *, inside: bool) -> tuple[float | None, str]:
+    """The threshold that was asked for, None for the predictor's own, and from where it is."""
+    if settings.predictor_threshold is None and inside and isinstance(source, GgufFile) and source.powerinfer:
+        return threshold_of_environment(os.environ), f" from {VARIABLE}"
+    return settings.predictor_threshold, ""
+
+
+def _with_threshold(name: str, threshold: float | None, origin: str) -> str:
+    return name if threshold is None else f"{name} with threshold {threshold:g}{origin}"
 
 
 def _decided(found: Found, mode: Mode, first_bytes: tuple[int, ...]) -> Prediction:
