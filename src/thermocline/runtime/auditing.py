@@ -278,9 +278,10 @@ def _generated(
     settings: LoadSettings,
     written: Callable[[int], None],
 ) -> tuple[Generated, Generated]:
-    """Free texts of exact and of predicted, after the beginnings of what was read; `written` hears how many are done."""
+    """Free texts of exact and of predicted, after the beginnings of what was read; `written` is told their number."""
     prompts = _prompts(read, min(PROMPT_TOKENS, max(window // 2, 1)))
-    transformer, found = loaded.transformer, []
+    transformer = loaded.transformer
+    found: list[Generated] = []
     for mode in (Mode.EXACT, Mode.PREDICTED):
         network = transformer.with_mode(mode)
         homes = [layer.device.ops for layer in network.layers]
