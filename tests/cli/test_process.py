@@ -112,3 +112,25 @@ def test_it_is_a_module_and_a_script(tiny_model: Path) -> None:
         pytest.skip("thermocline is not installed as a script here")
     done = subprocess.run([script, "--version"], capture_output=True, text=True, check=True, env=dict(os.environ))
     assert done.stdout.strip() == __version__
+
+
+INTERRUPTED_AT_IMPORT = """
+import os, signal, sys
+import thermocline.__main__
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "thermocline.cli.main":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder())
+sys.argv[1:] = ["--version"]
+sys.exit(thermocline.__main__.main())
+"""
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_ctrl_c_during_the_start_says_nothing(ignored: bool) -> None:
+    """A shell's background job ignores it, and goes on doing so."""
+    before = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n" if ignored else ""
+    done = subprocess.run([sys.executable, "-c", before + INTERRUPTED_AT_IMPORT], capture_output=True, text=True)
+    assert done.stderr == ""
+    assert (done.returncode, done.stdout.strip()) == ((0, __version__) if ignored else (-signal.SIGINT, ""))
