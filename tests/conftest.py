@@ -18,7 +18,8 @@ import pytest
 from thermocline.activity.predictor import Predictor, save_predictor
 from thermocline.files.companion import companion
 from thermocline.files.formats import F32, Q8_0
-from thermocline.files.gguf_writer import write_gguf
+from thermocline.files.gguf import GgufFile
+from thermocline.files.gguf_writer import NewTensor, write_gguf
 from thermocline.files.metadata import Metadata
 from thermocline.files.open import open_model
 from thermocline.files.powerinfer import PredictorLayer
@@ -224,6 +225,24 @@ def with_predictor(tmp_path: Path) -> Callable[..., Path]:
             predictor = oracle_predictor(source, threshold, shares, **info)
             path = companion(copy, SidecarKind.PREDICTOR)
             save_predictor(predictor, path, source.fingerprint, model_name="tiny")
+        return copy
+
+    return make
+
+
+@pytest.fixture
+def broken(tmp_path: Path) -> Callable[..., Path]:
+    """`broken(model, tensor)`: a copy of a model in which a tensor's first value, or block's scale, is NaN."""
+
+    def make(model: Path, tensor: str = "blk.0.attn_q.weight") -> Path:
+        copy = tmp_path / "broken" / model.name
+        copy.parent.mkdir()
+        with GgufFile.open(model) as file:
+            kept = {name: t.data.copy() for name, t in file.tensors.items()}
+            first = kept[tensor].reshape(-1)
+            first[:4] = 0xFF  # NaN as F16, BF16 and F32
+            tensors = [NewTensor(t.name, t.format, t.shape, lambda n=n: kept[n]) for n, t in file.tensors.items()]
+            write_gguf(copy, file.typed_metadata(), tensors)
         return copy
 
     return make

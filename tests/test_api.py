@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,7 @@ from thermocline.errors import (
     ThermoclineError,
     UsageError,
 )
+from thermocline.text.tokenizer import Tokenizer
 
 GREEDY = SamplingSettings(temperature=0, max_tokens=24, ignore_eos=True)
 
@@ -142,6 +145,22 @@ def test_a_closed_model_says_so(tiny_model: Path) -> None:
         loaded.generate("x")
 
 
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_closed_model_ends_its_streams_and_lets_go_of_its_memory(tiny_model: Path, begun: bool) -> None:
+    loaded = LLM.load(tiny_model)
+    stream = loaded.stream("x", GREEDY)
+    if begun:
+        next(stream)
+    network = weakref.ref(loaded._loaded.engine._sequence)
+    loaded.close()
+    gc.collect()
+    assert network() is None
+    with pytest.raises(UsageError, match="this model is closed; load it again"):
+        next(stream)
+    assert list(stream) == []
+    assert stream.report.generated_tokens == begun
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "words"),
     [
@@ -204,6 +223,15 @@ def test_a_prompt_beyond_the_context_is_refused_at_once(llm: LLM) -> None:
     with pytest.raises(ContextError, match="129 tokens do not fit a context of 128"):
         llm.stream("x" * 128)
     assert len(llm.generate("x" * 127, GREEDY).tokens) == 1
+
+
+def test_a_prompt_far_beyond_the_context_is_not_even_encoded(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "x" * 1_000_000
+    monkeypatch.setattr(Tokenizer, "encode", lambda *_, **__: pytest.fail("the text was encoded"))
+    for start in (lambda: llm.stream(text), lambda: llm.stream_chat([{"role": "user", "content": text}])):
+        with pytest.raises(ContextError, match=r"^at least \d+ tokens do not fit a context of 128; shorten") as caught:
+            start()
+        assert 128 < caught.value.needed <= 1_000_100
 
 
 def test_a_model_without_template_refuses_to_chat(tiny_plain: Path) -> None:

@@ -9,8 +9,10 @@ import pytest
 from benchmarks.synthetic import Generator, packed
 from benchmarks.synthetic_families import SHAPES, metadata
 from thermocline import LLM, SamplingSettings, describe, shipped_model
+from thermocline.files.companion import companion
 from thermocline.files.formats import Q8_0
 from thermocline.files.gguf_writer import write_gguf
+from thermocline.files.sidecar import SidecarKind, read_sidecar
 
 TOKENS = 1000
 GREEDY = SamplingSettings(temperature=0, max_tokens=TOKENS, ignore_eos=True)
@@ -40,6 +42,17 @@ def test_a_thousand_greedy_tokens_are_the_same_dense_and_exact(model: Path) -> N
     assert len(tokens) == TOKENS
     assert generate(model, mode="dense", threads=1) == (tokens, logprobs, active)
     assert 0.01 < active < 0.2
+
+
+def test_the_shipped_predictor_is_what_the_recipe_makes() -> None:
+    pytest.importorskip("matplotlib")
+    from training.predict import options
+
+    recipe = options().parse_args(["--run", "x", "--gguf", str(shipped_model())])
+    info = read_sidecar(companion(shipped_model(), SidecarKind.PREDICTOR)).info
+    made = (recipe.train_tokens, recipe.epochs, recipe.energy_recall, recipe.profile_tokens, recipe.audit_tokens)
+    names = ("tokens", "epochs", "energy_recall", "activity")
+    assert made == (*(info["training"][name] for name in names), info["audit"]["tokens"])
 
 
 def test_the_shipped_model_is_small_and_whole() -> None:

@@ -99,19 +99,24 @@ def draw_curve(points: list[Json], path: Path) -> None:
     plt.close(figure)
 
 
-def main() -> None:
+def options() -> argparse.ArgumentParser:
+    """What may be given; the defaults made the shipped predictor."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--run", type=Path, required=True, help="folder of the run")
     parser.add_argument("--gguf", type=Path, required=True, help="the model; the files are written beside it")
     parser.add_argument("--root", type=Path, default=standard_library())
     parser.add_argument("--profile-tokens", type=int, default=200_000)
-    parser.add_argument("--train-tokens", type=int, default=65_536)
+    parser.add_argument("--train-tokens", type=int, default=131_072)
     parser.add_argument("--audit-tokens", type=int, default=8192)
-    parser.add_argument("--epochs", type=float, default=4.0)
+    parser.add_argument("--epochs", type=float, default=6.0)
     parser.add_argument("--energy-recall", type=float, default=0.99)
     parser.add_argument("--curve", action="store_true", help="train and audit predictors of several sizes instead")
     parser.add_argument("--curve-tokens", type=int, default=49_152)
-    arguments = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    arguments = options().parse_args()
     model, run = arguments.gguf, arguments.run
     base, out = model.name.removesuffix(".gguf"), model.parent
     activity, predictor = out / f"{base}.activity.safetensors", out / f"{base}.predictor.safetensors"

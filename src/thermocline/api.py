@@ -34,6 +34,7 @@ from thermocline.placement.explain import Table as PlanTable
 from thermocline.placement.explain import layer_table, speed_table, tier_table
 from thermocline.placement.plan import Plan
 from thermocline.placement.plan_file import save_plan
+from thermocline.runtime.arguments import prompt_ids, settings_or_default
 from thermocline.runtime.auditing import Audited
 from thermocline.runtime.bench import BenchRow, run_bench
 from thermocline.runtime.conversion import Converted, Wanted
@@ -84,6 +85,7 @@ __all__ = [
     "shipped_model", "train_predictor",
 ]  # fmt: skip
 
+CLOSED = "this model is closed; load it again"
 Messages = Sequence[Mapping[str, Any]]
 
 
@@ -112,7 +114,7 @@ class LLM:
         Raises:
             ThermoclineError: the file, the machine or a setting does not allow it; the subclass says which.
         """
-        settings = settings_of(LoadSettings, settings, overrides)
+        settings = settings_of(LoadSettings, settings_or_default(LoadSettings, settings), overrides)
         source = opened(model)
         try:
             return cls(load_model(source, settings, progress), source)
@@ -211,9 +213,9 @@ class LLM:
         Raises:
             ContextError: the prompt does not fit the context.
             SamplingError: a setting is out of its range.
+            UsageError: the prompt is neither a text nor ids of the vocabulary.
         """
-        tokens = self._prompt(prompt) if isinstance(prompt, str) else list(prompt)
-        return self._stream(tokens, settings_of(SamplingSettings, sampling, overrides))
+        return self._stream(self._prompt(prompt), sampling, overrides)
 
     def generate(
         self, prompt: str | Sequence[int], sampling: SamplingSettings | None = None, **overrides: Any
@@ -233,8 +235,8 @@ class LLM:
         """
         if self._template is None:
             self._template = ChatTemplate.of(self._loaded.tokenizer)
-        tokens = self.tokenize(self._template.render(messages), add_special=False, parse_special=True)
-        return self._stream(tokens, settings_of(SamplingSettings, sampling, overrides), chat=True)
+        tokens = self._tokens(self._template.render(messages), parse_special=True)
+        return self._stream(tokens, sampling, overrides, chat=True)
 
     def chat(self, messages: Messages, sampling: SamplingSettings | None = None, **overrides: Any) -> Generation:
         """Answer `messages` to the end; see `stream_chat`."""
@@ -249,10 +251,13 @@ class LLM:
         """Let go of the files and the memory; twice does no harm."""
         if self._template is not None:
             self._template.close()
-        if self._model is not None:
-            self._model.close()
-        self._model = self._template = None
-        self._source.close()
+        model, self._model, self._template = self._model, None, None
+        try:
+            if model is not None:
+                model.engine.end(CLOSED)
+                model.close()
+        finally:
+            self._source.close()
 
     def __enter__(self) -> LLM:
         return self
@@ -263,7 +268,7 @@ class LLM:
     @property
     def _loaded(self) -> LoadedModel:
         if self._model is None:
-            raise UsageError("this model is closed; load it again")
+            raise UsageError(CLOSED)
         return self._model
 
     def _keep_budget(self) -> None:
@@ -273,18 +278,29 @@ class LLM:
             return
         settings, why = smaller
         self._loaded.close()
-        self._loaded.engine.end()
+        self._loaded.engine.end("the model was loaded anew since this generation was asked for; ask again")
         self._model = None
         gc.collect()  # what is planned anew must find the memory free
         loaded = load_model(self._source, settings)
         self._model = replace(loaded, notices=(*loaded.notices, why))
 
-    def _prompt(self, text: str) -> list[int]:
-        """Tokens to continue: `text` with what the model puts before a text, and not what it puts after one."""
+    def _prompt(self, prompt: str | Sequence[int]) -> list[int]:
+        """Tokens to continue: of a text with what the model puts before one, and not what it puts after one."""
         tokenizer = self._loaded.tokenizer
-        return [*tokenizer.prefix, *tokenizer.encode(text, add_special=False)]
+        if isinstance(prompt, str):
+            return [*tokenizer.prefix, *self._tokens(prompt)]
+        return prompt_ids(prompt, tokenizer)
 
-    def _stream(self, tokens: list[int], settings: SamplingSettings, *, chat: bool = False) -> Stream:
+    def _tokens(self, text: str, *, parse_special: bool = False) -> list[int]:
+        """The tokens of a prompt's text, unless it is so long that they cannot fit."""
+        loaded = self._loaded
+        loaded.engine.require_room(loaded.tokenizer.fewest_tokens(text), at_least=True)
+        return loaded.tokenizer.encode(text, add_special=False, parse_special=parse_special)
+
+    def _stream(
+        self, tokens: list[int], sampling: SamplingSettings | None, overrides: Mapping[str, Any], *, chat: bool = False
+    ) -> Stream:
+        settings = settings_of(SamplingSettings, settings_or_default(SamplingSettings, sampling), overrides)
         self._keep_budget()
         loaded = self._loaded
         return Stream(

@@ -158,6 +158,8 @@ class LoadSettings:
             raise UsageError("--gpu chooses one of several: leave it out, or use --device cuda")
         if self.crossing is not CrossingKind.AUTO and self.device is not DeviceKind.CUDA:
             raise UsageError("--crossing is of a GPU's step: leave it out, or use --device cuda")
+        if self.ops is OpsKind.REFERENCE and self.threads > 1:
+            raise UsageError(f"threads is {self.threads}, and the reference has one: leave --threads or --ops out")
         if self.ops is OpsKind.REFERENCE and self.device is DeviceKind.CUDA:
             raise UsageError("the reference implementation computes on the CPU; use --device cpu or emulated")
 
@@ -254,7 +256,11 @@ class SamplingSettings:
             "-1 (until a stop) or 1 to 16777216",
         )
         _sampling(0 <= self.logprobs <= 20, "logprobs", self.logprobs, "0 to 20")
-        object.__setattr__(self, "stop", _strings(self.stop))
+        stop: Any = self.stop
+        biases: Any = self.logit_bias  # None is what clients send that have none
+        object.__setattr__(self, "stop", () if stop is None else _strings(stop))
+        object.__setattr__(self, "logit_bias", {} if biases is None else biases)
+        _sampling(isinstance(self.logit_bias, Mapping), "logit_bias", printable(repr(biases), 60), "numbers by token")
         for token, bias in self.logit_bias.items():
             _sampling(_is_number(token, Integral) and token >= 0, "logit_bias", repr(token), "token ids from 0")
             fits = _is_number(bias, Real) and (bias == -math.inf or abs(bias) <= 1e6)

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+WARNING = "WARNING: "
+"""Begins a notice that something was asked for and is not done; everybody is told, not only a person who looks."""
+
 
 class ThermoclineError(Exception):
     """Base of all errors a user can cause. `exit_code` is what the command line returns."""
@@ -27,10 +30,11 @@ class SamplingError(UsageError):
 
 
 class ContextError(UsageError):
-    """Prompt and answer do not fit the context."""
+    """Prompt and answer do not fit the context. With `at_least`, more than `needed` may be needed."""
 
-    def __init__(self, needed: int, available: int, remedy: str) -> None:
-        super().__init__(f"{needed} tokens do not fit a context of {available}; {remedy}")
+    def __init__(self, needed: int, available: int, remedy: str, *, at_least: bool = False) -> None:
+        least = "at least " * at_least
+        super().__init__(f"{least}{needed} tokens do not fit a context of {available}; {remedy}")
         self.needed = needed
         self.available = available
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,17 @@ from thermocline.activity.statistics import Activity, merge_all
 from thermocline.activity.store import find_activity, save_activity
 from thermocline.activity.training import Step, Trained
 from thermocline.config import LoadSettings, TrainSettings, settings_of
-from thermocline.errors import UsageError, printable
+from thermocline.errors import UsageError
+from thermocline.files.atomic import require_kind
 from thermocline.files.open import open_model
+from thermocline.files.sidecar import SidecarKind, is_sidecar
 from thermocline.files.source import ModelSource
 from thermocline.hardware.catalogue import machine_names
 from thermocline.placement.explain import Table as PlanTable
 from thermocline.placement.explain import gain_table, layer_table, plan_diff, sensitivities, speed_table, tier_table
 from thermocline.placement.picture import placement_picture
 from thermocline.placement.plan_file import load_plan
+from thermocline.runtime.arguments import member, path_of, require_whole, settings_or_default, texts_of
 from thermocline.runtime.auditing import Audited, audit_predictor
 from thermocline.runtime.describe import ModelInfo
 from thermocline.runtime.describe import describe as describe_source
@@ -53,9 +57,9 @@ def opened(model: str | Path | None) -> ModelSource:
 
     Raises:
         ModelFormatError: it is no model.
-        UsageError: none is named, and this installation lacks its own.
+        UsageError: none is named, and this installation lacks its own; or it is no path.
     """
-    return open_model(shipped_model() if model is None else model)
+    return open_model(shipped_model() if model is None else path_of(model, "model"))
 
 
 def audit(
@@ -74,9 +78,15 @@ def audit(
     Raises:
         ThermoclineError: the subclass and the message say what was in the way. Not passing is a result, no error.
     """
+    require_whole(tokens=tokens)
     with closing(opened(model)) as source:
         return audit_predictor(
-            source, texts, settings or LoadSettings(), tokens=tokens, notice=notice, progress=progress
+            source,
+            texts_of(texts),
+            settings_or_default(LoadSettings, settings),
+            tokens=tokens,
+            notice=notice,
+            progress=progress,
         )
 
 
@@ -111,15 +121,16 @@ def profile(
     Raises:
         ThermoclineError: the subclass and the message say what was in the way.
     """
+    require_whole(tokens=tokens)
     with closing(opened(model)) as source:
         return profile_model(
             source,
-            texts,
+            texts_of(texts),
             Path(output),
-            settings or LoadSettings(),
+            settings_or_default(LoadSettings, settings),
             tokens=tokens,
             threshold=threshold,
-            existing=Existing(existing),
+            existing=member(Existing, existing, "existing"),
             restart=restart,
             notice=notice,
             progress=progress,
@@ -144,11 +155,12 @@ def perplexity(
     Raises:
         ThermoclineError: the subclass and the message say what was in the way.
     """
+    require_whole(chunks=chunks, stride=stride)
     with closing(opened(model)) as source:
         return measure_perplexity(
             source,
-            texts,
-            settings or LoadSettings(),
+            texts_of(texts),
+            settings_or_default(LoadSettings, settings),
             chunks=chunks,
             stride=stride,
             notice=notice,
@@ -182,10 +194,10 @@ def train_predictor(
     with closing(opened(model)) as source:
         return train_model(
             source,
-            texts,
+            texts_of(texts),
             Path(output),
-            load or LoadSettings(),
-            settings_of(TrainSettings, settings, overrides),
+            settings_or_default(LoadSettings, load),
+            settings_of(TrainSettings, settings_or_default(TrainSettings, settings), overrides),
             activity=activity,
             overwrite=overwrite,
             restart=restart,
@@ -209,8 +221,10 @@ def merge_activities(paths: Sequence[str | Path], output: str | Path) -> Activit
 
     Raises:
         FingerprintError: they are of different models.
-        UsageError: they cannot be merged for another reason, such as a run that is in two of them.
+        UsageError: they cannot be merged for another reason, such as a run that is in two of them, or `output` is
+            there and no activity.
     """
+    require_kind(output, "activity", partial(is_sidecar, kind=SidecarKind.ACTIVITY))
     merged = merge_all([(path, find_activity(path)) for path in paths])
     save_activity(merged, output)
     return merged
@@ -221,13 +235,10 @@ def order(path: str | Path, output: str | Path, *, by: By | str = By.FREQUENCY) 
 
     Raises:
         ModelFormatError: `path` is no activity.
-        UsageError: the activity does not know what the order is asked by.
+        UsageError: the activity does not know what the order is asked by, or `output` is there and no order.
         OutputError: the file could not be written.
     """
-    try:
-        by = By(by)
-    except ValueError:
-        raise UsageError(f"by is {printable(str(by))}; allowed: {', '.join(By)}") from None
+    by = member(By, by, "by")
     made = Order.of(find_activity(path), by)
     save_order(made, output)
     return made
@@ -250,6 +261,7 @@ def report(
     Raises:
         FingerprintError: the predictor belongs to another model than the activity.
         PlanError: the plan does, or is damaged.
+        UsageError: what is there in the place of the page or of a picture is none.
         OutputError: a file could not be written.
     """
     placed = None if plan is None else load_plan(plan)
@@ -281,8 +293,8 @@ def plan(
         ThermoclineError: the subclass and the message say what was in the way.
     """
     with closing(opened(model)) as source:
-        wanted = settings_of(PlanSettings, settings, overrides)
-        planned = plan_model(source, wanted, load or LoadSettings(), activity=activity, tell=tell)
+        wanted = settings_of(PlanSettings, settings_or_default(PlanSettings, settings), overrides)
+        planned = plan_model(source, wanted, settings_or_default(LoadSettings, load), activity=activity, tell=tell)
         return planned if gpu_index is None else import_gpu_index(planned, gpu_index)
 
 

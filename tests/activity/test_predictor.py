@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
+from thermocline.activity.inside import for_powerinfer
 from thermocline.activity.predictor import (
     Audit,
     Predictor,
@@ -266,6 +268,59 @@ def test_powerinfer_has_one_threshold_for_all_layers() -> None:
     layers = (layer(8), layer(16))
     ours = Predictor.of_powerinfer(PowerinferPredictor(layers, 0.75))
     assert (ours.layers, ours.thresholds, ours.active_shares) == (layers, (0.75, 0.75), None)
+
+
+def zeros(rank: int) -> PredictorLayer:
+    made = layer(rank)
+    return PredictorLayer(made.fc1, from_float("fc2", np.zeros((N_FF, rank), np.float32), F32))
+
+
+def selected(layers: tuple[PredictorLayer, ...], thresholds: tuple[float, ...]) -> list[npt.NDArray[np.bool_]]:
+    x = np.random.default_rng(0).standard_normal((20, N_EMBD), np.float32)
+    scores = [np.maximum(x @ to_float(layer.fc1).T, 0) @ to_float(layer.fc2).T for layer in layers]
+    return [score >= threshold for score, threshold in zip(scores, thresholds, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("thresholds", "silent", "one"),
+    [
+        ((-0.5, 0.0, -2.0), (1,), -0.5),
+        ((0.0, -0.5, -2.0), (0,), -0.5),
+        ((0.0, -0.5, -math.inf), (0, 2), -0.5),
+        ((0.5, 2.0, 0.25), (), 0.5),
+        ((math.inf, 0.5, 0.25), (0,), 0.5),
+        ((-1.0, 0.0, -math.inf), (0, 1, 2), 0.0),
+        ((math.inf, 2.0, 1.0), (0, 1, 2), 1.0),
+    ],
+)
+def test_a_layer_without_scores_goes_with_any_threshold_on_its_side_of_zero(
+    thresholds: tuple[float, ...], silent: tuple[int, ...], one: float
+) -> None:
+    ours = Predictor(tuple(zeros(8) if i in silent else layer(8, seed=i) for i in range(3)), thresholds)
+    theirs = for_powerinfer(ours)
+    assert theirs.threshold == one
+    for a, b in zip(selected(ours.layers, thresholds), selected(theirs.layers, (one,) * 3), strict=True):
+        assert np.array_equal(a, b)
+    assert all(theirs.layers[i] is ours.layers[i] for i in silent)
+
+
+@pytest.mark.parametrize(
+    ("thresholds", "silent", "number"),
+    [
+        ((0.5, 0.0), (1,), 1),
+        ((1.0, -0.5), (0,), 0),
+        ((-0.5, 0.0), (), 1),
+        ((-0.5, 0.5), (), 1),
+        ((-math.inf, 0.5), (), 0),
+        ((0.0, 1.0), (0, 1), 1),
+    ],
+)
+def test_what_one_threshold_cannot_say_is_refused(
+    thresholds: tuple[float, ...], silent: tuple[int, ...], number: int
+) -> None:
+    ours = Predictor(tuple(zeros(8) if i in silent else layer(8) for i in range(2)), thresholds)
+    with pytest.raises(UsageError, match=rf"no scale makes one: layer {number}, .*--predictor-threshold gives all"):
+        for_powerinfer(ours)
 
 
 def test_whether_a_token_reads_less() -> None:

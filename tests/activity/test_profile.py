@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -266,6 +267,28 @@ def test_a_journal_of_another_run_is_refused_and_can_be_forgotten(run: Run, text
             run(**changes)
     fresh = run("fresh", paths=[texts / "b"]).activity
     assert same(run(paths=[texts / "b"], restart=True).activity, fresh)
+
+
+def test_a_journal_of_another_model_can_be_forgotten(run: Run, tiny_plain: Path, tmp_path: Path) -> None:
+    with pytest.raises(KilledError):
+        run(model=tiny_plain, progress=kill_after(3))
+    with pytest.raises(FingerprintError, match=r"x\.journal: belongs to the model .*--restart to forget it"):
+        run()
+    assert run(restart=True).tokens > 0
+
+
+@pytest.mark.parametrize("threshold", [1e31, float("inf"), float("nan"), -1.0])
+def test_thresholds_beyond_the_limits_are_told_them(run: Run, threshold: float) -> None:
+    with pytest.raises(UsageError, match=rf"threshold is {re.escape(f'{threshold:g}')}; allowed: 0 to 1e\+30"):
+        run(threshold=threshold)
+
+
+@pytest.mark.parametrize("existing", [Existing.REFUSE, Existing.OVERWRITE])
+def test_what_is_no_activity_is_not_replaced(run: Run, tmp_path: Path, existing: Existing) -> None:
+    (tmp_path / "x").write_bytes(b"GGUF and more")
+    with pytest.raises(UsageError, match=r"x is there and is no activity: name another file with -o"):
+        run(existing=existing)
+    assert (tmp_path / "x").read_bytes() == b"GGUF and more"
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage", b"{}"])

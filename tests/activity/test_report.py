@@ -6,17 +6,21 @@ import re
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from thermocline import report
+from thermocline import convert, report
 from thermocline.activity.accumulator import Accumulator
 from thermocline.activity.drawing import Axis, Plot, heat_colour, layer_marks, mixed, percents, share_axis
 from thermocline.activity.pictures import activity_pictures, predictor_pictures
+from thermocline.activity.predictor import save_predictor
 from thermocline.activity.statistics import Activity
 from thermocline.activity.store import save_activity
-from thermocline.errors import FingerprintError, ModelFormatError, OutputError
+from thermocline.errors import FingerprintError, ModelFormatError, OutputError, UsageError
+from thermocline.files.gguf import GgufFile
+from thermocline.files.open import open_model
 from thermocline.files.sidecar import SidecarKind, write_sidecar
 
 MODEL, OTHER = "ab" * 32, "cd" * 32
@@ -107,6 +111,57 @@ def test_the_predictor_beside_an_activity_is_drawn_with_it(saved: Path, tmp_path
     (line,) = told
     assert line.startswith("no predictor is drawn: ")
     assert "x.predictor.safetensors: belongs to the model" in line
+
+
+@pytest.fixture
+def model(tiny_model: Path, oracle: Any, tmp_path: Path) -> Path:
+    """A model with its activity and its predictor inside."""
+    with open_model(tiny_model) as source:
+        fingerprint = source.fingerprint
+        save_predictor(oracle(source), tmp_path / "p", fingerprint)
+    counts = Activity.from_counts(fingerprint, "tiny", np.arange(192).reshape(2, 96), 200)
+    save_activity(counts, tmp_path / "a")
+    convert(tiny_model, tmp_path / "m.gguf", activity=tmp_path / "a", predictor=tmp_path / "p")
+    return tmp_path / "m.gguf"
+
+
+def test_the_predictor_inside_a_model_is_drawn_with_its_audit(model: Path, saved: Path, tmp_path: Path) -> None:
+    page, told = tmp_path / "r.html", list[str]()
+    report(model, page, notice=told.append)
+    assert Page(page.read_text()).figures[-1] == "predictor_rank"
+    (line,) = told
+    assert line.startswith("how well the predictor does is not drawn")
+    with GgufFile.open(model) as file:
+        fingerprint = file.fingerprint
+    audit = tmp_path / "m.audit.safetensors"
+    write_sidecar(audit, SidecarKind.AUDIT, fingerprint, {"audit": {"layers": LAYERS[:2]}}, {})
+    for named in (None, model):
+        told.clear()
+        report(model, page, predictor=named, notice=told.append)
+        assert Page(page.read_text()).figures[-2:] == ["predictor_audit", "predictor_rank"]
+        assert told == []
+    with pytest.raises(FingerprintError, match="give the predictor of the model that was profiled"):
+        report(saved, page, predictor=model)
+
+
+def test_a_model_without_a_predictor_inside_is_told(saved: Path, tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="has no predictor inside"):
+        report(saved, tmp_path / "r.html", predictor=tiny_model)
+
+
+def test_only_pages_and_pictures_are_replaced(saved: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    report(saved, tmp_path / "r.html", pictures=folder)
+    report(saved, tmp_path / "r.html", pictures=folder)
+    content = saved.read_bytes()
+    with pytest.raises(UsageError, match="is there and is no page of HTML: name another file with -o"):
+        report(saved, saved)
+    assert saved.read_bytes() == content
+    (folder / "heat.svg").write_text("mine")
+    with pytest.raises(UsageError, match=r"heat\.svg is there and is no picture in SVG"):
+        report(saved, tmp_path / "new.html", pictures=folder)
+    assert (folder / "heat.svg").read_text() == "mine"
+    assert not (tmp_path / "new.html").exists()
 
 
 def test_pictures_are_files_of_their_own(saved: Path, tmp_path: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,6 +49,20 @@ def test_counts_alone_are_an_activity_too(tmp_path: Path, same) -> None:
     activity = Activity.from_counts(MODEL, "powerinfer", np.array([[3, 0, 5]]), 9)
     save_activity(activity, tmp_path / "x")
     assert same(load_activity(tmp_path / "x"), activity)
+
+
+def test_tokens_that_are_not_known_stay_so(tmp_path: Path) -> None:
+    fired = np.array([[3, 0, 5]])
+    known = Activity.from_counts(MODEL, "powerinfer", fired, 9)
+    save_activity(replace(known, tokens_known=False), tmp_path / "x")
+    found = load_activity(tmp_path / "x")
+    assert not found.tokens_known
+    assert found.summary()["tokens_known"] is False
+    assert not known.merge(found).tokens_known
+    assert not Accumulator(found, np.ones((1, 3))).result().tokens_known
+    save_activity(known, tmp_path / "y", more={"tokens_known": 1})
+    with pytest.raises(ModelFormatError, match="neither true nor false"):
+        load_activity(tmp_path / "y")
 
 
 def broken(counted: Activity) -> dict[str, tuple[dict[str, object], str]]:
@@ -121,6 +138,15 @@ def test_a_journal_is_no_activity(counted: Activity, tmp_path: Path) -> None:
     save_activity(counted, tmp_path / "x", kind=SidecarKind.JOURNAL)
     with pytest.raises(ModelFormatError, match="kind journal; needed is one of kind activity"):
         load_activity(tmp_path / "x")
+
+
+@pytest.mark.parametrize("call", ["find_activity({!r})", "is_gguf(Path({!r}))"])
+def test_a_pipe_is_refused_and_not_waited_for(call: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    source = "from pathlib import Path\nfrom thermocline.activity.store import find_activity, is_gguf\n"
+    source += f"print({call.format(str(tmp_path / 'pipe'))})"
+    ran = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=60, check=False)
+    assert "is a pipe; a regular file is needed" in ran.stderr or ran.stdout == "False\n"
 
 
 def test_a_predictor_or_a_text_is_no_activity(counted: Activity, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,9 @@ from thermocline.errors import (
 )
 from thermocline.files.open import open_model
 from thermocline.files.workplace import Workplace
+from thermocline.memory.checks import first_bytes
+from thermocline.model.families import family_of
+from thermocline.runtime import training as runtime
 from thermocline.runtime.profiling import profile_model
 from thermocline.runtime.training import train_predictor
 
@@ -136,6 +140,32 @@ def test_the_share_of_the_model_is_bounded(run: Run) -> None:
     assert all(t["rank"] <= 64 for layer in done.layers for t in layer["tried"])
     with pytest.raises(UsageError, match=r"12\.4% of the model's numbers; --max-share allows 9\.0%"):
         run("y", rank=0, max_share=0.09)
+
+
+def test_a_rank_that_was_asked_for_is_bounded_too(run: Run, tmp_path: Path) -> None:
+    for given, allowed in (({"max_share": 0.2}, r"20\.00%"), ({"max_share": TrainSettings().max_share}, r"9\.00%")):
+        with pytest.raises(UsageError, match=rf"rank 64 has 24\.75% .* --max-share allows {allowed}: lower --rank"):
+            run(rank=64, **given)
+    assert not (tmp_path / "x.work").exists()
+    assert run(rank=64, max_share=0.25).share == pytest.approx(0.2475, abs=1e-4)
+
+
+def test_ranks_that_are_refused_leave_nothing(run: Run, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="of the smallest rank"):
+        run(rank=0, max_share=0.01)
+    assert [path.name for path in tmp_path.iterdir()] == ["texts"]
+
+
+@pytest.mark.parametrize("outtype", ["q4_0", "f16"])
+def test_a_predictor_pays_where_a_token_reads_less_than_in_mode_exact(run: Run, tiny_model: Path, outtype: str) -> None:
+    done = run(energy_recall=0.5, outtype=outtype)
+    with open_model(tiny_model) as source:
+        spec = family_of(source).spec(source)
+        first = first_bytes(spec, family_of(source).weights(source, spec))
+    read = [layer["bytes"] + layer["selected"] * each for layer, each in zip(done.layers, first, strict=True)]
+    assert [layer["pays"] for layer in done.layers] == [a < b for a, b in zip(read, first, strict=True)]
+    assert (done.predicted_bytes, done.exact_bytes) == (pytest.approx(sum(read), abs=1), sum(first))
+    assert done.saves is done.predictor.saves(first) is (outtype == "q4_0")
 
 
 def test_what_is_captured_is_what_the_network_computed(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -296,6 +326,19 @@ def test_layers_that_do_not_fit_the_disk_at_once_are_read_for_in_turn(
     assert same(tmp_path / "x", tmp_path / "whole")
     first = [i for i, line in enumerate(read) if line.startswith("layer 1")]
     assert any(line.startswith("reading") for line in read[first[-1] :])
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_progress_moves_while_reading_and_never_back(run: Run, monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    monkeypatch.setattr(module, "layers_at_once", lambda folder, wanted, each: min(at_once, len(wanted)))
+    steps: list[Step] = []
+    run(progress=steps.append)
+    shares = [step.share for step in steps]
+    assert shares == sorted(shares)
+    assert 0 < shares[0] < shares[-1] < 1
+    reading = [step.share for step in steps if step.doing.startswith("reading")]
+    assert len(set(reading)) == len(reading) > 2
+    assert reading[-1] == pytest.approx((1 + module.READING) / 2 if at_once == 1 else module.READING)
 
 
 def test_a_disk_without_room_is_told_before_anything_is_read(
@@ -485,6 +528,30 @@ def test_what_was_read_for_a_training_that_diverged_is_kept(
     run(learning_rate=0.001, progress=lambda step: done.append(step.doing))
     assert done
     assert not any(line.startswith("reading") for line in done)
+
+
+def test_a_broken_model_is_not_taken_for_a_training_that_diverged(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: Capture, layer: int, hidden: Any) -> None:
+        write(self, layer, np.full_like(self._to_host(hidden), np.nan if layer == 1 else 1))
+
+    def spoiled(*given: Any) -> Any:
+        learner = learn(*given)
+        rows = learner.first_rows
+        return replace(learner, first_rows=lambda layer: rows(layer) * np.float32(np.nan if layer == 1 else 1))
+
+    write, learn = Capture.ffn_hidden, runtime._learner
+    with monkeypatch.context() as patched:
+        patched.setattr(Capture, "ffn_hidden", broken)
+        with pytest.raises(NumericalError, match="layer 1 computed NaN"):
+            run()
+    with monkeypatch.context() as patched:
+        patched.setattr(runtime, "_learner", spoiled)
+        with pytest.raises(NumericalError, match=r"layer 1: the FFN's first matrix.* holds NaN") as told:
+            run()
+    assert "learning-rate" not in str(told.value)
+    assert not (tmp_path / "x.work").exists()
 
 
 def test_an_unfinished_run_that_read_something_else_is_refused_and_can_be_forgotten(

@@ -9,6 +9,7 @@ import pytest
 
 from thermocline import read_activity
 from thermocline.activity.order import load_order
+from thermocline.cli.tables import size_of
 
 TEXT = "def first(n):\n    return n + 1\n" * 20
 CALL = ("-c", 64, "-t", 1)
@@ -100,10 +101,11 @@ def test_perplexity_tells_a_person_and_a_machine(command, tiny_model, text) -> N
     assert (done.code, done.err) == (0, "")
     assert f"{record['perplexity']:.4f} +/- {record['error']:.4f}" in done.out
     assert f"{record['tokens']} tokens in {record['chunks']} chunks of 64 tokens, second half scored" in done.out
+    assert " tokens in 1 chunk of 64 tokens" in command(*call, "--chunks", 1).out
     assert "every token scored once" in command(*call, "--stride", 32).out
 
 
-def test_a_predictor_is_trained_audited_and_drawn(command, tiny_model, text, tmp_path) -> None:
+def test_a_predictor_is_trained_audited_and_drawn(command, tiny_model, text, tmp_path, monkeypatch) -> None:
     pytest.importorskip("torch")
     model = tmp_path / "m.gguf"
     model.write_bytes(tiny_model.read_bytes())
@@ -120,8 +122,19 @@ def test_a_predictor_is_trained_audited_and_drawn(command, tiny_model, text, tmp
         assert f"{layer['energy_recall']:.2%}" in done.out
         assert layer["energy_recall"] >= 0.9
     assert f"{record['share_of_parameters']:.2%} of the model's numbers" in done.out
+    mean = {name: sum(layer[name] for layer in record["layers"]) / 2 for name in ("selected", "active")}
+    assert f"{mean['selected']:.1%} of the neurons; {mean['active']:.1%} fire" in done.out
+    read = record["bytes_a_token"]
+    assert f"{size_of(read['predicted'])} to find these; {size_of(read['exact'])} in mode exact" in done.out
+    assert record["saves"] is (read["predicted"] < read["exact"])
+    assert ("it would read more bytes than it saves" in done.out) is not record["saves"]
+    monkeypatch.setattr("thermocline.activity.audit.MIN_TOKENS", 50)
+    short = command("audit", "-m", model, "--text", text, "-n", 49, "-c", 32, "-t", 1)
+    assert short.code == 1
+    assert "not noted: it read too little to judge by" in short.out
     audited = command("audit", "-m", model, "--text", text, "-n", 50, "-c", 32, "-t", 1)
     assert audited.code == 1
+    assert "noted: mode auto goes by it" in audited.out
     assert audited.err == ""
     assert "FAILED: " in audited.out
     assert audited.out.count("FAILED") >= 2
@@ -144,7 +157,7 @@ def test_a_predictor_is_trained_audited_and_drawn(command, tiny_model, text, tmp
         (["profile", "--text", "code.py", "-o", "y", "--merge", "--overwrite"], 2, "not both"),
         (["profile", "--text", "code.py", "-o", "x"], 2, "--merge adds to it"),
         (["profile", "--text", "code.py", "-o", "no/y"], 2, "make it first"),
-        (["profile", "--text", "code.py", "-o", "y", "-ngl", "9"], 2, "CPU only"),
+        (["profile", "--text", "code.py", "-o", "y", "-ngl", "9"], 2, "neurons are placed, not layers"),
         (["activity"], 0, ""),
         (["activity", "show", "code.py"], 1, "header length"),
         (["activity", "show", "nowhere"], 1, "does not exist"),
@@ -176,6 +189,45 @@ def test_what_is_wrong_is_told_in_one_line(command, tiny_model, text, arguments,
     assert not Path("y").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "kind"),
+    [
+        (["activity", "order", "x"], "order"),
+        (["activity", "merge", "x", "z"], "activity"),
+        (["report", "x"], "page of HTML"),
+        (["profile", "-m", "m.gguf", "--text", "code.py", "--overwrite", *CALL], "activity"),
+        (["plan", "-m", "m.gguf", "--machine", "pc-high"], "plan"),
+    ],
+    ids=lambda value: " ".join(map(str, value[:2])) if isinstance(value, list) else "",
+)
+def test_a_model_or_an_input_is_not_replaced(command, tiny_model, text, tmp_path, arguments, kind) -> None:
+    (tmp_path / "m.gguf").write_bytes(tiny_model.read_bytes())
+    for output, path in (("x", text), ("z", tmp_path / "more.txt")):
+        command("profile", "-m", tiny_model, "--text", path, "-o", output, *CALL)
+    for victim in ("m.gguf", "code.py"):
+        content = Path(victim).read_bytes()
+        refused = command(*arguments, "-o", victim)
+        assert refused.code == 2
+        assert f"{victim} is there and is no {kind}: name another file with -o, or remove it first" in refused.err
+        assert one_line(refused.err)
+        assert Path(victim).read_bytes() == content
+    again = [command(*arguments, "-o", "y").code for _ in range(2)]
+    assert again == [0, 0]
+
+
+@pytest.mark.parametrize("verb", ["profile", "train-predictor", "perplexity", "audit"])
+def test_weights_that_are_not_finite_stop_a_long_run_before_it_begins(
+    command, tiny_model, text, with_predictor, broken, verb
+) -> None:
+    model = with_predictor(broken(tiny_model))
+    output = ["-o", "out"] if verb in ("profile", "train-predictor") else []
+    done = command(verb, "-m", model, "--text", text, *output, *CALL)
+    assert done.code == 1
+    assert "tensor blk.0.attn_q.weight holds NaN or infinity" in done.err
+    assert one_line(done.err)
+    assert not list(Path().glob("out*"))
+
+
 @pytest.mark.parametrize("verb", ["profile", "train-predictor", "perplexity", "audit"])
 def test_a_text_that_is_none_is_told_by_name(
     command, tiny_model: Path, tmp_path: Path, with_predictor, verb: str
@@ -195,7 +247,8 @@ def test_a_folder_in_the_place_of_the_output_is_told_before_any_work(
 ) -> None:
     (tmp_path / "text").write_text("def first(n):\n    return n + 1\n" * 20)
     (tmp_path / "out").mkdir()
-    done = command(verb, "-m", tiny_model, "--text", "text", "-o", "out", "--overwrite", *CALL)
-    assert done.code == 1
-    assert done.err == "error: out: is a folder; name a file to write\n"
+    for more in (["--overwrite"], []):
+        done = command(verb, "-m", tiny_model, "--text", "text", "-o", "out", *more, *CALL)
+        assert done.code == 1
+        assert done.err == "error: out: is a folder; name a file to write\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "text"]

@@ -64,6 +64,31 @@ def test_convert_tells_what_it_wrote_and_what_was_lost(command, model) -> None:
     assert 0.03 < errors["blk.0.attn_q.weight"]["relative_error"] < 0.2
 
 
+@pytest.mark.parametrize("output", [".", "", "/"])
+def test_an_output_that_is_no_files_name_is_refused(command, model, activity, predictor, output: str) -> None:
+    for call in (("convert", model, "-o", output), ("quantize", model, output, "q4_0")):
+        for more in ([], ["--force"]):
+            refused = command(*call, *more)
+            assert refused.code == 2
+            assert "which is a folder; name a file to write" in refused.err
+            assert one_line(refused.err)
+    for call in (("activity", "export", activity), ("predictor", "export", predictor)):
+        refused = command(*call, "-o", output)
+        assert refused.code == 1
+        assert "is there already: remove it, or name a new folder" in refused.err
+    for call in (
+        ("activity", "order", activity),
+        ("activity", "merge", activity, activity),
+        ("report", activity),
+        ("profile", "-m", model, "--text", "code.py", *CALL),
+        ("train-predictor", "-m", model, "--text", "code.py", *CALL),
+        ("plan", "-m", model, "--machine", "pc-high"),
+    ):
+        refused = command(*call, "-o", output)
+        assert refused.code in (1, 2)
+        assert one_line(refused.err)
+
+
 def test_quantize_lists_every_tensor(command, model) -> None:
     done = command("quantize", model, "out.gguf", "q4_0")
     assert (done.code, done.err) == (0, "")
@@ -105,6 +130,42 @@ def test_a_file_for_powerinfer_and_back(command, model, predictor, tiny_model) -
     assert "PowerInfer cannot run family arcee" in refused.err
     assert one_line(refused.err)
     assert not Path("out.gguf").exists()
+
+
+def test_tokens_that_nobody_counted_are_not_told_as_counted(command, model, activity) -> None:
+    command("activity", "export", activity, "-o", "activation")
+    command("activity", "import", "activation", "-m", model, "-o", "b")
+    shown = command("activity", "show", "b").out
+    found = read_activity("b")
+    assert f"at least {found.tokens:,} tokens: how many is not known" in shown
+    assert f"at most {found.active_share.mean():.1%}" in shown
+    assert "0 sequences" not in shown
+    assert json.loads(command("activity", "show", "b", "--json").out)["tokens_known"] is False
+    command("convert", model, "--activity", "b", "-o", "out.gguf")
+    assert "at least" in command("activity", "show", "out.gguf").out
+    command("activity", "import", "activation", "-m", model, "-o", "b", "--force", "-n", 5000)
+    assert "at least" not in command("activity", "show", "b").out
+
+
+@pytest.mark.parametrize("count", [float(1 << 49), 1e302, (1 << 48) + 1])
+def test_counts_that_nothing_could_read_are_refused(command, model, count) -> None:
+    Path("activation").mkdir()
+    for layer in range(LAYERS):
+        counts = torch.ones(NEURONS, dtype=torch.float64 if isinstance(count, float) else torch.int64)
+        counts[3] = count if layer == 1 else 1
+        torch.save(counts, f"activation/activation_{layer}.pt")
+    refused = command("activity", "import", "activation", "-m", model, "-o", "b")
+    assert refused.code == 1
+    assert f"activation_1.pt: counts {count:.0f} firings; allowed: 0 to {1 << 48}" in refused.err
+    assert one_line(refused.err)
+    assert not Path("b").exists()
+
+
+def test_tokens_that_nothing_could_read_are_refused(command, model, activity) -> None:
+    command("activity", "export", activity, "-o", "activation")
+    refused = command("activity", "import", "activation", "-m", model, "-o", "b", "-n", 999999999999999999)
+    assert (refused.code, Path("b").exists()) == (2, False)
+    assert f"tokens is 999999999999999999; allowed: 0 (the largest count) to {1 << 48}" in refused.err
 
 
 def test_activations_go_out_and_come_in(command, model, activity) -> None:

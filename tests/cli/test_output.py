@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from thermocline.cli import output
+from thermocline.errors import NumericalError, UsageError
 
 
 class Terminal(io.StringIO):
@@ -42,3 +43,24 @@ def test_status_is_for_people(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(sys, "stderr", screen)
         output.status("hello", always=always)
         assert screen.getvalue() == wanted
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (NumericalError("it is NaN"), 1),
+        (UsageError("it is NaN"), 2),
+        (OSError("it is NaN"), 1),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_what_was_noted_on_an_error_is_told(command, monkeypatch, error: BaseException, code: int) -> None:
+    def fail(arguments: object) -> int:
+        error.add_note("what was done is kept in x.work")
+        raise error
+
+    monkeypatch.setattr("thermocline.cli.main._dispatch", fail)
+    monkeypatch.setattr("thermocline.cli.main._silence_stdout", lambda: None)
+    done = command("profile")
+    what = "interrupted" if isinstance(error, KeyboardInterrupt) else "error: it is NaN"
+    assert (done.code, done.err) == (code, f"{what}; what was done is kept in x.work\n")

@@ -29,6 +29,16 @@ def test_a_plan_is_printed_written_and_compared(command, tiny_model) -> None:
     assert command("plan", "diff", "a.json", "a.json").out == "the plans are the same\n"
 
 
+def test_a_gpu_index_replaces_a_gpu_index_alone(command, tiny_model, tmp_path) -> None:
+    (tmp_path / "m.gguf").write_bytes(tiny_model.read_bytes())
+    call = ("plan", "-m", "m.gguf", *PC, "--vram-budget", "450MiB", "--export-gpuidx")
+    assert [command(*call, "x.gpuidx").code for _ in range(2)] == [0, 0]
+    refused = command(*call, "m.gguf")
+    assert refused.code == 2
+    assert "m.gguf is there and is no GPU index: name another file with --export-gpuidx" in refused.err
+    assert (tmp_path / "m.gguf").read_bytes() == tiny_model.read_bytes()
+
+
 def test_the_ratio_shares_the_tokens(command, tiny_model) -> None:
     call = ("plan", "-m", tiny_model, *PC, "--prompt-tokens", 50, "--output-tokens", 50, "--json")
     assert json.loads(command(*call, "--ratio", "4:1").out)["plan"]["workload"]["prompt"] == 80

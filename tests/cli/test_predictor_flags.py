@@ -33,6 +33,35 @@ def test_auto_says_in_one_line_that_it_predicts(command, model) -> None:
     assert "selected (mode predicted)" in closing
 
 
+@pytest.mark.parametrize(
+    ("verb", "hidden"),
+    [
+        ("profile", ("--drift", "--count-activity", "--predictor", "--predictor-threshold")),
+        ("train-predictor", ("--drift", "--count-activity", "--predictor-threshold")),
+        ("audit", ("--drift", "--count-activity")),
+        ("perplexity", ("--drift", "--count-activity")),
+        ("run", ()),
+    ],
+)
+def test_help_lists_what_a_verb_takes(command, verb: str, hidden: tuple[str, ...]) -> None:
+    told = command(verb, "--help").out
+    watched = {"--drift", "--count-activity", "--predictor-threshold"}
+    assert {name for name in watched if name in told} == watched - set(hidden)
+    assert ("predicted" in told.split("--mode")[-1].split("[default")[0]) is ("--predictor-threshold" not in hidden)
+    assert "q8_0" in told
+    assert "q8-0" not in told
+    for name in hidden:  # refused in words all the same
+        output = ("-o", "y") if verb in ("profile", "train-predictor") else ()
+        refused = command(verb, "--text", __file__, *output, name, 1)
+        assert (refused.code, name in refused.err) == (2, True)
+
+
+@pytest.mark.parametrize("name", ["q8_0", "q8-0", "Q8_0"])
+def test_formats_are_taken_however_they_are_written(command, model, name: str) -> None:
+    refused = command("run", "-m", model, *GREEDY, "-ctk", name)  # not for the name: its heads are small
+    assert "do not fit a KV cache in q8_0" in refused.err
+
+
 def test_a_predictor_is_named_by_flag_and_by_environment(command, model, predictor, tmp_path) -> None:
     other = tmp_path / "elsewhere.safetensors"
     predictor.rename(other)

@@ -9,6 +9,7 @@ import pytest
 
 from thermocline import LLM
 from thermocline.cli.run import PROMPT, TOKENS
+from thermocline.runtime.engine import Engine
 
 GREEDY = ("--temp", "0", "--ignore-eos", "-t", "1")
 
@@ -102,6 +103,45 @@ def test_modes_and_their_alias(command, tiny_model, flags, mode) -> None:
     assert record["mode"] == mode
 
 
+def test_a_flag_on_the_command_line_comes_before_the_variable_of_its_rival(command, tiny_model, tmp_path) -> None:
+    (tmp_path / "prompt.txt").write_text("the cat")
+    base, named = ("run", "-m", tiny_model, "-n", 3, *GREEDY), {"THERMOCLINE_FILE": "none.txt"}
+    assert command(*base, "-p", "x", env=named).out == completion(tiny_model, "x", 3)
+    assert command(*base, "-f", "prompt.txt", env={"THERMOCLINE_PROMPT": "x"}).out == completion(
+        tiny_model, "the cat", 3
+    )
+    assert "not with both" in command(*base, env={**named, "THERMOCLINE_PROMPT": "x"}).err
+    for arguments in ((tiny_model,), ("-m", tiny_model)):
+        outcome = command("show", *arguments, env={"THERMOCLINE_MODEL": "none.gguf"})
+        assert (outcome.code, outcome.err) == (0, "")
+
+
+def test_variables_that_are_no_flag_of_any_verb_are_told(command, tiny_model) -> None:
+    base = ("run", "-m", tiny_model, "-p", "x", "-n", 3, *GREEDY)
+    outcome = command(*base, env={"THERMOCLINE_TEMPRATURE": "1", "THERMOCLINE_ZZZ": "1", "THERMOCLINE_EPOCHS": "x"})
+    assert (outcome.code, outcome.out) == (0, completion(tiny_model, "x", 3))
+    assert outcome.err.splitlines() == [
+        "WARNING: THERMOCLINE_TEMPRATURE is no flag of any verb and does nothing; "
+        "did you mean THERMOCLINE_TEMPERATURE?",
+        "WARNING: THERMOCLINE_ZZZ is no flag of any verb and does nothing",
+    ]
+
+
+def test_no_flag_is_suggested_that_would_be_refused(command, tiny_model) -> None:
+    outcome = command("run", "-m", tiny_model, "-p", "x", "--loraa", "a")
+    assert "Unknown option: --loraa." in outcome.err
+    assert "--lora?" not in outcome.err
+
+
+def test_more_threads_than_processors_are_told(command, tiny_model, monkeypatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0})
+    base = ("run", "-m", tiny_model, "-p", "x", "-n", 3, "--temp", 0, "--ignore-eos")
+    outcome = command(*base, "-t", 3)
+    assert outcome.out == completion(tiny_model, "x", 3)
+    assert outcome.err == "WARNING: of 3 threads 1 can run at once, and the others wait: --threads 1 is faster\n"
+    assert command(*base, "-t", 1).err == ""
+
+
 def test_several_biases_and_stops_are_taken(command, tiny_model) -> None:
     flags = ("-l", "97+900", "-l", "98-inf", "--stop", "q", "--stop", "aaa")
     assert command("run", "-m", tiny_model, "-p", "x", "-n", 9, *GREEDY, *flags).out == "\n"
@@ -114,6 +154,37 @@ def test_a_system_prompt_makes_it_a_chat(command, tiny_model) -> None:
         wanted = llm.chat(messages, temperature=0, ignore_eos=True, max_tokens=4).tokens
     outcome = command("run", "-m", tiny_model, "-p", "hi", "-sys", "short", "-n", 4, *GREEDY, "--json")
     assert tuple(json.loads(outcome.out)["tokens"]) == wanted
+
+
+def test_an_empty_system_prompt_is_a_chat_without_one(command, tiny_model) -> None:
+    with LLM.load(tiny_model, threads=1) as llm:
+        wanted = llm.chat([{"role": "user", "content": "hi"}], temperature=0, ignore_eos=True, max_tokens=4)
+    outcome = command("run", "-m", tiny_model, "-p", "hi", "-sys", "", "-n", 4, *GREEDY, "--json")
+    assert tuple(json.loads(outcome.out)["tokens"]) == wanted.tokens
+    assert command("chat", "-m", tiny_model, "-sys", "", "-n", 4, *GREEDY, stdin=b"hi\n").out == f"{wanted.text}\n"
+
+
+def test_a_plain_chat_with_an_empty_system_prompt_begins_with_the_first_line(command, tiny_plain) -> None:
+    outcome = command("chat", "-m", tiny_plain, "--plain", "-sys", "", "-n", 4, *GREEDY, stdin=b"the cat\n")
+    assert outcome.out == completion(tiny_plain, "the cat\n", 4)
+
+
+def test_an_interrupt_leaves_the_json_of_what_was_there(command, tiny_model, monkeypatch) -> None:
+    steps, step = iter(range(4)), Engine.step
+
+    def interrupted(*arguments):
+        if next(steps, None) is None:
+            raise KeyboardInterrupt
+        return step(*arguments)
+
+    monkeypatch.setattr(Engine, "step", interrupted)
+    outcome = command("run", "-m", tiny_model, "-p", "the cat", "-n", 12, *GREEDY, "--json")
+    assert (outcome.code, outcome.err) == (130, "interrupted\n")
+    record = json.loads(outcome.out)
+    assert record["finish_reason"] == "interrupted"
+    assert len(record["tokens"]) == record["report"]["generated_tokens"] == 5
+    monkeypatch.undo()
+    assert record["text"] == completion(tiny_model, "the cat", 5).removesuffix("\n")
 
 
 def test_without_model_and_prompt_the_shipped_model_shows_what_it_can(command, tiny_model, monkeypatch) -> None:
@@ -176,6 +247,7 @@ def test_bench_prints_rows(command, tiny_model) -> None:
     assert outcome.code == 0
     for words in ("pp16", "tg8", "±", "neurons active", "at best in this run", "mode exact"):
         assert words in outcome.out
+    assert ", 1 thread, mode" in command("bench", "-m", tiny_model, "-p", 4, "-n", 0, "-r", 1, "-t", 1).out
 
 
 def test_bench_json_and_a_small_context(command, tiny_model) -> None:
@@ -232,10 +304,20 @@ def test_chat_remembers_what_was_said(command, tiny_model) -> None:
 
 def test_a_conversation_longer_than_the_context_is_refused_and_goes_on(command, tiny_model) -> None:
     outcome = command("chat", "-m", tiny_model, "-n", 2, *GREEDY, stdin=b"x" * 200 + b"\nhi\n")
-    assert outcome.code == 0
+    assert outcome.code == 1
     assert "do not fit a context of 128" in outcome.err
     assert "/clear" in outcome.err
     assert outcome.out
+
+
+@pytest.mark.parametrize("line", [b"x" * 200, b"ab\xe4"], ids=["too long", "not UTF-8"])
+def test_a_script_is_told_of_a_turn_that_failed(command, tiny_model, line: bytes) -> None:
+    outcome = command("chat", "-m", tiny_model, "-n", 2, *GREEDY, stdin=line + b"\n")
+    assert (outcome.code, outcome.out) == (1, "")
+    assert outcome.err.startswith("error: ")
+    both = command("chat", "-m", tiny_model, "-n", 2, *GREEDY, stdin=line + b"\nhi\n")
+    assert both.code == 1
+    assert both.out == command("chat", "-m", tiny_model, "-n", 2, *GREEDY, stdin=b"hi\n").out != ""
 
 
 def test_plain_turns_need_no_template(command, tiny_plain) -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from thermocline.errors import OutputError
-from thermocline.files.atomic import atomic_folder, atomic_write
+from thermocline.errors import OutputError, UsageError
+from thermocline.files.atomic import atomic_folder, atomic_write, begins, require_kind
 
 
 def names(folder: Path) -> list[str]:
@@ -61,6 +61,29 @@ def test_a_link_is_replaced_and_what_it_names_is_untouched(tmp_path: Path) -> No
     assert (tmp_path / "real").read_bytes() == b"old"
     assert (tmp_path / "link").read_bytes() == b"new"
     assert not (tmp_path / "link").is_symlink()
+
+
+def test_only_its_own_kind_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "page"
+
+    def require() -> None:
+        require_kind(path, "page", lambda file: begins(file, b"<!doctype html>"), "--page")
+
+    require()  # there is none yet
+    for content in (b"", b"<!DOCTYPE HTML><p>"):
+        path.write_bytes(content)
+        require()
+    for content in (b"GGUF", b"<!doctype"):
+        path.write_bytes(content)
+        with pytest.raises(UsageError, match="page is there and is no page: name another file with --page, or remove"):
+            require()
+
+
+@pytest.mark.parametrize("name", [".", "/"])
+def test_a_folder_without_a_name_is_not_made(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OutputError, match="is there already"), atomic_folder(name):
+        pytest.fail("was made")
 
 
 @pytest.mark.parametrize("kind", ["folder", "pipe"])

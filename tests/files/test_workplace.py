@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from thermocline.errors import OutputError, UsageError
+from thermocline.errors import NumericalError, OutputError, UsageError
 from thermocline.files.workplace import Workplace
 
 
@@ -33,6 +33,21 @@ def test_another_run_is_refused_unless_it_is_to_be_forgotten(kept: Path, tmp_pat
     assert (kept / "done.json").exists()
     with place.occupied(restart=True):
         assert place.read_state("done") == {}
+
+
+@pytest.mark.parametrize("name", [".", "", "/"])
+def test_an_output_without_a_name_is_refused(name: str) -> None:
+    with pytest.raises(UsageError, match=r"which is a folder; name a file to write"):
+        Workplace(Path(name), {})
+
+
+@pytest.mark.parametrize(
+    ("error", "who"), [(KeyboardInterrupt(), "the same command"), (NumericalError("x"), "one with other settings")]
+)
+def test_who_can_go_on_is_noted(kept: Path, tmp_path: Path, error: BaseException, who: str) -> None:
+    with pytest.raises(type(error)) as told, Workplace(tmp_path / "x", {"a": 1}).kept(lambda: True, lambda: True):
+        raise error
+    assert told.value.__notes__ == [f"what was done is kept in {kept}: {who} goes on with it"]
 
 
 def test_only_what_is_useless_is_removed(kept: Path, tmp_path: Path) -> None:

@@ -40,6 +40,11 @@ def test_unknown_levels_are_refused_with_those_there_are():
         make_ops(OpsKind.CPU, 1, "mmx")
 
 
+def test_the_reference_takes_no_level():
+    with pytest.raises(UsageError, match="isa is avx2, and the reference has no kernels: leave --isa out"):
+        make_ops(OpsKind.REFERENCE, 1, "avx2")
+
+
 def test_levels_that_the_cpu_lacks_are_refused(monkeypatch):
     monkeypatch.setattr(_native, "isa_levels", lambda: ["baseline"])
     with pytest.raises(HardwareError, match="this CPU lacks avx2; it has baseline"):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -50,7 +53,7 @@ def plan(vram: int = 3, ram: int = 30, mode: FfnMode = FfnMode.PREDICTED) -> Pla
     return make_plan(problem(vram, ram, mode), ACTIVITY)
 
 
-def checked(made: Plan, asked: Problem, activity: str | None = ACTIVITY, computer: str | None = None):
+def checked(made: Plan, asked: Problem, activity: str | None = ACTIVITY, computer: str | None = None, source: str = ""):
     return check_plan(
         made,
         asked.footprint,
@@ -59,6 +62,7 @@ def checked(made: Plan, asked: Problem, activity: str | None = ACTIVITY, compute
         mode=asked.mode,
         workload=asked.workload,
         limits=asked.limits,
+        source=source,
     )
 
 
@@ -196,6 +200,16 @@ def test_missing_and_huge_files_are_refused(tmp_path: Path) -> None:
         load_plan(tmp_path / "huge")
 
 
+@pytest.mark.parametrize("call", ["load_plan({0!r})", "compare_plans({0!r}, {0!r})"])
+def test_a_pipe_is_refused_and_not_waited_for(call: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    source = "from thermocline.api import compare_plans\nfrom thermocline.placement.plan_file import load_plan\n"
+    source += call.format(str(tmp_path / "pipe"))
+    ran = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=60, check=False)
+    assert "PlanError" in ran.stderr
+    assert "pipe: file: cannot be read: is a pipe; a regular file is needed; make a new plan" in ran.stderr
+
+
 def test_another_model_or_activity_is_refused() -> None:
     with pytest.raises(PlanError, match="model"):
         checked(plan(), problem(name="another"))
@@ -206,6 +220,37 @@ def test_another_model_or_activity_is_refused() -> None:
     same_print = replace(problem().footprint, n_ff=10752)
     with pytest.raises(PlanError, match="layers"):
         checked(plan(), replace(problem(), footprint=same_print, temperatures=None))
+
+
+@pytest.mark.parametrize(
+    ("planned", "used", "words"),
+    [
+        ("a1" * 32, "b2" * 32, "it was made from (a1){6}, and (b2){6} is used; name its file with --activity"),
+        ("a1" * 32, None, "it was made from (a1){6}, and none is used; name its file with --activity"),
+        (None, "b2" * 32, "it was made without one, and (b2){6} is used; make a new plan"),
+    ],
+)
+def test_another_activity_is_told_with_the_plans_file(planned: str | None, used: str | None, words: str) -> None:
+    with pytest.raises(PlanError, match=f"^a/p.json: activity: {words}"):
+        checked(replace(plan(), activity=planned), problem(), activity=used, source="a/p.json")
+
+
+def test_a_missing_device_is_the_reason_and_no_other_machine() -> None:
+    asked = problem()
+    alone = replace(asked, machine=replace(asked.machine, gpu=None), budgets={Tier.RAM: 30 << 30})
+    gpu = plan()
+    emulated = replace(gpu, demands=tuple(row for row in gpu.demands if row[1] is not Purpose.GRAPHS))
+    unused = replace(gpu, demands=tuple(row for row in gpu.demands if row[0] is not Tier.VRAM))
+    for made, words in (
+        (gpu, "it uses a GPU: add --device cuda"),
+        (emulated, "it uses an emulated device: add --device emulated"),
+        (unused, "it was made beside a GPU or an emulated device: add --device cuda or --device emulated"),
+    ):
+        assert checked(made, alone) == (Status.STALE, (words,))
+    assert checked(make_plan(alone, ACTIVITY), asked) == (
+        Status.STALE,
+        ("it was made for the CPU alone: leave --device out",),
+    )
 
 
 def test_200_wrong_pairings_are_refused() -> None:

@@ -17,9 +17,11 @@ from thermocline.hardware.catalogue import machine
 from thermocline.hardware.machine import Disk, Machine, Processor, ReadCurve, Tier
 from thermocline.placement.cost import FfnMode
 from thermocline.placement.footprint import Footprint
+from thermocline.placement.ledger import Purpose
+from thermocline.placement.plan import make_plan
 from thermocline.placement.problem import LayerPlace, Placement, Problem
 from thermocline.placement.solver import Method, first_token_ms, solve, solve_depths
-from thermocline.placement.workload import NO_OVERHEADS, Workload
+from thermocline.placement.workload import NO_OVERHEADS, Overheads, Workload
 
 SIDES = (Tier.VRAM, Tier.RAM)
 
@@ -263,6 +265,46 @@ def test_too_small_a_budget_is_refused_with_the_number_that_would_do() -> None:
         NO_OVERHEADS, 128,
     )  # fmt: skip
     assert solve(roomy).objective > 0
+
+
+def on_cpu(ram: int, *, disk: bool) -> Problem:
+    machine = tiny_machine(crossing=0.0, disk=((4096, 3e9), (1 << 20, 7e9)) if disk else None)
+    overheads = Overheads(margin_ram=1 << 20)
+    return Problem(
+        model(), replace(machine, gpu=None), Workload(context=4096), FfnMode.EXACT, None, {Tier.RAM: ram}, overheads
+    )
+
+
+def test_a_disk_that_is_not_used_takes_nothing_of_ram() -> None:
+    with pytest.raises(BudgetError) as refusal:
+        solve(on_cpu(1, disk=False))
+    enough = 1 + refusal.value.missing
+    alone, beside = on_cpu(enough, disk=False), on_cpu(enough, disk=True)
+    assert solve(beside).placement == solve(alone).placement
+    made = make_plan(beside)
+    assert made.bytes_of(Tier.RAM) == enough
+    assert Purpose.STAGING not in {purpose for _, purpose, _ in made.demands}
+    below = make_plan(on_cpu(enough - 1, disk=True))
+    assert (Tier.RAM, Purpose.STAGING, Overheads().staging) in below.demands
+    assert below.bytes_of(Tier.RAM) < enough
+
+
+def test_the_budget_that_would_do_is_the_smaller_of_those_with_and_without_the_disk() -> None:
+    def least(staging: int) -> tuple[int, str]:
+        problem = on_cpu(1, disk=True)
+        with pytest.raises(BudgetError) as refusal:
+            solve(replace(problem, overheads=replace(problem.overheads, staging=staging)))
+        return 1 + refusal.value.missing, str(refusal.value)
+
+    with pytest.raises(BudgetError) as refusal:
+        solve(on_cpu(1, disk=False))
+    whole = 1 + refusal.value.missing
+    small, words = least(64 << 20)
+    assert small < whole
+    assert "the rest that must be in memory does not fit" in words
+    large, words = least(64 << 30)
+    assert large == whole
+    assert "the model does not fit" in words
 
 
 def test_fast_disk_reads_records_and_slow_disk_reads_runs() -> None:

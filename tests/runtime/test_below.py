@@ -16,6 +16,7 @@ from thermocline.hardware.probe import MemorySpeed
 from thermocline.memory import pieces
 from thermocline.memory.bundle import bundle_path
 from thermocline.memory.convert import convert
+from thermocline.placement.ledger import Purpose
 from thermocline.placement.workload import Overheads
 from thermocline.runtime import planning
 from thermocline.runtime.split import measured_of
@@ -27,7 +28,7 @@ RAM = Tier.RAM
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch, own_home: None) -> None:
     """What a run needs beside the model, in the scale of tiny models."""
-    bare = Overheads(staging=40_000, reading=0, graphs=0, margin_vram=0, margin_ram=0)
+    bare = Overheads(staging=20_000, reading=0, graphs=0, margin_vram=0, margin_ram=0)
     monkeypatch.setattr("thermocline.runtime.planning.Overheads", lambda: bare)
     monkeypatch.setattr(pieces, "PIECE", 3 << 10)
     monkeypatch.setattr("thermocline.runtime.below.PIECES_BYTES", 5 * (3 << 10))
@@ -86,6 +87,17 @@ def test_the_tokens_are_those_without_a_budget(model: Path) -> None:
     assert {disk for _, disk in seen} == {False, True}
     assert (True, False) in seen
     assert bundle_path(model).is_file()
+
+
+def test_where_all_fits_nothing_is_set_aside_for_the_disk(model: Path) -> None:
+    whole = plan(model, ram_budget="2GiB").plan
+    with LLM.load(model, threads=1, ram_budget=f"{whole.bytes_of(RAM)}B") as llm:
+        llm.generate("hello", **GREEDY)
+        memory = llm._loaded.placing.memory
+        assert not llm._loaded.placing.below.reads
+        assert memory.is_true
+        assert memory.ledger.used(RAM) <= whole.bytes_of(RAM)
+        assert memory.ledger.used(RAM, Purpose.STAGING) == 0
 
 
 def test_too_little_for_anything_names_what_would_do(model: Path) -> None:

@@ -51,8 +51,8 @@ def test_everything_is_let_go_of(
 ) -> None:
     loaded: list[LoadedModel] = []
 
-    def load(*arguments: Any) -> LoadedModel:
-        loaded.append(loading.load_model(*arguments))
+    def load(*arguments: Any, **named: Any) -> LoadedModel:
+        loaded.append(loading.load_model(*arguments, **named))
         return loaded[-1]
 
     monkeypatch.setattr(MODULES[verb], "load_model", load)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,16 +21,23 @@ from thermocline.activity.applied import applied_order
 from thermocline.activity.inside import predictor_inside
 from thermocline.activity.predictor import save_predictor
 from thermocline.config import LoadSettings
-from thermocline.errors import FingerprintError, ModelFormatError, OutputError, ThermoclineError, UsageError
+from thermocline.errors import (
+    FingerprintError,
+    ModelFormatError,
+    NumericalError,
+    OutputError,
+    ThermoclineError,
+    UsageError,
+)
 from thermocline.files.companion import companion
-from thermocline.files.formats import F16
+from thermocline.files.formats import F16, F32
 from thermocline.files.gguf import GgufFile
 from thermocline.files.gguf_writer import write_gguf
 from thermocline.files.open import open_model
 from thermocline.files.powerinfer import PowerinferPredictor
 from thermocline.files.powerinfer_folder import write_predictor_folder
-from thermocline.files.quantize import from_float
-from thermocline.files.sidecar import SidecarKind
+from thermocline.files.quantize import from_float, to_float
+from thermocline.files.sidecar import SidecarKind, read_sidecar, write_sidecar
 from thermocline.model.families import family_of
 
 GREEDY = {"temperature": 0, "ignore_eos": True, "max_tokens": 16}
@@ -137,6 +145,70 @@ def test_what_lies_beside_of_another_model_is_told(model: Path, activity: Path, 
     assert beside.read_bytes() == activity.read_bytes()
 
 
+def test_a_predictor_beside_of_another_model_is_told(
+    model: Path, activity: Path, predictor: Path, tmp_path: Path
+) -> None:
+    shutil.copy(predictor, companion(tmp_path / "out.gguf", SidecarKind.PREDICTOR))
+    done = convert(model, tmp_path / "out.gguf", activity=activity)
+    (note,) = done.notes
+    assert note.endswith("out.predictor.safetensors is of another model: it will not be used with this one")
+    done = convert(model, tmp_path / "out.gguf", activity=activity, predictor=predictor, force=True)
+    assert done.notes[0].endswith("will not be used with this one, and hides the predictor inside")
+
+
+def test_that_a_predictor_inside_is_not_audited_is_told(model: Path, predictor: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.gguf"
+    (note,) = convert(model, out, predictor=predictor).notes
+    assert note.startswith("the predictor inside was not audited with this file's numbers: --mode auto does not use it")
+    with open_model(out) as written:
+        write_sidecar(companion(out, SidecarKind.AUDIT), SidecarKind.AUDIT, written.fingerprint, {"audit": {}}, {})
+    assert convert(model, out, predictor=predictor, force=True).notes == ()
+    assert convert(model, tmp_path / "none.gguf").notes == ()
+
+
+def test_a_predictor_that_is_not_finite_or_damaged_does_not_go_inside(
+    model: Path, predictor: Path, tmp_path: Path
+) -> None:
+    sidecar = read_sidecar(predictor)
+    fc1 = to_float(sidecar.weights["blk.0.fc1.weight"]).copy()
+    fc1[3, 5] = np.nan
+    weights = {**sidecar.weights, "blk.0.fc1.weight": from_float("fc1", fc1, F32)}
+    nan = tmp_path / "nan.safetensors"
+    write_sidecar(nan, SidecarKind.PREDICTOR, sidecar.model_fingerprint, sidecar.info, {**sidecar.arrays, **weights})
+    for outtype in ("auto", "q8_0"):
+        with pytest.raises(NumericalError, match=r"nan\.safetensors: .*fc1.* NaN or infinity"):
+            convert(model, tmp_path / "out.gguf", predictor=nan, outtype=outtype)
+    content = bytearray(predictor.read_bytes())
+    content[-3] ^= 1
+    nan.write_bytes(content)
+    with pytest.raises(ModelFormatError, match="checksum"):
+        convert(model, tmp_path / "out.gguf", predictor=nan)
+    assert not (tmp_path / "out.gguf").exists()
+
+
+@pytest.mark.parametrize("tensor", ["blk.0.ffn_up.weight", "blk.1.ffn_down.weight", "blk.1.attn_norm.weight"])
+@pytest.mark.parametrize("outtype", ["same", "q8_0", "q4_0", "q6_k"])
+def test_weights_that_are_not_finite_are_not_written(
+    tiny_model: Path, broken: Any, tmp_path: Path, tensor: str, outtype: str
+) -> None:
+    wrong, out = broken(tiny_model, tensor), tmp_path / "out.gguf"
+    with pytest.raises(NumericalError, match=f"tensor {re.escape(tensor)} holds NaN"):
+        convert(wrong, out) if outtype == "same" else quantize(wrong, out, outtype)
+    assert [path.name for path in tmp_path.iterdir()] == ["broken"]
+
+
+@pytest.mark.parametrize("outtype", ["auto", "f16"])
+def test_standard_leaves_the_predictor_inside_behind(
+    model: Path, predictor: Path, tmp_path: Path, outtype: str
+) -> None:
+    convert(model, tmp_path / "both.gguf", predictor=predictor)
+    done = convert(tmp_path / "both.gguf", tmp_path / "out.gguf", standard=True, outtype=outtype)
+    assert done.notes == ("the predictor inside is left out: other engines cannot read it",)
+    out = GgufFile.open(tmp_path / "out.gguf")
+    assert set(out.tensors) == set(GgufFile.open(model).tensors)
+    assert not [key for key in out.typed_metadata() if "predictor" in key or "sparse_threshold" in key]
+
+
 def test_other_models_are_refused_by_fingerprint(
     model: Path, activity: Path, predictor: Path, tiny_plain: Path, tmp_path: Path
 ) -> None:
@@ -211,6 +283,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "both": ({"activity": "a", "order": "b"}, "give --activity or --order, not both"),
     "standard order": ({"standard": True, "order": "b"}, "--standard writes what other engines read"),
     "standard predictor": ({"standard": True, "predictor": "b"}, "--standard writes what other engines read"),
+    "standard threshold": ({"standard": True, "threshold": 0.5}, "--standard writes what other engines read"),
     "powerinfer type": ({"powerinfer": True, "outtype": "q8_0"}, "PowerInfer computes with auto, f16, q4_0"),
     "threshold of nobody": ({"threshold": 0.0}, "none is inside the model: name one with --predictor"),
     "powerinfer without": ({"powerinfer": True}, "PowerInfer's loader needs a predictor"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,13 +16,13 @@ from thermocline import LLM, api, plan
 from thermocline.activity.statistics import Activity
 from thermocline.activity.store import load_activity, save_activity
 from thermocline.config import LoadSettings
-from thermocline.errors import FingerprintError, ModelFormatError, UsageError
+from thermocline.errors import FingerprintError, ModelFormatError, OutputError, UsageError
 from thermocline.files.companion import companion
 from thermocline.files.open import open_model
 from thermocline.files.sidecar import SidecarKind
 from thermocline.hardware.machine import Tier
 from thermocline.memory.convert import convert
-from thermocline.placement.workload import Overheads
+from thermocline.placement.workload import EMULATED, Overheads
 from thermocline.runtime import drift
 from thermocline.runtime.counting import FiringCounts
 from thermocline.runtime.drift import MARGIN
@@ -105,8 +106,11 @@ def records(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, o
     """A model that can leave neurons on disk, with what a run needs beside it in the scale of tiny models."""
     bare = Overheads(staging=2_000, reading=0, graphs=0, margin_vram=0, margin_ram=0)
     monkeypatch.setattr("thermocline.runtime.planning.Overheads", lambda: bare)
+    monkeypatch.setattr("thermocline.runtime.planning.EMULATED", replace(EMULATED, reading=2_000))
     monkeypatch.setattr("thermocline.runtime.planning.LARGEST_CLUSTER", 32)
     monkeypatch.setattr("thermocline.runtime.below.IN_FLIGHT", 0)
+    for module in ("placement.problem", "runtime.placing", "memory.movable"):
+        monkeypatch.setattr(f"thermocline.{module}.MOVING_BYTES", 1_000)
     with open_model(tiny_model) as source:
         convert(source, tmp_path / "tiny.gguf", None, records=True)
     with open_model(tmp_path / "tiny.gguf") as source:
@@ -127,7 +131,7 @@ def test_what_is_on_disk_is_read_ahead_or_changes_places(records: Path, device: 
     with LLM.load(records, **more) as llm:
         expected, _ = turns(llm, *talk)
     whole = plan(records, ram_budget="2GiB", load=LoadSettings(**more, drift="1GiB"), **settings).plan
-    budget = f"{whole.bytes_of(Tier.RAM) - 10_000}B"
+    budget = f"{whole.bytes_of(Tier.RAM) - 7_000}B"
     with LLM.load(records, **more, ram_budget=budget, drift="1GiB") as llm:
         assert llm._loaded.placing.below.store is not None
         memory = llm._loaded.placing.memory
@@ -142,7 +146,7 @@ def test_what_is_on_disk_is_read_ahead_or_changes_places(records: Path, device: 
 
 def test_a_read_that_fails_ends_the_moving_and_not_the_request(records: Path) -> None:
     whole = plan(records, ram_budget="2GiB", load=LoadSettings(ctx_size=64, ubatch=8, drift="1GiB")).plan
-    budget = f"{whole.bytes_of(Tier.RAM) - 10_000}B"
+    budget = f"{whole.bytes_of(Tier.RAM) - 7_000}B"
     with LLM.load(records, threads=1, ctx_size=64, ubatch=8, ram_budget=budget, drift="1GiB") as llm:
         expected, _ = turns(llm, "hello")
         watch, store = llm._loaded.engine.watch, llm._loaded.placing.below.store
@@ -235,6 +239,9 @@ def test_what_cannot_drift_says_so(tiny_model: Path, tiny_silu: Path, tmp_path: 
         LLM.load(tiny_silu, count_activity=tmp_path / "x.safetensors")
     with LLM.load(tiny_model, drift="auto") as llm:
         assert any("--drift does nothing" in notice for notice in llm.notices)
+    with LLM.load(tiny_model, drift="auto", ram_budget="90%", ctx_size=64) as llm:
+        assert llm.plan is not None
+        assert any("--drift does nothing" in notice for notice in llm.notices)
     for call in (api.profile, api.audit, api.perplexity):
         more = (tmp_path / "out",) if call is api.profile else ()
         with pytest.raises(UsageError, match="of runs that generate"):
@@ -252,6 +259,20 @@ def test_counts_are_not_added_to_another_models(tiny_model: Path, tiny_plain: Pa
     other.write_bytes(b"nonsense")
     with pytest.raises(ModelFormatError):
         LLM.load(tiny_model, count_activity=other)
+
+
+def test_where_no_counts_can_be_written_is_told_before_anything_is_generated(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    for name in ("none/counts.safetensors", "file/counts.safetensors"):
+        with pytest.raises(OutputError, match=r"counts.safetensors: cannot be written: .*directory"):
+            LLM.load(tiny_model, count_activity=tmp_path / name)
+    with pytest.raises(OutputError, match="is a folder; name a file"):
+        LLM.load(tiny_model, count_activity=tmp_path)
+    monkeypatch.setattr("os.access", lambda *_: False)  # root may write anywhere
+    with pytest.raises(OutputError, match="its folder does not allow it"):
+        LLM.load(tiny_model, count_activity=tmp_path / "counts.safetensors")
 
 
 def test_predictors_move_along(

@@ -18,6 +18,7 @@ from thermocline.files.gguf_writer import NewTensor, write_gguf
 from thermocline.files.open import open_model
 from thermocline.runtime.loading import load_model
 from thermocline.runtime.perplexity import Chunk, Scored, cut
+from thermocline.text.tokenizer import Tokenizer
 
 N_CTX = 32
 LEVEL = [isa for isa in _native.isa_levels() if isa != "amx"][-1]
@@ -129,6 +130,25 @@ def test_several_files_are_one_stream_and_others_are_skipped(tiny_model: Path, t
     found = perplexity(tiny_model, [text, tmp_path / "b.bin", tmp_path], settings())
     assert [Path(path).name for path in found.skipped] == ["b.bin"]
     assert found.nll == perplexity(tiny_model, [text], settings()).nll
+
+
+def test_a_file_that_the_vocabulary_cannot_spell_is_skipped(
+    tiny_model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = Tokenizer.encode
+
+    def refuse(self: Tokenizer, text: str, **flags: bool) -> list[int]:
+        if "quartz" in text:
+            raise UsageError("the text has the byte 0x71")
+        return encode(self, text, **flags)
+
+    monkeypatch.setattr(Tokenizer, "encode", refuse)
+    (tmp_path / "odd.txt").write_text("a quartz\n")
+    found = perplexity(tiny_model, [tmp_path / "odd.txt", text], settings())
+    assert [Path(path).name for path in found.skipped] == ["odd.txt"]
+    assert found.nll == perplexity(tiny_model, [text], settings()).nll
+    with pytest.raises(UsageError, match=r"1 file was skipped, .*: odd\.txt"):
+        perplexity(tiny_model, [tmp_path / "odd.txt"], settings())
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from thermocline.files.companion import companion
 from thermocline.files.open import open_model
 from thermocline.files.sidecar import SidecarKind
 from thermocline.hardware.machine import Corrections, Tier
+from thermocline.memory import pieces
 from thermocline.memory.arena import make_array
 from thermocline.memory.convert import convert
 from thermocline.placement.ledger import Purpose
@@ -36,6 +37,7 @@ from thermocline.placement.plan import plan_of as made_of
 from thermocline.placement.plan_file import save_plan
 from thermocline.placement.problem import LayerPlace, Placement, Problem
 from thermocline.placement.solver import Method, Solution
+from thermocline.placement.workload import EMULATED
 from thermocline.runtime import loading
 from thermocline.runtime.split import Account, measured_of, recall, remember, split_report
 
@@ -271,9 +273,14 @@ def test_budgets_that_do_not_hold_the_trunk_are_refused_with_the_number_that_wou
 
 @pytest.mark.parametrize("share", [0.15, 0.4, 0.6])
 def test_three_tiers_down_to_the_smallest_budget_that_is_named(
-    expected: tuple[int, ...], tmp_path: Path, share: float
+    expected: tuple[int, ...], tmp_path: Path, share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What finds no room beside an emulated device is read from disk, be it every neuron or parts of the trunk too."""
+    # A disk must take less of RAM than the whole model does, and this one is small.
+    monkeypatch.setattr("thermocline.runtime.planning.EMULATED", replace(EMULATED, reading=2 << 20))
+    monkeypatch.setattr("thermocline.runtime.below.IN_FLIGHT", 0)
+    monkeypatch.setattr(pieces, "PIECE", 64 << 10)
+    monkeypatch.setattr("thermocline.runtime.below.PIECES_BYTES", (pieces.BUFFERS + 1) * (64 << 10))
     model = tmp_path / "records.gguf"
     with open_model(api.shipped_model()) as source:
         convert(source, model, None, records=True)

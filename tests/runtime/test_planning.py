@@ -281,6 +281,24 @@ def test_the_picture_shows_the_cuts(model: Path, activity: Path, tmp_path: Path)
         api.report(tmp_path / "other.safetensors", tmp_path / "page2.html", plan=tmp_path / "plan.json")
 
 
+def test_the_picture_is_of_the_activity_that_the_plan_was_made_from(
+    model: Path, activity: Path, tmp_path: Path
+) -> None:
+    counted, file = api.read_activity(activity), tmp_path / "plan.json"
+    again = Activity.from_counts(counted.model_fingerprint, "tiny", counted.fired[:, ::-1].copy(), counted.tokens)
+    save_activity(again, tmp_path / "again.safetensors")
+    made = api.plan(model, activity=tmp_path / "again.safetensors", **TIGHT).plan
+    for plan, words in ((made, "it was made from"), (replace(made, activity=None), "it was made without one")):
+        save_plan(plan, file)
+        with pytest.raises(PlanError, match=rf"plan.json: activity: {words}.*not from the one that is drawn"):
+            api.report(activity, tmp_path / "page.html", plan=file)
+    heavy = replace(counted, contribution=counted.fired[:, ::-1].astype(np.float64))
+    save_activity(heavy, tmp_path / "heavy.safetensors")
+    api.order(tmp_path / "heavy.safetensors", tmp_path / "order.safetensors", by="contribution")
+    save_plan(api.plan(model, activity=tmp_path / "order.safetensors", **TIGHT).plan, file)
+    api.report(tmp_path / "heavy.safetensors", tmp_path / "page.html", plan=file)
+
+
 def test_a_share_of_an_emulated_device_is_of_the_weights(tiny_model: Path) -> None:
     """It has no memory of its own, and a share of the RAM would hold any model that runs."""
     whole = api.plan(tiny_model, vram_budget="100%", emulated=True)

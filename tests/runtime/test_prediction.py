@@ -14,7 +14,7 @@ import pytest
 from thermocline import LLM, audit, describe
 from thermocline.activity.predictor import Predictor, save_predictor
 from thermocline.config import LoadSettings
-from thermocline.errors import FingerprintError, ModelFormatError, NumericalError, UsageError
+from thermocline.errors import WARNING, FingerprintError, ModelFormatError, NumericalError, UsageError
 from thermocline.files.companion import companion
 from thermocline.files.formats import F16, F32, Q8_0
 from thermocline.files.gguf_writer import NewTensor, write_gguf
@@ -28,7 +28,7 @@ from thermocline.ops.contract import ActiveSet
 from thermocline.runtime import planning
 from thermocline.runtime.loading import load_model
 from thermocline.runtime.observed import ObservedRunner
-from thermocline.runtime.prediction import VARIABLE, WARNING, threshold_of_environment
+from thermocline.runtime.prediction import VARIABLE, threshold_of_environment
 
 pytestmark = pytest.mark.usefixtures("machine_home")
 

@@ -139,6 +139,10 @@ def test_seed_minus_one_draws_a_seed_and_tells_it() -> None:
     assert sampler(seed=-1).seed != one.seed
 
 
+def test_a_drawn_seed_is_one_that_every_reader_of_json_keeps() -> None:
+    assert all(float(seed) == seed < 1 << 53 for seed in (sampler(seed=-1).seed for _ in range(64)))
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_what_is_not_finite_is_never_sampled(bad: float, temperature: float) -> None:
@@ -158,6 +162,16 @@ def test_forbidding_everything_is_refused(temperature: float) -> None:
 def test_a_bias_outside_the_vocabulary_is_refused() -> None:
     with pytest.raises(SamplingError, match="token 4; this model has tokens 0 to 3"):
         sampler(logit_bias={4: 1.0})
+
+
+def test_clients_send_none_for_no_stops_and_no_biases() -> None:
+    none: Any = None
+    settings = SamplingSettings(stop=none, logit_bias=none)
+    assert (settings.stop, settings.logit_bias) == ((), {})
+    wrongs: list[Any] = [[1], 3, "a"]
+    for wrong in wrongs:
+        with pytest.raises(SamplingError, match=r"logit_bias is .*; allowed: numbers by token"):
+            SamplingSettings(logit_bias=wrong)
 
 
 def test_the_logits_stay_as_they_are() -> None:

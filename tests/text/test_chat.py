@@ -190,7 +190,9 @@ def test_template_of_a_tokenizer(bpe_metadata: Callable[[str], dict[str, Any]]) 
     metadata = bpe_metadata("qwen2") | {"tokenizer.chat_template": "{{ bos_token }}|{{ eos_token }}"}
     with ChatTemplate.of(tokenizer_from_gguf(metadata)) as template:
         assert template.render([USER]) == "|<|endoftext|>"
-    with pytest.raises(ChatTemplateError, match="no chat template"):
+    with pytest.raises(
+        ChatTemplateError, match="no chat template: it completes plain text only, without a system prompt"
+    ):
         ChatTemplate.of(tokenizer_from_gguf(bpe_metadata("qwen2")))
 
 
@@ -260,7 +262,7 @@ HOSTILE = {
     "6000 parentheses": ("{{ " + "(" * 6000 + "1" + ")" * 6000 + " }}", "nested too deep|too complex"),
     "200 nested ifs": ("{% if 1 %}" * 200 + "{% endif %}" * 200, "too complex"),
     "25 nested loops": ("{% for x in [1] %}" * 25 + "{% endfor %}" * 25, "nested blocks"),
-    "many nodes": ("{{ 1 }}" * 30_000, "too complex; allowed: 20000"),
+    "many nodes": ("{{ 1 }}" * 10_001, "too complex; allowed: 20000"),
     "output of 50 MB": ("{% for i in range(50000) %}{{ 'x' * 1000 }}{% endfor %}", "output is longer than"),
     "one string of 10 GB": ("{{ 'x' * 10**10 }}", "too much memory"),
     "doubling": (

@@ -93,6 +93,7 @@ class Accumulator:
             token_overlap=token,
             layer_overlap=layer,
             runs=(*self._start.runs, *runs),
+            tokens_known=self._start.tokens_known,
         )
 
     def _compare_tokens(self, layer: int, active: Bools, count: npt.NDArray[np.intp]) -> None:

@@ -172,11 +172,17 @@ class Capture:
         self._write(layer, "check" if self._checking else "x", np.clip(x, -HIGHEST, HIGHEST).astype(np.float16))
 
     def ffn_hidden(self, layer: int, hidden: Array) -> None:
-        """Write how the neurons fired (T, n_ff)."""
+        """Write how the neurons fired (T, n_ff).
+
+        Raises:
+            NumericalError: their energies are not finite.
+        """
         if (layer, "x") not in self._files:
             return
         magnitude = np.abs(self._to_host(hidden))
-        energy = np.where(magnitude > self._threshold, magnitude * self._norms[layer], 0)
+        energy = np.where(magnitude <= self._threshold, 0, magnitude * self._norms[layer])  # so that NaN shows
+        if not np.isfinite(energy).all():
+            raise NumericalError(f"layer {layer} computed NaN or infinity; the model's weights or settings are broken")
         if self._checking:
             kept = np.clip(energy, SMALLEST, HIGHEST)  # so that what fired is not zero
             self._write(layer, "energy", np.where(energy > 0, kept, 0).astype(np.float16))

@@ -64,25 +64,46 @@ def without_predictor(metadata: Mapping[str, object]) -> dict[str, object]:
 
 
 def for_powerinfer(predictor: Predictor) -> PowerinferPredictor:
-    """The same with one threshold: the first layer's, to which the scores of the others are scaled.
+    """The same with one threshold: that of the first layer that scores, to which the scores of the others are scaled.
+
+    A layer whose scores are all zero has all neurons computed at a threshold up to 0 and none above, and stays as it
+    is: whatever its own threshold, that of the file must be on the same side.
 
     Raises:
         UsageError: no scale makes the layers' thresholds one, as they lie on both sides of 0 or are infinite.
     """
-    first, thresholds = predictor.thresholds[0], predictor.thresholds
-    if len(set(thresholds)) == 1 and math.isfinite(first):
-        return PowerinferPredictor(predictor.layers, first)
-    scales = [first / t if t and math.isfinite(t) else -1.0 for t in thresholds]
-    if not math.isfinite(first) or not all(0 < scale < math.inf for scale in scales):
-        raise UsageError(
-            f"PowerInfer has one threshold for all layers; this predictor has {min(thresholds):g} to "
-            f"{max(thresholds):g}, which no scale makes one: give --predictor-threshold"
-        )
-    layers = [
-        PredictorLayer(layer.fc1, _Scaled(layer.fc2, scale))
-        for layer, scale in zip(predictor.layers, scales, strict=True)
-    ]
-    return PowerinferPredictor(tuple(layers), first)
+    thresholds = predictor.thresholds
+    if len(set(thresholds)) == 1 and math.isfinite(thresholds[0]):
+        return PowerinferPredictor(predictor.layers, thresholds[0])
+    silent = [not to_float(layer.fc2).any() for layer in predictor.layers]
+    scoring = [threshold for threshold, zero in zip(thresholds, silent, strict=True) if not zero]
+    one = scoring[0] if scoring else float(thresholds[0] > 0)
+    layers = []
+    for number, (layer, threshold, zero) in enumerate(zip(predictor.layers, thresholds, silent, strict=True)):
+        scale = _scale(one, threshold, zero=zero)
+        if scale is None:
+            raise UsageError(
+                f"PowerInfer has one threshold for all layers; this predictor has {min(thresholds):g} to "
+                f"{max(thresholds):g}, which no scale makes one: layer {number}, where it is {threshold:g}, would "
+                "select other neurons; --predictor-threshold gives all layers the same, which changes what is selected"
+            )
+        layers.append(layer if scale == 1 else PredictorLayer(layer.fc1, _Scaled(layer.fc2, scale)))
+    return PowerinferPredictor(tuple(layers), one)
+
+
+def _scale(one: float, threshold: float, *, zero: bool) -> float | None:
+    """What scores are to be multiplied by so that `one` selects what `threshold` does; None if there is no such number.
+
+    Scores may be all `zero`.
+    """
+    if not math.isfinite(one):
+        return None
+    if zero:
+        return 1.0 if (one <= 0) == (threshold <= 0) else None
+    if one == threshold:
+        return 1.0
+    scale = one / threshold if threshold else 0.0
+    return scale if 0 < scale < math.inf and math.isfinite(threshold) else None
 
 
 class _Scaled(Weight):

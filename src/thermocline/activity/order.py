@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ import numpy.typing as npt
 
 from thermocline.activity.statistics import Activity, Floats
 from thermocline.errors import FingerprintError, ModelFormatError, UsageError
-from thermocline.files.sidecar import Sidecar, SidecarKind, named, read_sidecar, write_sidecar
+from thermocline.files.atomic import require_kind
+from thermocline.files.sidecar import Sidecar, SidecarKind, is_sidecar, named, read_sidecar, write_sidecar
 from thermocline.files.weight import Weight
 
 Order32 = npt.NDArray[np.int32]
@@ -92,8 +94,10 @@ def save_order(order: Order, path: Path | str) -> str:
     """Write an order, whole or not at all; returns the file's checksum.
 
     Raises:
+        UsageError: what is there is no order.
         OutputError: it could not be written; the old file, if any, is untouched.
     """
+    require_kind(path, "order", partial(is_sidecar, kind=SidecarKind.ORDER))
     info = {"by": order.by.value, "tokens": order.tokens}
     tensors: dict[str, npt.NDArray[Any] | Weight] = {"order": order.order, "temperature": order.temperature}
     return write_sidecar(path, SidecarKind.ORDER, order.model_fingerprint, info, tensors, model_name=order.model_name)

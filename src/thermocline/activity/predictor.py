@@ -145,10 +145,14 @@ class Predictor:
 
     def saves(self, first_bytes: tuple[int, ...]) -> bool:
         """Whether a token reads less with the predictor than without it; True where no share was measured."""
-        if self.active_shares is None:
-            return True
-        read = sum(share * first for share, first in zip(self.active_shares, first_bytes, strict=True))
-        return self.nbytes + read < sum(first_bytes)
+        return self.active_shares is None or self.read_bytes(first_bytes) < sum(first_bytes)
+
+    def read_bytes(self, first_bytes: tuple[int, ...]) -> float:
+        """What a token reads to find the neurons that fire: the predictor, and the selected rows of `first_bytes`,
+        which mode exact reads whole (see `memory.checks`); of all rows where no share was measured.
+        """
+        shares = self.active_shares or (1.0,) * len(self.layers)
+        return self.nbytes + sum(share * first for share, first in zip(shares, first_bytes, strict=True))
 
 
 MOST_TOKENS: Final = 64

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol
 
@@ -20,12 +21,12 @@ import numpy.typing as npt
 
 from thermocline.activity.accumulator import Accumulator
 from thermocline.activity.statistics import Activity, Floats
-from thermocline.activity.store import activity_of, load_activity, save_activity
+from thermocline.activity.store import MAX_THRESHOLD, activity_of, load_activity, save_activity
 from thermocline.activity.texts import Corpus, Reading, Tokenize
 from thermocline.errors import FingerprintError, ModelFormatError, OutputError, UsageError, printable, skipped_words
-from thermocline.files.atomic import existing_mode
+from thermocline.files.atomic import existing_mode, require_kind
 from thermocline.files.pace import Pace
-from thermocline.files.sidecar import SidecarKind, read_sidecar
+from thermocline.files.sidecar import SidecarKind, is_sidecar, named, read_sidecar
 from thermocline.model.observers import Observer
 from thermocline.ops.contract import Array
 
@@ -169,7 +170,7 @@ def profile(
         NumericalError: the model computes NaN.
     """
     began = time.perf_counter()
-    existing_mode(output)  # a folder of this name shows before the work, not after
+    require_replaceable(output, existing)
     journal = journal_of(output)
     _require_settings(tokens, threshold)
     run = _Run(
@@ -220,6 +221,18 @@ def profile(
     return Profiled(activity, run.tokens, resumed, files, tuple(reading.skipped), time.perf_counter() - began)
 
 
+def require_replaceable(output: Path, existing: Existing) -> None:
+    """Refuse a folder, or a file that is no activity, in the place of `output`: before the work, not after.
+
+    Raises:
+        OutputError: it is no regular file.
+        UsageError: it is no activity, which `Existing.MERGE` tells when it reads it.
+    """
+    existing_mode(output)
+    if existing is not Existing.MERGE:
+        require_kind(output, "activity", partial(is_sidecar, kind=SidecarKind.ACTIVITY))
+
+
 def journal_of(output: Path) -> Path:
     """Where an unfinished run that will write `output` keeps what it has."""
     return output.with_name(output.name + ".journal")
@@ -228,8 +241,8 @@ def journal_of(output: Path) -> Path:
 def _require_settings(tokens: int, threshold: float) -> None:
     if not 0 <= tokens <= 1 << 40:
         raise UsageError(f"tokens is {tokens}; allowed: 0 (all of the text) to {1 << 40}")
-    if not 0 <= threshold <= 1e30:
-        raise UsageError(f"threshold is {threshold}; allowed: finite numbers from 0")
+    if not 0 <= threshold <= MAX_THRESHOLD:
+        raise UsageError(f"threshold is {threshold:g}; allowed: 0 to {MAX_THRESHOLD:g}")
 
 
 def _existing(output: Path, existing: Existing, subject: Subject, run: _Run, *, resumed: bool) -> Activity | None:
@@ -257,7 +270,10 @@ def _resume(journal: Path, run: _Run, start: Activity) -> Activity | None:
     if not journal.exists():
         return None
     sidecar = read_sidecar(journal, SidecarKind.JOURNAL)
-    sidecar.require_model(start.model_fingerprint, start.model_name)
+    if sidecar.model_fingerprint != start.model_fingerprint:
+        belongs = named(sidecar.model_name, sidecar.model_fingerprint)
+        given = named(start.model_name, start.model_fingerprint)
+        raise FingerprintError(journal, belongs, given, "finish its run with that one, or give --restart to forget it")
     activity, state = activity_of(sidecar), sidecar.info.get("run")
     if not isinstance(state, Mapping) or not isinstance(state.get("id"), str):
         raise ModelFormatError(journal, "info.run", "does not tell which run it is of")

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any, Final
 
 from thermocline.activity.drawing import NAMESPACE, percent
+from thermocline.activity.inside import predictor_inside
 from thermocline.activity.pictures import Picture, activity_pictures, predictor_pictures
 from thermocline.activity.statistics import Activity
-from thermocline.activity.store import find_activity
-from thermocline.errors import OutputError, ThermoclineError, printable
-from thermocline.files.atomic import atomic_write
+from thermocline.activity.store import find_activity, is_gguf
+from thermocline.errors import FingerprintError, OutputError, ThermoclineError, UsageError, printable
+from thermocline.files.atomic import atomic_write, begins, require_kind
 from thermocline.files.companion import companion
-from thermocline.files.sidecar import Sidecar, SidecarKind, read_sidecar
+from thermocline.files.gguf import GgufFile
+from thermocline.files.sidecar import SidecarKind, named, read_sidecar
 
 STYLE: Final = """
 :root { color-scheme: light; }
@@ -45,6 +48,9 @@ th { color: #66727f; font-weight: 600; }
 td:first-child, th:first-child { text-align: left; }
 footer { color: #66727f; font-size: .85rem; margin-top: 1.2rem; overflow-wrap: anywhere; }
 """
+_DOCTYPE: Final = "<!doctype html>"
+_QUALITIES: Final = {"predictor", "predictor_audit"}
+Info = Mapping[str, Any]
 COLUMNS: Final = {
     "active_share": "active",
     "median_active_share": "median",
@@ -76,52 +82,83 @@ def write_report(
     Raises:
         ModelFormatError: a file is not what it should be.
         FingerprintError: the predictor belongs to another model.
+        UsageError: what is there in the place of the page or of a picture is none.
         OutputError: something could not be written.
     """
     activity = find_activity(path)
-    sidecar = _beside(path, activity, notice) if predictor is None else _predictor(predictor, activity)
+    info = _beside(Path(path), activity, notice) if predictor is None else _predictor(Path(predictor), activity)
     drawn = [*activity_pictures(activity), *(() if more is None else more(activity))]
-    predicted = [] if sidecar is None else predictor_pictures(sidecar.info)
+    predicted = [] if info is None else predictor_pictures(info)
+    if info is not None and notice is not None and not _QUALITIES & {picture.name for picture in predicted}:
+        notice("how well the predictor does is not drawn, as nothing tells of it: `thermocline audit` measures it")
+    folder = None if pictures is None else Path(pictures)
+    singles = {} if folder is None else {folder / f"{picture.name}.svg": picture for picture in [*drawn, *predicted]}
+    if output is not None:
+        require_kind(output, "page of HTML", partial(begins, words=_DOCTYPE.encode()))
+    for file in singles:
+        require_kind(file, "picture in SVG", partial(begins, words=b"<svg"), "--pictures")
     written = []
     if output is not None:
-        written.append(_write(Path(output), page(activity, drawn, sidecar, predicted)))
-    if pictures is not None:
-        folder = Path(pictures)
+        written.append(_write(Path(output), page(activity, drawn, info, predicted)))
+    if folder is not None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(f"{printable(str(folder))}: cannot be made: {error.strerror}") from error
-        written += [_write(folder / f"{picture.name}.svg", picture.svg + "\n") for picture in [*drawn, *predicted]]
+        written += [_write(file, picture.svg + "\n") for file, picture in singles.items()]
     return written
 
 
-def _predictor(path: Path | str, activity: Activity) -> Sidecar:
-    sidecar = read_sidecar(path, SidecarKind.PREDICTOR, verify=False)
+def _predictor(path: Path, activity: Activity) -> Info:
+    """What is known of a predictor: of a sidecar its info, of one inside a model what its matrices and audit tell."""
+    if not is_gguf(path):
+        return _info(path, SidecarKind.PREDICTOR, activity)
+    found = _inside(path, activity)
+    if found is None:
+        raise UsageError(f"{printable(str(path))} has no predictor inside")
+    return found
+
+
+def _info(path: Path, kind: SidecarKind, activity: Activity) -> Info:
+    sidecar = read_sidecar(path, kind, verify=False)
     sidecar.require_model(activity.model_fingerprint, activity.model_name)
-    return sidecar
+    return sidecar.info
 
 
-def _beside(path: Path | str, activity: Activity, notice: Callable[[str], None] | None) -> Sidecar | None:
-    """The predictor of the model that an activity lies beside, if it is of use."""
-    path = Path(path)
+def _inside(path: Path, activity: Activity) -> Info | None:
+    with GgufFile.open(path) as file:
+        found = predictor_inside(file)
+        if found is None:
+            return None
+        if file.fingerprint != activity.model_fingerprint:
+            belongs = named(file.metadata.text("general.name", ""), file.fingerprint)
+            given = named(activity.model_name, activity.model_fingerprint)
+            raise FingerprintError(path, belongs, given, "give the predictor of the model that was profiled")
+        layers = [{"rank": rank} for rank in found.ranks]
+    audit = companion(path, SidecarKind.AUDIT)
+    return {"layers": layers, **(_info(audit, SidecarKind.AUDIT, activity) if audit.is_file() else {})}
+
+
+def _beside(path: Path, activity: Activity, notice: Callable[[str], None] | None) -> Info | None:
+    """What is known of the predictor that lies beside an activity or its model, or inside that, if it is of use."""
     model = path.with_name(path.name.removesuffix(f".{SidecarKind.ACTIVITY}.safetensors"))
     beside = companion(model, SidecarKind.PREDICTOR)
-    if not beside.is_file():
-        return None
     try:
-        return _predictor(beside, activity)
+        if beside.is_file():
+            return _predictor(beside, activity)
+        return _inside(path, activity) if is_gguf(path) else None
     except ThermoclineError as error:
         if notice is not None:
             notice(f"no predictor is drawn: {error}")
         return None
 
 
-def page(activity: Activity, drawn: Sequence[Picture], predictor: Sidecar | None, predicted: Sequence[Picture]) -> str:
-    """The page as HTML."""
+def page(activity: Activity, drawn: Sequence[Picture], predictor: Info | None, predicted: Sequence[Picture]) -> str:
+    """The page as HTML; `predictor` is what is known of one."""
     summary = activity.summary()
     name = printable(activity.model_name or activity.model_fingerprint[:16], 80)
     body = [
-        "<!doctype html>",
+        _DOCTYPE,
         '<html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">",
@@ -164,9 +201,9 @@ def _layers_table(summary: Mapping[str, Any]) -> str:
     return _section("Layer by layer", ["layer", *COLUMNS.values()], rows)
 
 
-def _predictor_table(predictor: Sidecar) -> str:
-    """All single values of the predictor's info, whatever its maker wrote down; lists are drawn, not printed."""
-    rows = [[name, value] for name, value in _flat(predictor.info)]
+def _predictor_table(info: Info) -> str:
+    """All single values of a predictor's info, whatever its maker wrote down; lists are drawn, not printed."""
+    rows = [[name, value] for name, value in _flat(info)]
     if len(rows) > MAX_ROWS:
         rows = [*rows[:MAX_ROWS], ["…", f"{len(rows) - MAX_ROWS} more"]]
     return _section("Predictor", ["figure", "value"], rows) if rows else ""

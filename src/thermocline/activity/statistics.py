@@ -57,6 +57,7 @@ class Activity:
       below is most alike (by intersection over union; of equals the latest). It tells how well a layer foresees
       the next one. The first layer has nothing below.
     * `runs`: what was read, a record for each run that was merged.
+    * `tokens_known`: False where `tokens` is only the least that can have been read.
     """
 
     model_fingerprint: str
@@ -70,6 +71,7 @@ class Activity:
     token_overlap: Overlap
     layer_overlap: Overlap
     runs: tuple[Mapping[str, Any], ...] = ()
+    tokens_known: bool = True
 
     @classmethod
     def empty(
@@ -211,6 +213,7 @@ class Activity:
             token_overlap=self.token_overlap + other.token_overlap,
             layer_overlap=self.layer_overlap + other.layer_overlap,
             runs=self.runs + other.runs,
+            tokens_known=self.tokens_known and other.tokens_known,
         )
 
     def summary(self) -> dict[str, Any]:
@@ -231,6 +234,7 @@ class Activity:
             "model": self.model_name,
             "model_fingerprint": self.model_fingerprint,
             "tokens": self.tokens,
+            "tokens_known": self.tokens_known,
             "sequences": self.sequences,
             "threshold": self.threshold,
             "n_layer": self.n_layer,

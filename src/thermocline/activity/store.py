@@ -1,13 +1,14 @@
 """Activities on disk: sidecars named X.activity.safetensors, and inside model files.
 
 A model file has one in its metadata, for the numbers that its neurons have there, so that both appear at once:
-`thermocline.activity.info` (JSON: layers, tokens, sequences, threshold, runs) and the sidecar's arrays but the order,
-each flat: `thermocline.activity.fired` and so on.
+`thermocline.activity.info` (JSON: layers, tokens, sequences, threshold, runs, and tokens_known where it is false) and
+the sidecar's arrays but the order, each flat: `thermocline.activity.fired` and so on.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -19,12 +20,15 @@ from thermocline.activity.statistics import SIZE_BINS, Activity, Overlap
 from thermocline.errors import ModelFormatError, UsageError, printable
 from thermocline.files.gguf import GgufFile
 from thermocline.files.gguf_types import MAGICS
+from thermocline.files.mapped import open_regular
 from thermocline.files.sidecar import Sidecar, SidecarKind, read_sidecar, write_sidecar
 from thermocline.files.strict_json import parse_object
 from thermocline.files.weight import Weight
 
 MAX_TOKENS: Final = 1 << 48
+"""Larger counts are refused, and never written."""
 MAX_RUNS: Final = 1 << 16
+MAX_THRESHOLD: Final = 1e30
 MAX_INFO: Final = 1 << 26
 """Characters of a model file's info on its activity."""
 PREFIX: Final = "thermocline.activity."
@@ -54,6 +58,7 @@ def _info(activity: Activity) -> dict[str, Any]:
         "sequences": activity.sequences,
         "threshold": activity.threshold,
         "runs": [dict(run) for run in activity.runs],
+        **({} if activity.tokens_known else {"tokens_known": False}),
     }
 
 
@@ -105,7 +110,7 @@ def find_activity(path: Path | str) -> Activity:
         ModelFormatError, UnsupportedModelError: as `load_activity`.
     """
     path = Path(path)
-    if not _is_gguf(path):
+    if not is_gguf(path):
         return load_activity(path)
     with GgufFile.open(path) as file:
         found = activity_inside(file)
@@ -114,11 +119,12 @@ def find_activity(path: Path | str) -> Activity:
     return found
 
 
-def _is_gguf(path: Path) -> bool:
+def is_gguf(path: Path) -> bool:
+    """Whether a file is a GGUF one, by its first bytes."""
     try:
-        with path.open("rb") as file:
-            return path.is_file() and file.read(4) in MAGICS
-    except (OSError, ValueError):
+        with os.fdopen(open_regular(path), "rb") as file:
+            return file.read(4) in MAGICS
+    except (OSError, ModelFormatError):
         return False
 
 
@@ -148,6 +154,7 @@ def activity_of(sidecar: Sidecar) -> Activity:
         token_overlap=_overlap(sidecar, "token_overlap", n_layer),
         layer_overlap=_overlap(sidecar, "layer_overlap", n_layer),
         runs=_runs(sidecar),
+        tokens_known=_flag(sidecar, "tokens_known"),
     )
     order = _tensor(sidecar, "order", np.int32, 2, (n_layer, n_ff))
     _check(sidecar, activity, order)
@@ -200,10 +207,17 @@ def _count(sidecar: Sidecar, name: str) -> int:
     return value
 
 
+def _flag(sidecar: Sidecar, name: str) -> bool:
+    value = sidecar.info.get(name, True)
+    if type(value) is not bool:
+        raise ModelFormatError(sidecar.path, f"info.{name}", "is neither true nor false")
+    return value
+
+
 def _threshold(sidecar: Sidecar) -> float:
     value = sidecar.info.get("threshold")
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1e30:
-        raise ModelFormatError(sidecar.path, "info.threshold", "is not a number from 0")
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= MAX_THRESHOLD:
+        raise ModelFormatError(sidecar.path, "info.threshold", f"is not a number from 0 to {MAX_THRESHOLD:g}")
     return float(value)
 
 

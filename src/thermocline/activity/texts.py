@@ -111,6 +111,18 @@ def read_text(file: TextFile) -> str:
     return "".join(_pieces(file))
 
 
+def spelled(text: str, tokenize: Tokenize) -> Sequence[int]:
+    """The tokens of a text.
+
+    Raises:
+        RefusedTextError: the tokenizer refuses it.
+    """
+    try:
+        return tokenize(text)
+    except UsageError as error:
+        raise RefusedTextError(str(error)) from error
+
+
 def windows(file: TextFile, tokenize: Tokenize, prefix: Sequence[int], length: int) -> Iterator[Window]:
     """The document's tokens cut to sequences of at most `length`, each with `prefix` (bos) before it.
 
@@ -123,10 +135,7 @@ def windows(file: TextFile, tokenize: Tokenize, prefix: Sequence[int], length: i
         raise UsageError(f"a context of {length} tokens holds nothing beside {len(prefix)} that start a text")
     done = 0
     for piece in _pieces(file):
-        try:
-            tokens = tokenize(piece)
-        except UsageError as error:
-            raise RefusedTextError(str(error)) from error
+        tokens = spelled(piece, tokenize)
         size = len(piece.encode("utf-8", "surrogatepass"))
         for start in range(0, len(tokens), room):
             part = tokens[start : start + room]

@@ -4,7 +4,7 @@ A predictor's hidden layer is as large as pays. For every rank the threshold is 
 reached; a larger rank selects fewer neurons for that, but is itself more to read. The rank is grown or shrunk until
 predictor and selected rows of the first matrix are the fewest bytes a token. Source of the idea: PowerInfer, section
 5.1 (Song et al., SOSP 2024). Where no rank is worth it, the layer gets the smallest predictor there is, which selects
-every neuron.
+every neuron. A layer's predictor pays where that is less than the first matrix, all of which mode exact reads.
 
 What is done is kept in OUTPUT.work: the data read so far, every fit of a search, how far the current one is, every
 finished layer. A run that was killed goes on from there; one with other settings goes on from the data, as far as these
@@ -14,6 +14,7 @@ for some layers each.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -33,7 +34,7 @@ from thermocline.activity.statistics import Activity
 from thermocline.activity.statistics import Floats as Wide
 from thermocline.activity.texts import Corpus, Reading, Tokenize
 from thermocline.config import TrainSettings
-from thermocline.errors import ThermoclineError, UsageError, printable, skipped_words
+from thermocline.errors import NumericalError, ThermoclineError, UsageError, printable, skipped_words
 from thermocline.files.atomic import existing_mode
 from thermocline.files.formats import BY_NAME, F32, BlockFormat
 from thermocline.files.powerinfer import PredictorLayer
@@ -47,6 +48,8 @@ GRID: Final = tuple(RANK_UNIT * k for k in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48
 """Ranks that are tried."""
 SEARCH_SHARE: Final = 1 / 3
 """Share of the steps that a fit of the search takes."""
+READING: Final = 1 / 3
+"""Share of a layer's work that progress takes reading for; its fit is the rest."""
 _FITTED: Final = "{}.layer.safetensors"
 _FIT: Final = "{}.fit.safetensors"
 _SEARCH: Final = "{}.search"
@@ -99,7 +102,7 @@ class Learner:
 
 
 class Step(NamedTuple):
-    """How far a run is: `share` of all (0 to 1), what it does, and tokens a second at that."""
+    """How far a run is: `share` of all (0 to 1, never less than before), what it does, and tokens a second at that."""
 
     share: float
     doing: str
@@ -108,11 +111,18 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """What a run gave. `layers` tell of each layer what the predictor's info does; `share` is that of the model."""
+    """What a run gave. `layers` tell of each layer what the predictor's info does; `share` is that of the model.
+
+    To find the neurons that fire, a token reads `predicted_bytes`, the predictor and the rows that it selects; without
+    one `exact_bytes`, the first matrices. `saves` is what mode auto goes by, beside the audit.
+    """
 
     predictor: Predictor
     layers: tuple[Mapping[str, Any], ...]
     share: float
+    predicted_bytes: int
+    exact_bytes: int
+    saves: bool
     tokens: int
     resumed: bool
     skipped: tuple[Path, ...]
@@ -135,7 +145,8 @@ def train(
     """Train a predictor for every layer on `corpus`, at most `settings.tokens` of it, and write it to `output`.
 
     Raises:
-        UsageError: `output` is there, the text is too short, or an unfinished run read something else.
+        UsageError: `output` is there, the text is too short, an unfinished run read something else, or the settings
+            allow no rank.
         FingerprintError: `activity` is another model's.
         OutputError: something could not be written; what was there before is untouched.
         NumericalError: the model or the training computes NaN.
@@ -143,13 +154,14 @@ def train(
     existing_mode(output)  # a folder of this name shows before the work, not after
     if activity is not None:
         activity.require_model(learner.fingerprint, learner.name)
+    ranks = _ranks(learner, settings)  # what is refused leaves no folder
     reading = _reading(learner, corpus, settings, activity)
     identity = {**_identity(settings, activity), **reading}
     finished = _finished(output, learner, identity)
     place = Workplace(output, identity)
     if finished is not None and place.folder.exists():  # killed between the last two steps of a run
         place.remove()
-        return _told(finished, learner, settings, resumed=True)
+        return _told(finished, learner, resumed=True)
     if output.exists() and not overwrite:
         raise UsageError(
             f"{printable(str(output))} is there already: --overwrite makes it anew, or name another file with -o"
@@ -165,12 +177,12 @@ def train(
         return [file for name in made for file in place.folder.glob(name.format("*"))]
 
     with place.occupied(restart=restart, useless=useless):
-        run = _Run(learner, corpus, settings, make_fitter, place, activity, progress)
+        run = _Run(learner, corpus, settings, ranks, make_fitter, place, activity, progress)
         with place.kept(run.begun, lambda: run.fits):
             predictor = run.go(identity)
             save_predictor(predictor, output, learner.fingerprint, model_name=learner.name)
         place.remove()
-    told = _told(predictor, learner, settings, resumed=run.resumed)
+    told = _told(predictor, learner, resumed=run.resumed)
     return replace(told, tokens=run.tokens, skipped=tuple(run.skipped), seconds=time.perf_counter() - run.began)
 
 
@@ -182,12 +194,13 @@ class _Run:
         learner: Learner,
         corpus: Corpus,
         settings: TrainSettings,
+        ranks: tuple[int, ...],
         make_fitter: MakeFitter,
         place: Workplace,
         activity: Activity | None,
         progress: Callable[[Step], None] | None,
     ) -> None:
-        self._learner, self._corpus, self._settings = learner, corpus, settings
+        self._learner, self._corpus, self._settings, self._ranks = learner, corpus, settings, ranks
         self._make_fitter, self._place, self._activity, self._progress = make_fitter, place, activity, progress
         self.began = time.perf_counter()
         self.tokens = int(place.read_state(STATE).get("tokens", 0))
@@ -196,17 +209,21 @@ class _Run:
         """Whether what is read will do, so that a run with other settings can go on with it too."""
         self._n_layer, self._n_ff = learner.down_norms.shape
         self.resumed = self.begun()
-        self._grid = _grid(learner, settings)
+        self._missing = [layer for layer in range(self._n_layer) if not self._checkpoint(layer).exists()]
+        self._read_layers = 0.0
+        """Of how many of the missing layers the data are there; in part while reading."""
 
     def go(self, identity: Mapping[str, Any]) -> Predictor:
         """All layers."""
-        missing = [layer for layer in range(self._n_layer) if not self._checkpoint(layer).exists()]
-        while missing:
-            capture = self._read(missing)
+        while self._missing:
+            capture = self._read(self._missing)
             self.fits = True
-            for layer in [layer for layer in capture.layers if layer in missing]:
+            waiting = [layer for layer in capture.layers if layer in self._missing]
+            for count, layer in enumerate(waiting):
+                self._read_layers = len(waiting) - count
                 self._fit(layer, capture.data(layer))
-                missing.remove(layer)
+                self._missing.remove(layer)
+            self._read_layers = 0.0
         layers, thresholds, told = [], [], []
         for layer in range(self._n_layer):
             sidecar = read_sidecar(self._checkpoint(layer), SidecarKind.JOURNAL)
@@ -252,6 +269,7 @@ class _Run:
         learner, began, before = self._learner, time.perf_counter(), capture.tokens
         corpus = self._corpus.shuffled()
         reading = Reading(corpus, learner.tokenize, learner.prefix, learner.runner.window, self._settings.tokens)
+        waiting = len(set(capture.layers) & set(self._missing))
         with capture.writing():
             for number, window in enumerate(reading):
                 if number < capture.sequences:
@@ -260,21 +278,22 @@ class _Run:
                 learner.runner.run(np.asarray(window.tokens, np.int32), capture)
                 capture.end_sequence(len(window.tokens))
                 rate = (capture.tokens - before) / (time.perf_counter() - began)
-                self._tell(0.0, f"reading, {reading.share:.0%}: {capture.tokens:,} tokens", rate)
+                self._read_layers = waiting * reading.share
+                self._tell(f"reading, {reading.share:.0%}: {capture.tokens:,} tokens", rate)
             capture.finish()
         self.skipped = reading.skipped
 
     def _fit(self, layer: int, data: LayerData) -> None:
         """One layer, to its checkpoint."""
         learner, settings = self._learner, self._settings
-        fitter = self._make_fitter(data, learner.first_rows(layer), self._n_ff, settings)
+        fitter = self._make_fitter(data, self._first_rows(layer), self._n_ff, settings)
         tried: dict[str, Any] = self._place.read_state(_SEARCH.format(layer))
         rank = settings.rank or self._search(layer, data, fitter, tried)
         made, found = self._measured(layer, rank, data, fitter, 1.0)
-        cost = _cost(made, found.quality.selected, learner.first_bytes[layer])
+        first = learner.first_bytes[layer]
+        cost = _cost(made, found.quality.selected, first)
         everything = _everything(learner.n_embd, self._n_ff, self._format)
-        pays = bool(settings.rank) or cost < _cost(everything, 1.0, learner.first_bytes[layer])
-        if not pays:
+        if not settings.rank and cost >= _cost(everything, 1.0, first):
             active = found.quality.active
             made, found = everything, Calibration(0.0, Quality(1.0, 1.0, active, 1.0, active), ())
         told = {
@@ -282,7 +301,7 @@ class _Run:
             "bytes": made.fc1.nbytes + made.fc2.nbytes,
             **found.quality.as_dict(),
             "threshold": found.threshold,
-            "pays": pays,
+            "pays": cost < first,
             "tried": sorted(tried.values(), key=lambda t: int(t["rank"])),
             "curve": [list(point) for point in found.curve],
         }
@@ -291,11 +310,21 @@ class _Run:
         write_sidecar(path, SidecarKind.JOURNAL, learner.fingerprint, info, tensors, model_name=learner.name)
         self._state(layer).forget()
 
+    def _first_rows(self, layer: int) -> Floats:
+        rows = self._learner.first_rows(layer)
+        if not np.isfinite(rows).all():
+            self.fits = False
+            raise NumericalError(
+                f"layer {layer}: the FFN's first matrix, or the norm before it, holds NaN or infinity; the model's "
+                "file is damaged or badly converted"
+            )
+        return rows
+
     def _search(self, layer: int, data: LayerData, fitter: LayerFitter, tried: dict[str, Any]) -> int:
         """The rank of the grid from which neither neighbour is cheaper, beginning at what the activity suggests."""
 
         def cost(place: int) -> float:
-            rank = self._grid[place]
+            rank = self._ranks[place]
             if str(rank) not in tried:
                 made, found = self._measured(layer, rank, data, fitter, SEARCH_SHARE)
                 tried[str(rank)] = {
@@ -307,17 +336,17 @@ class _Run:
 
         place = self._first_guess(layer)
         while True:
-            near = range(max(place - 1, 0), min(place + 2, len(self._grid)))
+            near = range(max(place - 1, 0), min(place + 2, len(self._ranks)))
             best = min(near, key=cost)
             if best == place:
-                return self._grid[place]
+                return self._ranks[place]
             place = best
 
     def _first_guess(self, layer: int) -> int:
         """The fewer neurons give most activations, the smaller a predictor can be."""
         share = 0.4 if self._activity is None else float(self._activity.coverage(0.8)[0][layer])
         wanted = share * self._learner.n_embd / 2
-        return min(range(len(self._grid)), key=lambda place: abs(self._grid[place] - wanted))
+        return min(range(len(self._ranks)), key=lambda place: abs(self._ranks[place] - wanted))
 
     def _measured(
         self, layer: int, rank: int, data: LayerData, fitter: LayerFitter, share: float
@@ -329,7 +358,7 @@ class _Run:
             nonlocal done
             done += tokens
             rate = done / (time.perf_counter() - began)
-            self._tell(layer / self._n_layer, f"layer {layer + 1} of {self._n_layer}, rank {rank}", rate)
+            self._tell(f"layer {layer + 1} of {self._n_layer}, rank {rank}", rate)
 
         fitted = fitter.fit(rank, share, tick, self._state(layer))
         made = in_format(_layer(fitted.fc1, fitted.fc2), self._format)
@@ -344,9 +373,10 @@ class _Run:
     def _format(self) -> BlockFormat:
         return BY_NAME[self._settings.outtype.upper()]
 
-    def _tell(self, share: float, doing: str, rate: float) -> None:
+    def _tell(self, doing: str, rate: float) -> None:
         if self._progress is not None:
-            self._progress(Step(share, doing, rate))
+            done = self._n_layer - len(self._missing) + READING * self._read_layers
+            self._progress(Step(done / self._n_layer, doing, rate))
 
 
 class _Rounded(NamedTuple):
@@ -354,22 +384,30 @@ class _Rounded(NamedTuple):
     fc2: Floats
 
 
-def _grid(learner: Learner, settings: TrainSettings) -> tuple[int, ...]:
-    """The ranks that are allowed.
+def _ranks(learner: Learner, settings: TrainSettings) -> tuple[int, ...]:
+    """The ranks that are allowed; of one that was asked for, this.
 
     Raises:
         UsageError: there is none.
     """
     n_layer, n_ff = learner.down_norms.shape
-    unit = n_layer * RANK_UNIT * (learner.n_embd + n_ff)
-    most = settings.max_share * learner.parameters if settings.max_share else unit * GRID[-1]
-    grid = tuple(rank for rank in GRID if rank // RANK_UNIT * unit <= most and rank <= 2 * learner.n_embd + RANK_UNIT)
-    if not grid:
+    one = n_layer * (learner.n_embd + n_ff)
+    most = settings.max_share * learner.parameters if settings.max_share else math.inf
+    if settings.rank:
+        if settings.rank * one > most:
+            share = settings.rank * one / learner.parameters
+            raise UsageError(
+                f"a predictor of rank {settings.rank} has {share:.2%} of the model's numbers; --max-share allows "
+                f"{settings.max_share:.2%}: lower --rank, or allow more, or 0 for no limit"
+            )
+        return (settings.rank,)
+    ranks = tuple(rank for rank in GRID if rank * one <= most and rank <= 2 * learner.n_embd + RANK_UNIT)
+    if not ranks:
         raise UsageError(
-            f"a predictor of the smallest rank, {RANK_UNIT}, has {unit / learner.parameters:.1%} of the model's "
-            f"numbers; --max-share allows {settings.max_share:.1%}: allow more, or 0 for no limit"
+            f"a predictor of the smallest rank, {RANK_UNIT}, has {RANK_UNIT * one / learner.parameters:.1%} of the "
+            f"model's numbers; --max-share allows {settings.max_share:.1%}: allow more, or 0 for no limit"
         )
-    return grid
+    return ranks
 
 
 def _reading(learner: Learner, corpus: Corpus, settings: TrainSettings, activity: Activity | None) -> dict[str, Any]:
@@ -412,10 +450,22 @@ def _finished(output: Path, learner: Learner, identity: Mapping[str, Any]) -> Pr
     return predictor if same else None
 
 
-def _told(predictor: Predictor, learner: Learner, settings: TrainSettings, *, resumed: bool) -> Trained:
+def _told(predictor: Predictor, learner: Learner, *, resumed: bool) -> Trained:
     layers = tuple(predictor.info["layers"])
     tokens = int(predictor.info["training"]["read"])
-    return Trained(predictor, layers, predictor.parameters / learner.parameters, tokens, resumed, (), 0.0)
+    first = learner.first_bytes
+    return Trained(
+        predictor,
+        layers,
+        predictor.parameters / learner.parameters,
+        predicted_bytes=round(predictor.read_bytes(first)),
+        exact_bytes=sum(first),
+        saves=predictor.saves(first),
+        tokens=tokens,
+        resumed=resumed,
+        skipped=(),
+        seconds=0.0,
+    )
 
 
 def _layer(fc1: Floats, fc2: Floats) -> PredictorLayer:

@@ -12,7 +12,7 @@ from thermocline.cli.convert import ForceFlag
 from thermocline.cli.exchange import show_exchange
 from thermocline.cli.flags import JsonFlag, ModelFlag, VerboseFlag, count, flag
 from thermocline.cli.output import write_json
-from thermocline.cli.tables import facts, print_tables
+from thermocline.cli.tables import counted, facts, print_tables
 from thermocline.errors import UsageError
 
 if TYPE_CHECKING:
@@ -154,12 +154,17 @@ def export(
 def activity_tables(found: Activity) -> tuple[Table, Table]:
     """The figures of the whole model, and of each layer."""
     summary = found.summary()
+    read, active = f"{summary['tokens']:,} tokens", _percent(summary["active_share"])
+    if summary["sequences"]:
+        read += f" in {counted(summary['sequences'], 'sequence')}"
+    if not summary["tokens_known"]:
+        read, active = f"at least {read}: how many is not known", f"at most {active}"
     head = facts(
         [
             ("model", summary["model"] or summary["model_fingerprint"][:16]),
-            ("read", f"{summary['tokens']:,} tokens in {_counted(summary['sequences'], 'sequence')}"),
+            ("read", read),
             ("neurons", f"{summary['n_layer']} layers of {summary['n_ff']}"),
-            ("active for a token", _percent(summary["active_share"])),
+            ("active for a token", active),
             ("80% of activations", f"come from {_percent(summary['neurons_for_80_percent'])} of the neurons"),
             ("token to token", f"{_percent(summary['token_overlap'])} of an active set was active a token before"),
             ("layer to layer", f"{_percent(summary['layer_overlap'])} of it is foreseen from the layer below"),
@@ -177,7 +182,3 @@ def activity_tables(found: Activity) -> tuple[Table, Table]:
 
 def _percent(value: Any) -> str:
     return "-" if value is None else f"{value:.1%}"
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"

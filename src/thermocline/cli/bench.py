@@ -10,7 +10,7 @@ import thermocline
 from thermocline.cli.flags import JsonFlag, ModelFlag, VerboseFlag, count, with_settings
 from thermocline.cli.loading import load as load_model
 from thermocline.cli.output import notices, status, write_json
-from thermocline.cli.tables import facts, print_tables, size_of
+from thermocline.cli.tables import counted, facts, print_tables, size_of
 from thermocline.config import LoadSettings
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ def bench(
 
       thermocline bench --json
     """
+    load.require_unwatched("bench")
     with load_model(model, load) as llm:
         notices(llm, always=verbose)
         room = llm.n_ctx - 1
@@ -89,7 +90,7 @@ def _header(record: dict[str, Any]) -> Table:
     return facts(
         [
             ("model", f"{record['model']}, {record['parameters']:,} parameters, {size_of(record['weight_bytes'])}"),
-            ("computed by", f"{record['ops']}, {record['threads']} threads, mode {record['mode']}"),
+            ("computed by", f"{record['ops']}, {counted(record['threads'], 'thread')}, mode {record['mode']}"),
             ("memory reads", f"{record['peak_gigabytes_per_second']:.1f} GB/s at best in this run"),
         ]
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated
@@ -12,7 +13,7 @@ from thermocline.cli.flags import ModelFlag, VerboseFlag, flag, with_settings
 from thermocline.cli.loading import load as load_model
 from thermocline.cli.output import notices, status, tell_report, write_stream
 from thermocline.config import LoadSettings, SamplingSettings
-from thermocline.errors import ChatTemplateError, ContextError, Terminated, ThermoclineError
+from thermocline.errors import ChatTemplateError, ContextError, Terminated, ThermoclineError, UsageError
 
 if TYPE_CHECKING:
     from thermocline.api import Stream
@@ -25,7 +26,7 @@ def chat(
     *,
     model: ModelFlag = None,
     system: Annotated[
-        str | None, flag("--system-prompt", "-sys", help="Instruction at the beginning.", hyphen=True)
+        str | None, flag("--system-prompt", "-sys", help="Instruction at the beginning; '' is none.", hyphen=True)
     ] = None,
     plain: Annotated[
         bool, flag("--plain", help="No chat template: your lines and the model's make one text, which it continues.")
@@ -44,6 +45,8 @@ def chat(
 
       thermocline chat --plain --stop $'\n\n'
     """
+    if sampling.logprobs:
+        raise UsageError("a chat tells no --logprobs: leave it out, or ask 'thermocline run --json' for them")
     with load_model(model, load) as llm:
         notices(llm, always=verbose)
         if not plain and not llm.has_chat_template:
@@ -52,7 +55,7 @@ def chat(
                 "complete text with 'thermocline run', or add --plain to take turns without a template"
             )
         status(f"{llm.spec.name}, context {llm.n_ctx} tokens. {HELP}")
-        talk = PlainTalk(llm, sampling, system) if plain else TemplateTalk(llm, sampling, system)
+        talk = (PlainTalk if plain else TemplateTalk)(llm, sampling, system or None)
         return _converse(talk, verbose)
 
 
@@ -107,9 +110,13 @@ class PlainTalk:
 
 
 def _converse(talk: TemplateTalk | PlainTalk, verbose: bool) -> int:
-    if sys.stdin is not None and sys.stdin.isatty():
+    """Turns until the input ends; the exit code. To a script, unlike a person, a turn that failed is a failure."""
+    failed = 0
+    if _interactive():
         with contextlib.suppress(ImportError):  # line editing and history for input(), where Python has it
             import readline  # noqa: F401
+    elif isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # what is not UTF-8 costs its turn only, in every locale
     while (line := _read()) is not None:
         match line.strip():
             case "":
@@ -124,27 +131,33 @@ def _converse(talk: TemplateTalk | PlainTalk, verbose: bool) -> int:
             case command if command.startswith("/"):
                 status(f"unknown command; {HELP}", always=True)
             case _:
-                _turn(talk, line, verbose)
-    return 0
+                failed += not _turn(talk, line, verbose)
+    return int(failed > 0 and not _interactive())
 
 
-def _turn(talk: TemplateTalk | PlainTalk, line: str, verbose: bool) -> None:
+def _turn(talk: TemplateTalk | PlainTalk, line: str, verbose: bool) -> bool:
+    """Whether there was an answer."""
     try:
         with talk.ask(line) as stream:
             written = write_stream(stream)
     except ContextError as error:
         status(f"error: {error}; or start anew with /clear", always=True)
-        return
+        return False
     except ThermoclineError as error:
         status(f"error: {error}", always=True)
-        return
+        return False
     talk.keep(line, written.text)
     tell_report(stream.report, always=verbose)
+    return True
+
+
+def _interactive() -> bool:
+    return sys.stdin is not None and sys.stdin.isatty()
 
 
 def _read() -> str | None:
     """A line typed or piped in, None at its end; Ctrl-C gives the line up."""
-    interactive = sys.stdin is not None and sys.stdin.isatty()
+    interactive = _interactive()
     while True:
         try:
             return input("> " if interactive else "")

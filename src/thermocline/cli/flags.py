@@ -6,7 +6,7 @@ import ast
 import functools
 import inspect
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from typing import Annotated, Any, get_type_hints
 
@@ -34,19 +34,55 @@ GROUPS: dict[type[Any], str] = {LoadSettings: "Loading", SamplingSettings: "Samp
 """Settings that become flags, and what help calls them."""
 
 NOT_YET: dict[tuple[str, ...], str] = {
-    ("--n-gpu-layers", "--gpu-layers", "-ngl"): "this version computes on the CPU only",
+    ("--n-gpu-layers", "--gpu-layers", "-ngl"): (
+        "neurons are placed, not layers: give --vram-budget, and --device cuda or emulated"
+    ),
     ("--hf-repo", "-hf", "-hfr"): "download the model yourself and give its file or folder with -m",
     ("--lora",): "adapters are not implemented; merge it into the model",
     ("--model-draft", "-md"): "speculative decoding is not implemented",
     ("--batch-size", "-b"): "prompts are computed in passes of --ubatch-size (-ub) tokens",
     ("--threads-batch", "-tb"): "prompt and answer use the same --threads (-t)",
     ("--flash-attn", "-fa"): "there is one implementation of attention",
-    ("--override-tensor", "-ot"): "every tensor stays in the CPU's memory",
+    ("--override-tensor", "-ot"): (
+        "a plan says where tensors live: give --vram-budget and --ram-budget, or --plan with one of your own"
+    ),
     ("--grammar", "--grammar-file"): "constrained output is not implemented",
     ("--json-schema", "-j"): "constrained output is not implemented",
     ("--chat-template", "--chat-template-file"): "only the template in the model's own file is used",
+    ("--conversation", "-cnv", "--no-conversation", "-no-cnv"): (
+        "'thermocline run' completes a text and 'thermocline chat' talks"
+    ),
+    ("--parallel", "-np"): "one sequence is computed at a time; only 'thermocline plan' plans for several",
+    ("--reverse-prompt", "-r"): "--stop ends the text where a string begins",
+    ("--escape", "-e", "--no-escape"): "a prompt is taken as it is; put its line ends in a file for -f",
+    ("--color", "-co"): "on a terminal the prompt is dimmed in any case",
+    ("--mirostat", "--mirostat-lr", "--mirostat-ent"): "the samplers are --temp, --top-k, --top-p and --min-p",
+    ("-temp",): "write it with two hyphens, --temp",
+    ("-pg",): "'thermocline bench' measures the prompt (-p) and the answer (-n) each by itself",
 }
 """Flags of other engines that people will try, and what to do instead. They are refused, never ignored."""
+
+
+_UNWATCHED: dict[str, str | None] = {"drift": None, "count_activity": None}
+_UNPREDICTED: dict[str, str | None] = {
+    "mode": "How the FFN is computed: exact or dense; auto is exact where the activation gives zeros.",
+    "predictor": None,
+    "predictor_threshold": None,
+}
+
+OWN_HELP: dict[str, dict[str, str | None]] = {
+    "profile": _UNWATCHED | _UNPREDICTED,
+    "train_predictor": {
+        **_UNWATCHED,
+        **_UNPREDICTED,
+        "activity": "What `profile` wrote, not an order: it tells from which activation on a neuron fires, and near "
+        "which rank to begin. What lies beside the model is not used for that.",
+    },
+    "audit": _UNWATCHED,
+    "perplexity": _UNWATCHED,
+    "bench": _UNWATCHED,
+}
+"""What a verb's help says of a setting where it is not what the settings' own says; None: nothing, as it is refused."""
 
 
 def flag(*names: str, help: str, hyphen: bool = False) -> Parameter:  # noqa: A002
@@ -93,11 +129,12 @@ def with_settings(verb: Verb) -> Verb:
     parameters = [p.replace(annotation=hints[name]) for name, p in own.items() if name not in settings]
     owners: dict[str, str] = {}
     for name, kind in settings.items():
-        for parameter in _flags(kind):
+        for parameter in _flags(kind, OWN_HELP.get(verb.__name__, {})):
             owners[parameter.name] = name
             parameters.append(parameter)
     refused = {_identifier(names): (names, why) for names, why in NOT_YET.items()}
-    parameters += [_refused_flag(name, names) for name, (names, _) in refused.items()]
+    taken = {name for parameter in parameters for name in _names(parameter)}
+    parameters += [_refused_flag(name, names, taken) for name, (names, _) in refused.items()]
 
     @functools.wraps(verb)
     def run(**values: Any) -> int:
@@ -117,8 +154,8 @@ def with_settings(verb: Verb) -> Verb:
     return run
 
 
-def _flags(kind: type[Any]) -> list[inspect.Parameter]:
-    """One keyword-only parameter for each field."""
+def _flags(kind: type[Any], own: Mapping[str, str | None]) -> list[inspect.Parameter]:
+    """One keyword-only parameter for each field, which help tells of as `own` has it."""
     hints, docs = get_type_hints(kind), field_docs(kind)
     group = Group(GROUPS[kind], sort_key=1 + list(GROUPS).index(kind))
     flags = []
@@ -129,15 +166,27 @@ def _flags(kind: type[Any]) -> list[inspect.Parameter]:
         if field.name == "logit_bias":
             hint, default = tuple[str, ...], ()
         names = NAMES.get(field.name, (f"--{field.name.replace('_', '-')}",))
-        help_text = f"{docs[field.name]} {_extra_help(field.name)}".rstrip()
-        about = Parameter(name=names, help=help_text, group=group, **({"negative": ()} | extra))
+        help_text: str | None = f"{docs[field.name]} {_extra_help(field.name)}".rstrip()
+        if field.name in own:
+            help_text = own[field.name]
+            extra = {**extra, "show": help_text is not None, "show_choices": False}
+        common: dict[str, Any] = {"negative": (), "name_transform": _choice}
+        about = Parameter(name=names, help=help_text, group=group, **(common | extra))
         flags.append(_keyword(field.name, Annotated[hint, about], default))
     return flags
 
 
-def _refused_flag(name: str, names: tuple[str, ...]) -> inspect.Parameter:
-    about = Parameter(name=names, show=False, allow_leading_hyphen=True)
-    return _keyword(name, Annotated[str | None, about], None)
+def _refused_flag(name: str, names: tuple[str, ...], taken: set[str]) -> inspect.Parameter:
+    """A flag with or without values, by the names that mean nothing else here."""
+    free = tuple(name for name in names if name not in taken)
+    about = Parameter(name=free, show=False, negative=(), consume_multiple=True)
+    return _keyword(name, Annotated[tuple[str, ...] | None, about], None)
+
+
+def _names(parameter: inspect.Parameter) -> tuple[str, ...]:
+    """What a parameter is called on the command line."""
+    abouts = [about for about in getattr(parameter.annotation, "__metadata__", ()) if isinstance(about, Parameter)]
+    return tuple(name for about in abouts for name in about.name or ())
 
 
 def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
@@ -146,6 +195,11 @@ def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
 
 def _default(field: Field[Any]) -> Any:
     return field.default_factory() if field.default_factory is not MISSING else field.default
+
+
+def _choice(name: str) -> str:
+    """A member of an enum as its value is written: q8_0, which cyclopts would show as q8-0; both are taken."""
+    return name.lower().replace("-", "_")
 
 
 def _whole(_: Any, value: str, *, delimiter: str | None = None) -> list[str]:

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
-from cyclopts.config import Env
 
 from thermocline import __version__
+from thermocline.cli.environment import Environment
 from thermocline.errors import Terminated, ThermoclineError, printable
 
 USAGE = 2
@@ -39,6 +39,15 @@ VERBS = {
     "doctor": "Say what this machine has and which kernels will run.",
 }
 
+HINTS = {
+    "run": "a prompt is given with -p, a model with -m",
+    "chat": "a model is given with -m",
+    "bench": "a model is given with -m",
+    "plan": "a model is given with -m",
+    "profile": "a model is given with -m, a text with --text",
+}
+"""Where an argument without a flag belongs that a verb does not take."""
+
 INTRODUCTION = """Runs large language models by computing only the neurons that fire.
 
 For example:
@@ -60,11 +69,11 @@ def build_app(verb: str = "") -> App:
         help=INTRODUCTION,
         help_format="plaintext",
         version=__version__,
-        config=Env("THERMOCLINE_", command=False),
         result_action="return_value",
         suppress_keyboard_interrupt=False,
         default_parameter=Parameter(show_env_var=False),
     )
+    app.config = (Environment(app),)
     for name, summary in VERBS.items():
         module = name.replace("-", "_")
         app.command(f"thermocline.cli.{module}:{module}", name=name, help=None if name == verb else summary)
@@ -77,9 +86,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0: done. 1: the model, the machine or the disk refused. 2: the command line is wrong. 130: interrupted.
     141: whoever read our output stopped reading. 143: terminated, which ends things as an interrupt does.
     """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         with _ended_by_the_system():
-            code = _dispatch(list(sys.argv[1:] if arguments is None else arguments))
+            code = _dispatch(arguments)
             if sys.stdout is not None:
                 sys.stdout.flush()
             return code
@@ -89,24 +99,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as interrupt:
         terminated = isinstance(interrupt, Terminated)
         what = "terminated" if terminated else "interrupted"
-        complain("; ".join([what, *getattr(interrupt, "__notes__", ())]))
+        complain(_with_notes(what, interrupt))
         return TERMINATED if terminated else INTERRUPTED
     except UnusedCliTokensError as error:
         extra = error.unused_tokens[0] if error.unused_tokens else ""
-        complain(f"error: unexpected argument {printable(extra)!r}; a prompt is given with -p, a model with -m")
+        instead = HINTS.get(arguments[0], f"'thermocline {printable(arguments[0])} --help' tells what it takes")
+        complain(f"error: unexpected argument {printable(extra)!r}; {instead}")
         return USAGE
     except CycloptsError as error:
         complain(f"error: {' '.join(str(error).split())}")
         return USAGE
     except ThermoclineError as error:
-        complain(f"error: {error}")
+        complain(_with_notes(f"error: {error}", error))
         return error.exit_code
     except OSError as error:
-        complain(f"error: {error}")
+        complain(_with_notes(f"error: {error}", error))
         _silence_stdout()
         return 1
-    except MemoryError:
-        complain("error: out of memory; use a smaller --ctx-size or a smaller model")
+    except MemoryError as error:
+        complain(_with_notes("error: out of memory; use a smaller --ctx-size or a smaller model", error))
         return 1
 
 
@@ -132,6 +143,11 @@ def complain(line: str) -> None:
     """One line on standard error."""
     if sys.stderr is not None:
         print(line, file=sys.stderr)
+
+
+def _with_notes(what: str, error: BaseException) -> str:
+    """What happened, and what was noted on it on its way here, such as what of the work is kept."""
+    return "; ".join([what, *getattr(error, "__notes__", ())])
 
 
 def _dispatch(arguments: list[str]) -> int:

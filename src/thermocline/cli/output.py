@@ -6,7 +6,7 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from thermocline.errors import Terminated
+from thermocline.errors import WARNING, Terminated
 
 if TYPE_CHECKING:
     from thermocline.api import LLM, RunReport, Stream
@@ -39,7 +39,7 @@ def status(line: str, *, always: bool = False) -> None:
 
 def tell_notice(notice: str, *, always: bool = False) -> None:
     """Say what is odd; what was asked for and is not done, to everybody."""
-    warning = notice.startswith("WARNING")
+    warning = notice.startswith(WARNING)
     status(notice if warning else f"note: {notice}", always=always or warning)
 
 
@@ -57,7 +57,7 @@ def notices(llm: LLM, *, always: bool = False) -> None:
 def tell_report(report: RunReport, *, always: bool = False) -> None:
     """Say what a run did; where it was not what its plan predicted, to everybody."""
     for line in report.lines():
-        status(line, always=always or line.startswith("WARNING"))
+        status(line, always=always or line.startswith(WARNING))
 
 
 def echo(prompt: str) -> None:

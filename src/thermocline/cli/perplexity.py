@@ -8,7 +8,7 @@ import thermocline
 from thermocline.cli.bars import progress_bar
 from thermocline.cli.flags import JsonFlag, ModelFlag, TextFlag, VerboseFlag, count, with_settings
 from thermocline.cli.output import status, write_json
-from thermocline.cli.tables import facts, print_tables
+from thermocline.cli.tables import counted, facts, print_tables
 from thermocline.config import LoadSettings
 from thermocline.errors import skipped_words
 
@@ -31,9 +31,9 @@ def perplexity(
 ) -> int:
     """Measure a model's perplexity on texts, as llama.cpp's perplexity does, in any mode.
 
-    The text is cut to chunks of --ctx-size tokens (512 unless you say otherwise); each begins with bos, where the model
-    has one, and the tokens of its second half are scored. The error is one standard error of the mean. In mode
-    predicted tokens run one by one, so that what the predictor misses shows.
+    The text is cut to chunks of --ctx-size tokens (without it 512, or the model's context where that is shorter); each
+    begins with bos, where the model has one, and the tokens of its second half are scored. The error is one standard
+    error of the mean. In mode predicted tokens run one by one, so that what the predictor misses shows.
 
     For example:
 
@@ -67,13 +67,13 @@ def perplexity(
 
 def _rows(found: Perplexity) -> list[tuple[str, str]]:
     if found.stride:
-        window = f"chunks of {found.n_ctx} tokens every {found.stride}, every token scored once"
+        window = f" of {found.n_ctx} tokens every {found.stride}, every token scored once"
     else:
-        window = f"chunks of {found.n_ctx} tokens, second half scored"
+        window = f" of {found.n_ctx} tokens, second half scored"
     return [
         ("perplexity", f"{found.perplexity:.4f} +/- {found.error:.4f}"),
         ("per token", f"{found.nll:.4f} nats"),
-        ("scored", f"{found.tokens:,} tokens in {found.chunks:,} {window}"),
+        ("scored", f"{counted(found.tokens, 'token')} in {counted(found.chunks, 'chunk')}{window}"),
         ("mode", found.mode),
         ("took", f"{found.seconds:.1f} s"),
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,12 +15,13 @@ from thermocline.config import LoadSettings, SamplingSettings
 from thermocline.errors import UsageError
 
 if TYPE_CHECKING:
-    from thermocline.api import Generation
+    from thermocline.api import Item, Stream
 
 PROMPT = "def quicksort(items):"
 """What the model that comes with the package, which has read Python, continues if nothing else is asked."""
 TOKENS = 256
 """How much of that it writes."""
+SYSTEM_HELP = "Answer as a chat message, under this instruction; '' is a chat message without one."
 
 
 @with_settings
@@ -30,10 +32,7 @@ def run(
         str | None, flag("--prompt", "-p", help="Text to continue; - reads standard input.", hyphen=True)
     ] = None,
     file: Annotated[str | None, flag("--file", "-f", help="Read the prompt from a file.")] = None,
-    system: Annotated[
-        str | None,
-        flag("--system-prompt", "-sys", help="Answer as a chat message, under this instruction.", hyphen=True),
-    ] = None,
+    system: Annotated[str | None, flag("--system-prompt", "-sys", help=SYSTEM_HELP, hyphen=True)] = None,
     as_json: JsonFlag = False,
     verbose: VerboseFlag = False,
     load: LoadSettings,
@@ -51,6 +50,8 @@ def run(
 
       thermocline run -m model.gguf -p 'Once upon a time' -n 64 --json
     """
+    if sampling.logprobs and not as_json:
+        raise UsageError("--logprobs is told in JSON only: add --json, or leave it out")
     text = read_prompt(prompt, file)
     if text is None:
         if model is not None or system is not None:
@@ -63,11 +64,10 @@ def run(
         if system is None:
             stream = llm.stream(text, sampling)
         else:
-            messages = [{"role": "system", "content": system}, {"role": "user", "content": text}]
-            stream = llm.stream_chat(messages, sampling)
+            instruction = [{"role": "system", "content": system}] if system else []
+            stream = llm.stream_chat([*instruction, {"role": "user", "content": text}], sampling)
         if as_json:
-            with stream:
-                write_json(generation_record(llm, stream.collect()))
+            _write_record(llm, stream)
             return 0
         if system is None:
             echo(text)
@@ -77,17 +77,29 @@ def run(
         return INTERRUPTED if interrupted else 0
 
 
-def generation_record(llm: thermocline.LLM, generation: Generation) -> dict[str, Any]:
-    """A generation as one JSON object."""
+def _write_record(llm: thermocline.LLM, stream: Stream) -> None:
+    """The whole of `stream` as one JSON object; after an interrupt, what there is of it."""
+    items: list[Item] = []
+    with stream:
+        try:
+            items.extend(stream)  # keeps what came before an exception
+        except KeyboardInterrupt:
+            write_json(generation_record(llm, stream, items) | {"finish_reason": "interrupted"})
+            raise
+        write_json(generation_record(llm, stream, items))
+
+
+def generation_record(llm: thermocline.LLM, stream: Stream, items: Sequence[Item]) -> dict[str, Any]:
+    """What came of a stream as one JSON object."""
     return {
         "model": llm.spec.name,
         "mode": llm.mode,
         "ops": llm.ops,
-        "text": generation.text,
-        "tokens": generation.tokens,
-        "logprobs": generation.logprobs,
-        "top_logprobs": generation.top,
-        "finish_reason": generation.finish_reason,
+        "text": "".join(item.text for item in items),
+        "tokens": [item.token for item in items],
+        "logprobs": [item.logprob for item in items],
+        "top_logprobs": [item.top for item in items],
+        "finish_reason": stream.finish_reason,
         "notices": llm.notices,
-        "report": generation.report.as_dict(),
+        "report": stream.report.as_dict(),
     }

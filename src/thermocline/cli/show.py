@@ -11,7 +11,7 @@ import thermocline
 from thermocline.cli.flags import JsonFlag, flag
 from thermocline.cli.output import write_json
 from thermocline.cli.tables import facts, print_tables, size_of
-from thermocline.errors import printable
+from thermocline.errors import UsageError, printable
 
 if TYPE_CHECKING:
     from thermocline.api import ModelInfo, PredictorInfo
@@ -35,6 +35,10 @@ def show(
 
       thermocline show path/to/folder --json
     """
+    if model is not None and named is not None:
+        raise UsageError(
+            f"two models are named, {printable(model)} and with -m {printable(named)}; leave one of them out"
+        )
     info = thermocline.describe(model if model is not None else named)
     if as_json:
         write_json(info.as_dict())

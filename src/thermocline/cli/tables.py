@@ -70,6 +70,11 @@ def _columns(table: Table, columns: list[int], title: Any = None) -> Table:
     return part
 
 
+def counted(number: int, noun: str) -> str:
+    """So many of something: 1 thread, 2,000 tokens."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def size_of(count: float) -> str:
     """Bytes for people."""
     for unit in UNITS[:-1]:

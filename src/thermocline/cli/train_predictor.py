@@ -86,14 +86,19 @@ def _summary(done: Trained, output: str) -> list[tuple[str, str]]:
     count = len(done.layers)
     selected, active = (sum(layer[name] for layer in done.layers) / count for name in ("selected", "active"))
     vain = [str(number) for number, layer in enumerate(done.layers) if not layer["pays"]]
+    read = size_of(done.predicted_bytes)
     rows = [
         ("predictor", f"{size_of(done.predictor.nbytes)}, {done.share:.2%} of the model's numbers"),
-        ("selected", f"{selected:.1%} of the neurons, of which {active:.1%} fire"),
+        ("selected", f"{selected:.1%} of the neurons; {active:.1%} fire"),
+        ("read for a token", f"{read} to find these; {size_of(done.exact_bytes)} in mode exact"),
         ("trained on", f"{done.tokens:,} tokens in {done.seconds:.1f} s"),
         ("written", f"{output}; hold it to exact computing with thermocline audit"),
     ]
-    if vain:
-        rows.insert(2, ("does not pay", f"in layers {', '.join(vain)}, where all neurons are selected"))
+    if not done.saves:
+        rows.insert(3, ("does not pay", "it would read more bytes than it saves: mode auto will be exact"))
+    elif vain:
+        where = f"layer{'s' * (len(vain) > 1)} {', '.join(vain)}"
+        rows.insert(3, ("does not pay", f"in {where}, where it reads more than mode exact"))
     return rows
 
 
@@ -102,6 +107,8 @@ def _record(done: Trained, output: str) -> dict[str, Any]:
         "output": output,
         "bytes": done.predictor.nbytes,
         "share_of_parameters": done.share,
+        "bytes_a_token": {"predicted": done.predicted_bytes, "exact": done.exact_bytes},
+        "saves": done.saves,
         "tokens": done.tokens,
         "resumed": done.resumed,
         "skipped": [str(path) for path in done.skipped],

@@ -8,14 +8,14 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from thermocline.errors import OutputError, printable
+from thermocline.errors import OutputError, UsageError, printable
 
 Content = bytes | bytearray | memoryview | npt.NDArray[np.uint8]
 
@@ -97,7 +97,8 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
     """
     path = Path(path)
     with explained(path):
-        if path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
+        unnamed = not path.name  # such as . and /
+        if unnamed or path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
             raise OutputError(f"{printable(str(path))}: is there already: remove it, or name a new folder")
         _remove_leavings(path)
         temporary, descriptor = _create(path, folder=True)
@@ -139,6 +140,30 @@ def existing_mode(path: Path) -> int | None:
         kind = "a folder" if stat.S_ISDIR(found) else "not a regular file"
         raise OutputError(f"{printable(str(path))}: is {kind}; name a file to write")
     return stat.S_IMODE(found)
+
+
+def require_kind(path: Path | str, what: str, is_one: Callable[[Path], bool], flag: str = "-o") -> None:
+    """Refuse to replace a file of another kind: an input or a model that is named as the output by mistake.
+
+    `what` is the kind in words, `is_one` tells whether a file is of it. An empty file may be anything.
+
+    Raises:
+        UsageError: `path` is there and of another kind.
+        OutputError: it cannot be looked at.
+    """
+    path = Path(path)
+    with explained(path):
+        free = not path.is_file() or not path.stat().st_size or is_one(path)
+    if not free:
+        raise UsageError(
+            f"{printable(str(path))} is there and is no {what}: name another file with {flag}, or remove it first"
+        )
+
+
+def begins(path: Path, words: bytes) -> bool:
+    """Whether a file begins with `words`, in small letters or large ones."""
+    with path.open("rb") as file:
+        return file.read(len(words)).lower() == words.lower()
 
 
 def require_space(path: Path, size: int) -> None:

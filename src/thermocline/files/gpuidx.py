@@ -91,6 +91,15 @@ def read_gpu_index(path: Path | str, *, n_layer: int | None = None, n_ff: int | 
     return GpuIndex(tuple(masks), capacity)
 
 
+def is_gpu_index(path: Path | str) -> bool:
+    """Whether a file is a GPU index that can be read."""
+    try:
+        read_gpu_index(path)
+    except ModelFormatError:
+        return False
+    return True
+
+
 def write_gpu_index(path: Path | str, masks: Sequence[npt.NDArray[Any]], vram_capacity: int) -> int:
     """Write a GPU index, whole or not at all, and return its size in bytes.
 

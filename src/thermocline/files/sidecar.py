@@ -212,6 +212,14 @@ def read_sidecar(path: Path | str, kind: SidecarKind | None = None, *, verify: b
     )
 
 
+def is_sidecar(path: Path | str, kind: SidecarKind) -> bool:
+    """Whether a file says that it is a sidecar of this kind, of whatever version; it may be damaged beyond that."""
+    try:
+        return read_safetensors_header(map_file(Path(path), minimum=8)).notes.get(_NOTES["kind"]) == kind
+    except ModelFormatError:
+        return False
+
+
 def update_info(path: Path | str, changes: Mapping[str, Any]) -> Sidecar:
     """Replace top-level keys of a sidecar's `info` (a value of None removes one), whole or not at all.
 

@@ -20,9 +20,15 @@ Useless = Callable[[Mapping[str, Any]], Iterable[Path] | None]
 
 
 class Workplace:
-    """The folder OUTPUT.work, of one run at a time. `identity` is what a second start must have in common with it."""
+    """The folder OUTPUT.work, of one run at a time. `identity` is what a second start must have in common with it.
+
+    Raises:
+        UsageError: `output` names no file.
+    """
 
     def __init__(self, output: Path, identity: Mapping[str, Any]) -> None:
+        if not output.name:  # . and /
+            raise UsageError(f"the output (-o) is {output}, which is a folder; name a file to write")
         self.folder = output.with_name(output.name + ".work")
         self._identity = json.loads(json.dumps(identity))
 
@@ -112,10 +118,12 @@ class Workplace:
         try:
             yield
         except BaseException as error:
-            if not begun() or (self._fails_alike(error) and not other()):
+            alike = self._fails_alike(error)
+            if not begun() or (alike and not other()):
                 self.remove()
                 raise
-            told = f"what was done is kept in {printable(str(self.folder))}: the same command goes on with it"
+            which = "one with other settings" if alike else "the same command"
+            told = f"what was done is kept in {printable(str(self.folder))}: {which} goes on with it"
             if isinstance(error, OutputError):
                 raise OutputError(f"{error}; {told}") from error
             error.add_note(told)

@@ -36,8 +36,13 @@ class Cores:
         A second thread on a core adds no bandwidth, and threads beyond the quota are stopped in mid-step
         while the others wait for them.
         """
-        fed = self.physical if self.quota is None else math.ceil(self.quota)
-        return max(1, min(self.physical, fed))
+        return max(1, min(self.physical, self.usable))
+
+    @property
+    def usable(self) -> int:
+        """How many threads can run at once."""
+        allowed = len(self.allowed)
+        return allowed if self.quota is None else min(allowed, math.ceil(self.quota))
 
 
 def find_cores(system: Path = SYSTEM, cpuinfo: Path = Path("/proc/cpuinfo")) -> Cores:

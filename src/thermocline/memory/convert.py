@@ -68,6 +68,7 @@ def convert(
     order: Order | None = None,
     activity: Activity | None = None,
     predictor: Predictor | None = None,
+    predicting: bool = True,
     threads: int = 1,
     restart: bool = False,
     replace: bool = True,
@@ -80,7 +81,7 @@ def convert(
 
     With an `order`, each layer's neurons are stored in it (records only), and the file tells so. An `activity` of the
     source and a `predictor` go inside, in place of those that are there. What is inside stays, its neurons in the same
-    order as the network's.
+    order as the network's; but not `predicting`, predictors stay behind, which other engines cannot read.
 
     Raises:
         UsageError: the outtype is unknown, the order is for records and these are none, or the file is there.
@@ -100,15 +101,19 @@ def convert(
     metadata["general.quantization_version"] = np.uint32(2)
     metadata |= order_metadata(source, layout.spec, order) | counts_metadata(source, order, activity)
     tensors: tuple[NewTensor, ...] = layout.tensors
-    if predictor is None and isinstance(source, GgufFile):
+    carried = _carried(source)
+    if not predicting:
+        metadata, predictor = without_predictor(metadata), None
+        notes = (*notes, *(["the predictor inside is left out: other engines cannot read it"] if carried else []))
+    elif predictor is None and isinstance(source, GgufFile):
         inside = predictor_inside(source)  # one of another network is not carried on
         predictor = inside if fmt is not None or order is not None else None
     if predictor is not None:
         predictor.require_fits(source.path, layout.spec)
         metadata = without_predictor(metadata) | predictor_metadata(predictor, measured=fmt is None)
         tensors = (*tensors, *predictor_tensors(predictor, fmt, order))
-    else:
-        tensors = (*tensors, *_carried(source))
+    elif predicting:
+        tensors = (*tensors, *carried)
     resume = resume_of(source, predictor, layout, restart=restart, replace=replace)
     size = write_gguf(path, metadata, announced(tensors, progress), resume=resume)
     return WriteReport(path, size, tuple(layout.reblocked), (*notes, *_widened(layout, fmt)))

@@ -7,7 +7,7 @@ the family's files have them so; the down projection in rows of n_ff, or as neur
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
@@ -19,6 +19,7 @@ from thermocline.files.formats import F16, F32, Q4_0, Q4_K, Q5_K, Q6_K, Q8_0, Bl
 from thermocline.files.gguf_writer import NewTensor
 from thermocline.files.quantize import from_float, quantize, to_float
 from thermocline.files.weight import Bytes, PickedWeight, Weight
+from thermocline.memory.checks import check_finite
 from thermocline.memory.reblock import Reblocked, store, transpose
 from thermocline.model.families import family_of
 from thermocline.model.header import rope_factors
@@ -28,6 +29,7 @@ from thermocline.model.tensors import check_tensors, expected_tensors
 from thermocline.ops.cpu import CpuOps
 
 Order = npt.NDArray[np.integer[Any]]
+Make = Callable[[Weight, BlockFormat, Order | None], Bytes]
 
 VOCABULARY: Final = {"token_embd.weight", "output.weight"}
 FINER: Final[dict[BlockFormat, BlockFormat]] = {Q4_0: Q8_0, Q4_K: Q6_K, Q5_K: Q6_K}
@@ -55,6 +57,8 @@ def lay_out(
     Raises:
         ModelFormatError: the source contradicts itself.
         UnsupportedModelError: it asks for what is not implemented.
+
+    Whoever makes a tensor hears NumericalError where it is not finite, or does not fit its format.
     """
     family = family_of(source)
     spec = family.spec(source)
@@ -109,7 +113,12 @@ class _Maker:
         target = stored_format(name, shape, self.fmt or weight.format)
         rows = self.rows(name, max(shape) if shape[0] == 1 else shape[0])
         make = self.transposed if down else self.vector if shape[0] == 1 else self.matrix
-        return NewTensor(name, target, shape, partial(make, weight, target, rows))
+        return NewTensor(name, target, shape, partial(self.checked, make, weight, target, rows))
+
+    def checked(self, make: Make, weight: Weight, target: BlockFormat, rows: Order | None) -> Bytes:
+        """The bytes that `make` makes, of a weight that is finite: copies, too, are looked at."""
+        check_finite({weight.name: weight}, self.ops)
+        return make(weight, target, rows)
 
     def rows(self, name: str, count: int) -> Order | None:
         """The order of a matrix's rows, or a vector's elements; None where they stay as they are."""

@@ -6,7 +6,7 @@ import os
 from importlib import import_module
 
 from thermocline.config import OpsKind
-from thermocline.errors import HardwareError
+from thermocline.errors import HardwareError, UsageError, printable
 from thermocline.hardware.gpu_software import gpu_lacks
 from thermocline.ops.contract import Ops
 from thermocline.ops.cpu import CpuOps
@@ -18,10 +18,14 @@ def make_ops(kind: OpsKind, threads: int, isa: str = "auto") -> Ops:
     """The ops of that kind; `threads` (from 1) and `isa` concern the CPU kernels only.
 
     Raises:
-        UsageError: `threads` or `isa` is out of range.
+        UsageError: `threads` or `isa` is out of range, or an `isa` was named for the reference, which has none.
         HardwareError: this CPU lacks `isa`.
     """
     if kind is OpsKind.REFERENCE:
+        if isa != "auto":
+            raise UsageError(
+                f"isa is {printable(isa)}, and the reference has no kernels: leave --isa out, or --ops reference"
+            )
         return ReferenceOps()
     return CpuOps(threads, isa)
 

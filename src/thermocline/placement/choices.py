@@ -94,7 +94,7 @@ def choices_of(
         _keep_homes(homes_of, homes, predictor, problem.mode, seconds)
     edges = [[_edge(problem, a, b, prompt_weight) for b in homes] for a in homes]
     starts = np.flatnonzero(np.diff(hot, prepend=-1) != 0)
-    limits = (problem.room(Tier.VRAM) if vram else 0, problem.room(Tier.RAM))
+    limits = (problem.room(Tier.VRAM) if vram else 0, problem.room(Tier.RAM, disk=disk or trunk))
     return Choices(homes, seconds, v, r, np.array(edges), starts, predictor, hot, warm, limits)
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import numpy as np
 
 from thermocline.activity.drawing import AMBER, COLD, WARM, Axis, Plot, layer_marks, percents
+from thermocline.activity.order import By, Order
 from thermocline.activity.pictures import Picture, heat_columns
 from thermocline.activity.statistics import Activity
-from thermocline.errors import PlanError
+from thermocline.errors import PlanError, UsageError
 from thermocline.hardware.machine import Tier
 from thermocline.placement.plan import Plan
 
@@ -18,12 +21,15 @@ def placement_picture(plan: Plan, activity: Activity, source: str = "plan") -> P
     """Every layer's neurons in order of temperature, cut at the plan's depths.
 
     Raises:
-        PlanError: the plan is of another model than the activity.
+        PlanError: the plan is of another model than the activity, or was not made from it.
     """
     if plan.model != activity.model_fingerprint:
         raise PlanError(source, "model", f"is of {plan.model[:12]}, the activity of {activity.model_fingerprint[:12]}")
     if (len(plan.layers), plan.n_ff) != (activity.n_layer, activity.n_ff):
         raise PlanError(source, "layers", f"{len(plan.layers)} of {plan.n_ff} neurons do not fit the activity")
+    if plan.activity not in _orders(activity):
+        made = f"from {plan.activity[:12]}" if plan.activity else "without one"
+        raise PlanError(source, "activity", f"it was made {made}, not from the one that is drawn")
     n_layer = activity.n_layer
     rank = Axis(0, 1, "rank in the layer, hottest first", percents(0, 1))
     plot = Plot("Placement", rank, Axis(n_layer - 0.5, -0.5, "layer", layer_marks(n_layer)), right=86)
@@ -39,6 +45,15 @@ def placement_picture(plan: Plan, activity: Activity, source: str = "plan") -> P
     if not vram and not disk:
         plot.legend = [("all neurons in RAM", COLD)]
     return Picture("placement", plot.svg(), _caption(plan))
+
+
+def _orders(activity: Activity) -> set[str]:
+    """What a plan that was made from an activity names it by: its fingerprint as an order, by either measure."""
+    found = set()
+    for by in By:
+        with suppress(UsageError):  # an activity may know one of them only
+            found.add(Order.of(activity, by).fingerprint)
+    return found
 
 
 def _cut(plot: Plot, depths: list[float], colour: str, name: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from enum import StrEnum
+from pathlib import Path
 
 from thermocline.errors import PlanError
 from thermocline.hardware.machine import Tier
@@ -182,16 +183,17 @@ def check_plan(
     mode: FfnMode,
     workload: Workload,
     limits: Mapping[Tier, int],
+    source: Path | str = "",
 ) -> tuple[Status, tuple[str, ...]]:
     """Whether the plan serves this model, activity, machine, mode, workload and budgets; with reasons if it is stale.
 
-    Stale plans are sound but made for something else: solve again, and say so. A smaller budget that the plan
-    still fits leaves it fresh, as the best of more is then the best of less.
+    `source` is the plan's file. Stale plans are sound but made for something else: solve again, and say so. A smaller
+    budget that the plan still fits leaves it fresh, as the best of more is then the best of less.
 
     Raises:
         PlanError: the plan belongs to another model or activity: its depths would mean other neurons.
     """
-    source = f"plan of {plan.model_name}"
+    source = source or f"plan of {plan.model_name}"
     if plan.model != footprint.fingerprint:
         raise PlanError(source, "model", f"is of {plan.model[:12]}, this model is {footprint.fingerprint[:12]}")
     if len(plan.layers) != footprint.n_layer or plan.n_ff != footprint.n_ff:
@@ -201,14 +203,12 @@ def check_plan(
             f"{len(plan.layers)} of {plan.n_ff} neurons, the model has {footprint.n_layer} of {footprint.n_ff}",
         )
     if plan.activity != activity:
-        raise PlanError(
-            source,
-            "activity",
-            f"is of {(plan.activity or 'none')[:12]}, this activity is {(activity or 'none')[:12]}; name its file with "
-            "--activity",
-        )
+        raise PlanError(source, "activity", _other_activity(plan.activity, activity))
     reasons = []
-    if plan.machine != machine:
+    device = _other_device(plan, limits)
+    if device:
+        reasons.append(device)
+    elif plan.machine != machine:  # which names the device too
         reasons.append(f"it was made for another machine ({plan.machine_name})")
     if plan.mode is not mode:
         reasons.append(f"it was made for mode {plan.mode}, not {mode}")
@@ -217,13 +217,33 @@ def check_plan(
         for f in fields(Workload)
         if getattr(plan.workload, f.name) != getattr(workload, f.name)
     ]
-    for tier in (Tier.VRAM, Tier.RAM):
+    for tier in (Tier.RAM,) if device else (Tier.VRAM, Tier.RAM):
         now, then = limits.get(tier, 0), plan.budgets.get(tier, 0)
         if now > then:
             reasons.append(f"the budget of {tier} has grown from {then:,} to {now:,} bytes")
         elif plan.bytes_of(tier) > now:
             reasons.append(f"it takes {plan.bytes_of(tier):,} bytes of {tier}, and {now:,} are left")
     return (Status.STALE if reasons else Status.FRESH), tuple(reasons)
+
+
+def _other_activity(planned: str | None, used: str | None) -> str:
+    """How the activity that a plan was made from differs from the one that is used, and what to do."""
+    if planned is None:
+        return f"it was made without one, and {(used or '')[:12]} is used"
+    now = f"{used[:12]} is used" if used else "none is used"
+    return f"it was made from {planned[:12]}, and {now}; name its file with --activity"
+
+
+def _other_device(plan: Plan, limits: Mapping[Tier, int]) -> str:
+    """How the devices that a plan was made for differ from those that there are, and what to do; empty where not."""
+    if (Tier.VRAM in plan.budgets) == (Tier.VRAM in limits):
+        return ""
+    if Tier.VRAM in limits:
+        return "it was made for the CPU alone: leave --device out"
+    if not plan.bytes_of(Tier.VRAM):
+        return "it was made beside a GPU or an emulated device: add --device cuda or --device emulated"
+    graphs = any((tier, purpose) == (Tier.VRAM, Purpose.GRAPHS) for tier, purpose, _ in plan.demands)
+    return "it uses a GPU: add --device cuda" if graphs else "it uses an emulated device: add --device emulated"
 
 
 def _layer_plan(problem: Problem, prefill: Phase | None, layer: int, place: LayerPlace) -> LayerPlan:

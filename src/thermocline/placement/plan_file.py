@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from thermocline.errors import ModelFormatError, PlanError, UsageError, printable
-from thermocline.files.atomic import atomic_write
+from thermocline.files.atomic import atomic_write, begins, require_kind
+from thermocline.files.mapped import open_regular
 from thermocline.files.strict_json import parse_object
 from thermocline.hardware.machine import Tier
 from thermocline.placement.cost import LARGEST_CLUSTER, FfnMode
@@ -31,11 +33,17 @@ def save_plan(plan: Plan, path: Path | str) -> None:
     """Write a plan; the file appears whole or not at all.
 
     Raises:
+        UsageError: what is there is no plan.
         OutputError: it could not be written.
     """
+    require_kind(path, "plan", _is_plan)
     content = plan_text(plan).encode()
     with atomic_write(path, size=len(content)) as file:
         file.write(content)
+
+
+def _is_plan(path: Path) -> bool:
+    return begins(path, f'{{\n  "format": "{FORMAT}"'.encode())
 
 
 def load_plan(path: Path | str) -> Plan:
@@ -45,8 +53,10 @@ def load_plan(path: Path | str) -> Plan:
         PlanError: the file cannot be read, is damaged, of another version, or says something impossible.
     """
     try:
-        with Path(path).open("rb") as file:
+        with os.fdopen(open_regular(Path(path)), "rb") as file:
             raw = file.read(LARGEST_FILE + 1)
+    except ModelFormatError as error:
+        raise PlanError(path, "file", f"cannot be read: {_words(error, path)}") from error
     except OSError as error:
         raise PlanError(path, "file", f"cannot be read: {error.strerror}") from error
     if len(raw) > LARGEST_FILE:
@@ -78,8 +88,7 @@ def parse_plan(raw: bytes, source: Path | str = "plan") -> Plan:
     try:
         document = parse_object(raw, source, "json")
     except ModelFormatError as error:
-        words = str(error).removeprefix(f"{printable(str(source))}: json").lstrip(": ")  # both name the file
-        raise PlanError(source, "json", words) from error
+        raise PlanError(source, "json", _words(error, source)) from error
     fields_ = _Fields(document, source)
     if fields_.text("format") != FORMAT or fields_.number("version", 0) != VERSION:
         raise PlanError(source, "version", f"is not {FORMAT} {VERSION}")
@@ -91,6 +100,11 @@ def parse_plan(raw: bytes, source: Path | str = "plan") -> Plan:
         return _plan(fields_)
     except UsageError as error:
         raise PlanError(source, "workload", str(error)) from error
+
+
+def _words(error: ModelFormatError, source: Path | str) -> str:
+    """What an error says beside the file and the field, which the plan's error names too."""
+    return str(error).removeprefix(f"{printable(str(source))}: {error.field}").lstrip(": ")
 
 
 def _document(plan: Plan) -> dict[str, Any]:

@@ -108,8 +108,16 @@ class Problem:
         """An empty account with this problem's limits."""
         return Ledger(self.limits)
 
-    def fixed(self, tier: Tier) -> list[Demand]:
-        """What a tier takes beside weights and cache as soon as anything is computed there."""
+    def on_disk(self, placement: Placement) -> bool:
+        """Whether a placement leaves anything on disk."""
+        homes = (placement.embedding, placement.head, *(place.home for place in placement.layers))
+        return Tier.DISK in homes or any(place.warm < self.cost.clusters for place in placement.layers)
+
+    def fixed(self, tier: Tier, *, disk: bool = True) -> list[Demand]:
+        """What a tier takes beside weights and cache as soon as anything is computed there.
+
+        Without `disk`, nothing is left on the machine's disk, so that nothing is staged that comes from there.
+        """
         f, w, o = self.footprint, self.workload, self.overheads
         tokens = max(min(w.ubatch, w.context), w.batch)
         neurons = f.n_ff * self.watched
@@ -132,17 +140,18 @@ class Problem:
             Demand(tier, Purpose.MARGIN, o.margin_vram if tier is Tier.VRAM else o.margin_ram),
         ]
         moving = MOVING_BYTES if self.watched and tier is Tier.RAM else 0
-        disk = self.machine.disk is not None and tier is Tier.RAM
-        if self.machine.gpu is not None or self.machine.disk is not None:
-            demands.append(Demand(tier, Purpose.STAGING, max(o.staging, o.reading * disk) + f.biases * disk + moving))
+        disk = disk and self.machine.disk is not None
+        if self.machine.gpu is not None or disk:
+            read = disk and tier is Tier.RAM
+            demands.append(Demand(tier, Purpose.STAGING, max(o.staging, o.reading * read) + f.biases * read + moving))
         if tier is Tier.VRAM:
             tables = TABLE_BYTES * f.n_ff * f.n_layer if self.watched and o.unpacks else 0
             demands.append(Demand(tier, Purpose.GRAPHS, o.graphs + tables))
         return demands
 
-    def room(self, tier: Tier) -> int:
-        """Bytes left for weights and cache; negative where even the fixed part does not fit."""
-        return self.limits.get(tier, 0) - sum(d.nbytes for d in self.fixed(tier))
+    def room(self, tier: Tier, *, disk: bool = True) -> int:
+        """Bytes left for weights and cache; negative where even the fixed part does not fit. `disk` as for `fixed`."""
+        return self.limits.get(tier, 0) - sum(d.nbytes for d in self.fixed(tier, disk=disk))
 
     def placed(self, placement: Placement) -> list[Demand]:
         """What a placement takes for weights, predictors and caches."""
@@ -182,7 +191,8 @@ class Problem:
         """Everything that a placement takes, the fixed part of each side that is used included."""
         placed = self.placed(placement)
         used = [tier for tier in self.limits if tier is Tier.RAM or any(d.tier is tier for d in placed)]
-        return placed + [d for tier in used for d in self.fixed(tier)]
+        disk = self.on_disk(placement)
+        return placed + [d for tier in used for d in self.fixed(tier, disk=disk)]
 
     def seconds(self, placement: Placement) -> float:
         """Predicted seconds per token of output, its share of the prompt included."""

@@ -11,7 +11,7 @@ from thermocline.errors import BudgetError
 from thermocline.hardware.machine import Tier
 from thermocline.placement.budget import setting_text
 from thermocline.placement.choices import Choices, choices_of
-from thermocline.placement.ledger import Purpose
+from thermocline.placement.ledger import Demand, Purpose
 from thermocline.placement.milp import solve_milp
 from thermocline.placement.prices import Path, Relaxed, relax, slack
 from thermocline.placement.problem import LayerPlace, Placement, Problem
@@ -242,17 +242,8 @@ def _disk_remark(problem: Problem, placement: Placement) -> str:
 
 
 def _nothing_fits(problem: Problem, vram: bool) -> BudgetError:
-    """The refusal, with the account of all in RAM and the smallest budget of RAM that holds what VRAM cannot."""
-    f, ledger = problem.footprint, problem.ledger()
-    last = problem.cost.clusters
-    warm = 0 if problem.machine.disk is not None else last
-    trunk = Tier.RAM if problem.machine.disk is None or f.tied else Tier.DISK
-    home = Tier.RAM if problem.machine.disk is None else Tier.DISK
-    layers = (LayerPlace(home, Tier.RAM, 0, warm),) * f.n_layer
-    demands = problem.demands(Placement(trunk, trunk, layers))
-    # With a disk, what VRAM could take is left out: a layer's cache goes there only together with its attention.
-    spared = max(0, problem.room(Tier.VRAM)) if vram and problem.machine.disk is None else 0
-    needed = sum(d.nbytes for d in demands) - spared
+    """The refusal, with the account and the smallest budget of RAM that holds what neither VRAM nor the disk can."""
+    needed, disk, demands = min(_least(problem, vram, disk) for disk in {False, problem.machine.disk is not None})
     missing = max(1, needed - problem.limits[Tier.RAM])
     total = problem.limits[Tier.RAM] + missing
     ways = [f"raise --ram-budget to about {setting_text(total)} ({total:,} bytes)"]
@@ -264,7 +255,17 @@ def _nothing_fits(problem: Problem, vram: bool) -> BudgetError:
         ways.append(f"lower --ctx-size from {kv.count} to {kv.count - -(-missing // kv.step)}")
     if problem.no_disk:
         ways.append(problem.no_disk)
-    what = "rest that must be in memory" if problem.machine.disk is not None else "model"
-    return BudgetError(
-        Tier.RAM, missing, f"the {what} does not fit; " + ", or ".join(ways), ledger.table(Tier.RAM, demands)
-    )
+    what = "rest that must be in memory" if disk else "model"
+    table = problem.ledger().table(Tier.RAM, demands)
+    return BudgetError(Tier.RAM, missing, f"the {what} does not fit; " + ", or ".join(ways), table)
+
+
+def _least(problem: Problem, vram: bool, disk: bool) -> tuple[int, bool, list[Demand]]:
+    """The least that RAM must hold, of all of the model or beside what can be on `disk`; what of, and for what."""
+    f = problem.footprint
+    trunk = Tier.DISK if disk and not f.tied else Tier.RAM
+    place = LayerPlace(Tier.DISK if disk else Tier.RAM, Tier.RAM, 0, 0 if disk else problem.cost.clusters)
+    demands = problem.demands(Placement(trunk, trunk, (place,) * f.n_layer))
+    # With a disk, what VRAM could take is left out: a layer's cache goes there only together with its attention.
+    spared = max(0, problem.room(Tier.VRAM)) if vram and problem.machine.disk is None else 0
+    return sum(d.nbytes for d in demands) - spared, disk, demands

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from dataclasses import replace as with_fields
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Final, TypedDict
 
 from thermocline.activity.applied import activity_for
 from thermocline.activity.inside import for_powerinfer, predictor_inside
@@ -19,7 +20,7 @@ from thermocline.files.companion import companion
 from thermocline.files.gguf import GgufFile
 from thermocline.files.open import open_model
 from thermocline.files.resumable import may_be_ours, require_new
-from thermocline.files.sidecar import SidecarKind, read_sidecar
+from thermocline.files.sidecar import SidecarKind, read_sidecar, require_finite
 from thermocline.files.source import ModelSource
 from thermocline.hardware.cores import find_cores
 from thermocline.memory.convert import OUTTYPES, TYPES, Progress, WriteReport, convert
@@ -33,6 +34,8 @@ from thermocline.runtime.powerinfer import predictor_of_folder
 
 AUTO = "auto"
 """Outtype that keeps each tensor's format."""
+BESIDE: Final = (SidecarKind.ACTIVITY, SidecarKind.PREDICTOR, SidecarKind.AUDIT)
+"""What is looked for beside a model when it is loaded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,8 +196,9 @@ def _check(path: Path, spec: ModelSpec, wanted: Wanted) -> None:
         raise UsageError(f"outtype is {printable(wanted.outtype, 40)}; {whose} {', '.join((AUTO, *types))}")
     if wanted.activity is not None and wanted.order is not None:
         raise UsageError("give --activity or --order, not both: an activity has its own order")
+    predicting = wanted.predictor is not None or wanted.threshold is not None
     ordered = wanted.activity is not None or wanted.order is not None
-    if wanted.standard and (ordered or wanted.powerinfer or wanted.predictor is not None):
+    if wanted.standard and (ordered or wanted.powerinfer or predicting):
         raise UsageError("--standard writes what other engines read: no order, no predictor, no PowerInfer")
     if (wanted.predictor is not None or wanted.powerinfer) and not spec.ffn.sparse:
         raise UsageError(f"no neuron can be predicted to be zero: {spec.ffn.activation} gives no zeros")
@@ -212,7 +216,8 @@ def _predictor(source: ModelSource, spec: ModelSpec, wanted: Wanted) -> Predicto
     if wanted.predictor is not None and Path(wanted.predictor).is_dir():
         found, _ = predictor_of_folder(wanted.predictor, source, spec)
     elif wanted.predictor is not None:
-        found = load_predictor(wanted.predictor, source.fingerprint, model_name=spec.name)
+        found = load_predictor(wanted.predictor, source.fingerprint, model_name=spec.name, verify=True)
+        require_finite(wanted.predictor, {w.name: w for layer in found.layers for w in (layer.fc1, layer.fc2)})
     elif isinstance(source, GgufFile) and (wanted.powerinfer or wanted.threshold is not None):
         found = predictor_inside(source)
     if found is not None:
@@ -246,16 +251,23 @@ def _write(
         scores = for_powerinfer(predictor)
         return write_powerinfer(source, scores, path, outtype or "f16", order=order, activity=activity, **how)
     records = not wanted.standard and (spec.ffn.sparse or order is not None)
-    return convert(source, path, outtype, records=records, order=order, activity=activity, predictor=predictor, **how)
+    return convert(
+        source,
+        path,
+        outtype,
+        records=records,
+        order=order,
+        activity=activity,
+        predictor=predictor,
+        predicting=not wanted.standard,
+        **how,
+    )
 
 
 def _converted(source: ModelSource, report: WriteReport, powerinfer: bool, began: float) -> Converted:
     with open_model(report.path) as written:
         inside = activity_inside(written) if isinstance(written, GgufFile) else None
-        beside = companion(report.path, SidecarKind.ACTIVITY)
-        notes = report.notes
-        if beside.is_file() and not _is_of(beside, written.fingerprint):
-            notes = (*notes, f"{printable(str(beside))} is of another model: it will not be used with this one")
+        notes = (*report.notes, *_companions(written))
     return Converted(
         path=report.path,
         powerinfer=powerinfer,
@@ -266,6 +278,22 @@ def _converted(source: ModelSource, report: WriteReport, powerinfer: bool, began
         notes=notes,
         tokens=None if inside is None else inside.tokens,
     )
+
+
+def _companions(written: ModelSource) -> Iterator[str]:
+    """What there is to say of the sidecars beside a new file, and of one that it lacks."""
+    beside = {kind: companion(written.path, kind) for kind in BESIDE}
+    ours = {kind: _is_of(path, written.fingerprint) for kind, path in beside.items() if path.is_file()}
+    predicting = "blk.0.fc1.weight" in written.tensors
+    for kind, own in ours.items():
+        hides = ", and hides the predictor inside" if predicting and kind is SidecarKind.PREDICTOR else ""
+        if not own:
+            yield f"{printable(str(beside[kind]))} is of another model: it will not be used with this one{hides}"
+    if predicting and not (ours.get(SidecarKind.AUDIT) or ours.get(SidecarKind.PREDICTOR)):
+        yield (
+            "the predictor inside was not audited with this file's numbers: --mode auto does not use it until "
+            "`thermocline audit` has passed"
+        )
 
 
 def _is_of(sidecar: Path, fingerprint: str) -> bool:

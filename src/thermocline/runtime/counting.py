@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import numpy.typing as npt
 
 from thermocline.activity.statistics import Activity
 from thermocline.activity.store import load_activity, save_activity
+from thermocline.errors import OutputError, printable
+from thermocline.files.atomic import existing_mode, explained
 from thermocline.model.feed_forward import Counts
 
 Floats = npt.NDArray[np.float64]
@@ -73,7 +76,13 @@ def require_addable(path: Path, fingerprint: str, name: str) -> None:
     Raises:
         FingerprintError: it is another model's.
         ModelFormatError: it is no activity.
+        OutputError: no file can be written there.
     """
+    existing_mode(path)
+    with explained(path):
+        path.parent.stat()
+        if not os.access(path.parent, os.W_OK | os.X_OK):
+            raise OutputError(f"{printable(str(path))}: cannot be written: its folder does not allow it")
     if path.exists():
         load_activity(path).require_model(fingerprint, name)
 

@@ -96,12 +96,19 @@ class Engine:
         """
         if not prompt:
             raise UsageError("the prompt is empty and this model starts no text by itself; give at least one token")
+        self.require_room(len(prompt))
         left = self.n_ctx - len(prompt)
-        if left < 1:
-            raise ContextError(
-                len(prompt) + 1, self.n_ctx, "shorten the prompt (one token is for the answer) or raise --ctx-size"
-            )
         return left if max_tokens < 0 else min(left, max_tokens)
+
+    def require_room(self, tokens: int, *, at_least: bool = False) -> None:
+        """Refuse a prompt of so many tokens, or of `at_least` so many.
+
+        Raises:
+            ContextError: it leaves no room for a single token.
+        """
+        if tokens >= self.n_ctx:
+            remedy = "shorten the prompt (one token is for the answer) or raise --ctx-size"
+            raise ContextError(tokens + 1, self.n_ctx, remedy, at_least=at_least)
 
     def begin(self) -> int:
         """Start a generation; earlier ones can go no further. Returns the ticket that `step` asks for."""
@@ -168,11 +175,13 @@ class Engine:
         if ticket == self._generation:
             self._held.clear()
 
-    def end(self) -> None:
-        """Let go of the network, for good: streams that are left can tell what they did, and go no further."""
-        self._generation += 1
+    def end(self, why: str) -> None:
+        """Let go of the network, for good: streams that are left can tell what they did, and fail with `why`."""
         self._held.clear()
-        self._sequence = _Ended(self._sequence)
+        self._files = ()
+        if self._below is not None:
+            self._below = Below(None, curve=self._below.curve)
+        self._sequence = _Ended(self._sequence, why)
 
     def _common(self, prompt: Listing[int]) -> int:
         """Length of the prefix that prompt and cache share; at least one token is left to be computed."""
@@ -183,10 +192,11 @@ class Engine:
 class _Ended:
     """What is left of a sequence whose engine has ended."""
 
-    def __init__(self, sequence: Sequence) -> None:
+    def __init__(self, sequence: Sequence, why: str) -> None:
+        self._why = why
         self.n_ctx, self.n_vocab, self.ubatch = sequence.n_ctx, sequence.n_vocab, sequence.ubatch
         self.tally, self.over = Tally(), sequence.over
 
     def step(self, tokens: Tokens, start: int, *, logits: bool) -> Step:
         """Raises UsageError."""
-        raise UsageError("the model was loaded anew since this generation was asked for; ask again")
+        raise UsageError(self._why)

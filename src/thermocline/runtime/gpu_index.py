@@ -10,7 +10,8 @@ import numpy as np
 
 from thermocline.activity.order import Order
 from thermocline.errors import UsageError, printable
-from thermocline.files.gpuidx import read_gpu_index, write_gpu_index
+from thermocline.files.atomic import require_kind
+from thermocline.files.gpuidx import is_gpu_index, read_gpu_index, write_gpu_index
 from thermocline.hardware.machine import Tier
 from thermocline.placement.cost import LARGEST_CLUSTER
 from thermocline.placement.plan import Plan, plan_of
@@ -70,8 +71,10 @@ def export_gpu_index(plan: Plan, order: Order | None, path: str | Path) -> int:
     """Write the neurons that a plan places in VRAM as PowerInfer's GPU index; the file's size in bytes.
 
     Raises:
+        UsageError: what is there is no GPU index.
         OutputError: it could not be written.
     """
+    require_kind(path, "GPU index", is_gpu_index, "--export-gpuidx")
     masks = []
     for layer, (_, hot) in enumerate(plan.depths(Tier.VRAM)):
         ids = np.arange(plan.n_ff, dtype=np.int32) if order is None else order.order[layer]

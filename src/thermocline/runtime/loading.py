@@ -11,9 +11,9 @@ from functools import partial
 from pathlib import Path
 
 from thermocline.config import DeviceKind, LoadSettings, Mode
-from thermocline.errors import BudgetError, OutputError, UsageError
+from thermocline.errors import WARNING, BudgetError, OutputError, UsageError
 from thermocline.files.source import ModelSource
-from thermocline.hardware.cores import find_cores
+from thermocline.hardware.cores import Cores, find_cores
 from thermocline.hardware.gpu_choice import choose_gpu
 from thermocline.hardware.machine import Tier
 from thermocline.hardware.mapping import mappings_below
@@ -34,7 +34,7 @@ from thermocline.placement.plan import Plan, make_plan
 from thermocline.runtime.counting import FiringCounts, require_addable
 from thermocline.runtime.drift import Watch, drift_of
 from thermocline.runtime.engine import Engine
-from thermocline.runtime.placing import Placing, place, require_device
+from thermocline.runtime.placing import NOTHING_MOVES, Placing, place, require_device
 from thermocline.runtime.planning import predicted_batches
 from thermocline.runtime.prediction import Prediction, choose_prediction
 from thermocline.runtime.sequence import TransformerSequence
@@ -89,13 +89,15 @@ def load_model(
     settings: LoadSettings,
     progress: Progress | None = None,
     *,
+    check: bool = False,
     make: Make = make_array,
     tell: Callable[[str], None] | None = None,
     shrunk: str = "",
 ) -> LoadedModel:
     """Load `source`; `progress` is told how much of its weights was read, and `tell` what is done before.
 
-    `make` makes every array of every device. Where a GPU turns out to hold more than its budget, the model is loaded
+    `check` looks at every weight for NaN and infinity before anything is computed, as long runs should. `make` makes
+    every array of every device. Where a GPU turns out to hold more than its budget, the model is loaded
     once more with a budget that is smaller by the excess; `shrunk` is what that second load says of the first.
 
     Raises:
@@ -118,7 +120,8 @@ def load_model(
     check_vocabulary(tokenizer, spec.n_vocab)
     weights = family.weights(source, spec)
     prediction = choose_prediction(source, spec, first_bytes(spec, weights), settings)
-    threads = settings.threads or find_cores().threads
+    cores = find_cores()
+    threads = settings.threads or cores.threads
     predictor = prediction.predictor
     up_to = () if predictor is None else predicted_batches(source, spec, weights, predictor, tell)
     watch = _watch(source, spec, prediction.mode, settings)
@@ -142,6 +145,7 @@ def load_model(
             n_ctx=n_ctx,
             mode=prediction.mode,
             predictor=predictor,
+            check=check,
             mlock=settings.mlock,
             mapped=settings.mmap,
             aside=kv_bytes(spec, n_ctx, settings.cache_type_k, settings.cache_type_v),
@@ -176,6 +180,8 @@ def load_model(
             watch.drift = drift_of(placing, movable, watch.counts, prediction.predictor, settings.drift)
             if watch.drift is not None and settings.device is DeviceKind.CUDA:
                 watch.drift.rest = gpu.rest
+            if watch.drift is None and plan is not None:
+                notices = [*notices, NOTHING_MOVES]
         if not over:
             placing.claim_scratch()
         elif shrunk:
@@ -189,13 +195,13 @@ def load_model(
         del transformer, cache, caches, homes, scratch, sequence, gpu, movable, watch, placing, memory
         gc.collect()  # what is planned anew must find the memory free
         smaller, why = _smaller(settings, budget, over)
-        return load_model(source, smaller, progress, make=make, tell=tell, shrunk=why)
+        return load_model(source, smaller, progress, check=check, make=make, tell=tell, shrunk=why)
     traffic = traffic_of(spec, weights, settings.cache_type_k, settings.cache_type_v, report.predictor_bytes, plan)
     files = mappings_below(weight.data for weight in [*weights.values(), *prediction.weights])
     engine = Engine(sequence, traffic, tokenizer.size, transformer.mode, plan, watch, placing.below, files)
     said = [*source.warnings, *tokenizer.warnings, *prediction.notices, *placing.notices, *notices]
     # What a plan's making has to say of the predictor was said before.
-    notices = list(dict.fromkeys([*said, *_load_notices(report)]))
+    notices = list(dict.fromkeys([*said, *_thread_notices(threads, cores), *_load_notices(report)]))
     seconds = time.perf_counter() - began
     return LoadedModel(
         engine,
@@ -309,6 +315,13 @@ def _sent_notices(transformer: Transformer) -> list[str]:
     if not tokens:
         return []
     return [f"prompts send the cold neurons of {len(tokens)} layers to the GPU, from {min(tokens)} tokens on"]
+
+
+def _thread_notices(threads: int, cores: Cores) -> list[str]:
+    if threads <= max(1, cores.usable):
+        return []
+    better = f"--threads {cores.threads} is faster"
+    return [f"{WARNING}of {threads} threads {cores.usable} can run at once, and the others wait: {better}"]
 
 
 def _load_notices(report: LoadReport) -> list[str]:

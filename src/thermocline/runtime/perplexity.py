@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from thermocline.activity.likelihood import Likelihood, log_probabilities
-from thermocline.activity.texts import Corpus, find_texts, is_text, read_text
+from thermocline.activity.texts import Corpus, RefusedTextError, find_texts, is_text, read_text, spelled
 from thermocline.config import LoadSettings
 from thermocline.errors import UsageError, skipped_words
 from thermocline.files.source import ModelSource
@@ -96,7 +96,7 @@ def measure_perplexity(
             f"chunks of {n_ctx} tokens with a stride of {stride}; allowed: 4 or more, and a smaller stride"
         )
     settings.require_unwatched("perplexity")
-    with closing(load_model(source, replace(settings, ctx_size=n_ctx))) as loaded:
+    with closing(load_model(source, replace(settings, ctx_size=n_ctx), check=True)) as loaded:
         if notice is not None:
             for line in loaded.notices:
                 notice(line)
@@ -113,9 +113,7 @@ def _measured(
     progress: Callable[[Scored], None] | None,
 ) -> Perplexity:
     began = time.perf_counter()
-    skipped = tuple(str(file.path) for file in corpus.files if not is_text(file))
-    documents = [read_text(file) for file in corpus.files if str(file.path) not in skipped]
-    stream = _stream(loaded.tokenizer, documents)
+    stream, skipped = _stream(loaded.tokenizer, corpus)
     cuts = list(cut(len(stream), n_ctx, stride))
     if not cuts:
         more = f" ({skipped_words(skipped)})" if skipped else ""
@@ -161,8 +159,18 @@ def cut(tokens: int, n_ctx: int, stride: int = 0) -> Iterator[Chunk]:
             return
 
 
-def _stream(tokenizer: Tokenizer, documents: Sequence[str]) -> Tokens:
-    return np.array([token for text in documents for token in tokenizer.encode(text)], np.int32)
+def _stream(tokenizer: Tokenizer, corpus: Corpus) -> tuple[Tokens, tuple[str, ...]]:
+    """The tokens of all files, and the files that are no text, or none that the tokenizer spells."""
+    tokens: list[int] = []
+    skipped = []
+    for file in corpus.files:
+        try:
+            if not is_text(file):
+                raise RefusedTextError
+            tokens += spelled(read_text(file), tokenizer.encode)
+        except RefusedTextError:
+            skipped.append(str(file.path))
+    return np.array(tokens, np.int32), tuple(skipped)
 
 
 def _score(scorer: Scorer, stream: Tokens, chunk: Chunk, opening: int | None, total: Likelihood) -> None:

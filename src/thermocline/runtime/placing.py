@@ -8,7 +8,7 @@ from pathlib import Path
 
 from thermocline.activity.order import Order
 from thermocline.config import DeviceKind, LoadSettings, OpsKind
-from thermocline.errors import UsageError
+from thermocline.errors import WARNING, UsageError
 from thermocline.files.source import ModelSource
 from thermocline.hardware.machine import UNCORRECTED, Corrections, Tier
 from thermocline.hardware.memory import own_memory
@@ -28,6 +28,7 @@ from thermocline.runtime.split import recall
 ACTIVITY_UNUSED = "the activity is not needed: everything is in RAM, and nothing is split"
 KERNELS = (Purpose.ACTIVATIONS, Purpose.STAGING, Purpose.GRAPHS, Purpose.MARGIN)
 """What a plan sets aside for memory that no array of ours shows: scratch of kernels, drivers, the interpreter."""
+NOTHING_MOVES = f"{WARNING}--drift does nothing: every layer's neurons are in one memory, and none has a better place"
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,9 +112,9 @@ def place(
             find_order(source, settings.activity)
             notices.append(ACTIVITY_UNUSED)
         if settings.replan:
-            notices.append("--replan does nothing: everything is in RAM, and there is no plan")
+            notices.append(f"{WARNING}--replan does nothing: everything is in RAM, and there is no plan")
         if settings.drift is not None:
-            notices.append("--drift does nothing: everything is in RAM, and no neuron has a better place")
+            notices.append(NOTHING_MOVES)
         host = Host(make_ops(settings.ops, threads, settings.isa))
         return Placing(Memory({Tier.RAM: host}, {}, make), None, None, tuple(notices), Below(None))
     wanted = load_plan(settings.plan) if settings.plan is not None else None
@@ -231,11 +232,13 @@ def _plan(
             mode=problem.mode,
             workload=problem.workload,
             limits=problem.limits,
+            source=str(settings.plan),
         )
         if status is Status.FRESH and not settings.replan:
             return wanted, (), UNCORRECTED
         name = Path(str(settings.plan)).name
-        why = (f"a new plan was made instead of {name}: {'; '.join(reasons) or '--replan asks for it'}",)
+        warning = "" if settings.replan else WARNING
+        why = (f"{warning}a new plan was made instead of {name}: {'; '.join(reasons) or '--replan asks for it'}",)
     make = stand_in if _stands_in(kind) else make_plan
     if settings.replan:
         measured = recall(machine, problem.footprint.fingerprint)

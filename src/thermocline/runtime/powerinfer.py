@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from thermocline.activity.applied import applied_order
 from thermocline.activity.inside import for_powerinfer, predictor_inside
 from thermocline.activity.predictor import Predictor, predictor_of, save_predictor
 from thermocline.activity.statistics import Activity
-from thermocline.activity.store import find_activity, save_activity
+from thermocline.activity.store import MAX_TOKENS, find_activity, save_activity
 from thermocline.errors import FingerprintError, ModelFormatError, UsageError, printable
 from thermocline.files.gguf import GgufFile
 from thermocline.files.open import open_model
@@ -45,12 +47,13 @@ def import_activity(
 ) -> Exchanged:
     """Read PowerInfer's `activation_0.pt` and so on, by their numbers, as the activity of `model`, and write it.
 
-    The files do not say how many `tokens` were read; 0 takes the largest count for it.
+    The files do not say how many `tokens` were read; 0 takes the largest count for it, and the activity says so.
 
     Raises:
-        UsageError: fewer tokens than a neuron fired, the model's neurons were put in another order, or `output` is
-            there and not to be replaced.
-        ModelFormatError: the folder is not of this model's layers and neurons, or holds anything but whole numbers.
+        UsageError: fewer tokens than a neuron fired or more than `MAX_TOKENS`, the model's neurons were put in another
+            order, or `output` is there and not to be replaced.
+        ModelFormatError: the folder is not of this model's layers and neurons, or holds anything but whole numbers up
+            to `MAX_TOKENS`.
         OutputError: the file could not be written.
     """
     path, folder = _new(output, force=force), Path(folder)
@@ -58,19 +61,28 @@ def import_activity(
         spec, fingerprint = family_of(source).spec(source), source.fingerprint
         _require_own_numbers(folder, source, spec, "what is counted there serves this one too")
     found = read_activation_folder(folder, n_layer=spec.n_layer, n_ff=spec.n_ff)
-    counts = np.stack([np.asarray(layer) for layer in found.counts])
-    fired = counts.astype(np.int64)
-    if (fired != counts).any():
-        layer = int(np.argmax((fired != counts).any(axis=1)))
-        raise ModelFormatError(folder, f"activation_{layer}.pt", "holds counts that are no whole numbers")
+    fired = np.stack([_whole(folder, layer, counts) for layer, counts in enumerate(found.counts)])
     most, notes = int(fired.max()), list(found.warnings)
     if tokens and tokens < most:
         raise UsageError(f"tokens is {tokens}, but a neuron fired {most} times")
+    if not 0 <= tokens <= MAX_TOKENS:
+        raise UsageError(f"tokens is {tokens}; allowed: 0 (the largest count) to {MAX_TOKENS}")
     if not tokens:
         notes.append(f"the files do not say how many tokens were read: taken for {max(most, 1)}, the largest count")
     activity = Activity.from_counts(fingerprint, spec.name, fired, tokens or max(most, 1))
-    save_activity(activity, path)
+    save_activity(replace(activity, tokens_known=tokens != 0), path)
     return Exchanged(path, spec.n_layer, spec.n_ff, tuple(notes))
+
+
+def _whole(folder: Path, layer: int, counts: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """Counts of a layer, as numbers that an activity may hold."""
+    field = f"activation_{layer}.pt"
+    if counts.max() > MAX_TOKENS:
+        raise ModelFormatError(folder, field, f"counts {counts.max():.0f} firings; allowed: 0 to {MAX_TOKENS}")
+    fired = counts.astype(np.int64)
+    if (fired != counts).any():
+        raise ModelFormatError(folder, field, "holds counts that are no whole numbers")
+    return fired
 
 
 def export_activity(activity_file: str | Path, folder: str | Path) -> Exchanged:

@@ -14,7 +14,7 @@ import numpy as np
 from thermocline.activity.inside import predictor_inside
 from thermocline.activity.predictor import Audit, Predictor, load_predictor
 from thermocline.config import LoadSettings, Mode
-from thermocline.errors import ThermoclineError, UsageError, printable
+from thermocline.errors import WARNING, ThermoclineError, UsageError, printable
 from thermocline.files.companion import companion
 from thermocline.files.gguf import GgufFile
 from thermocline.files.sidecar import SidecarKind, read_sidecar, update_info, write_sidecar
@@ -26,8 +26,6 @@ INSIDE: Final = "the predictor inside the model"
 VARIABLE: Final = "LLAMA_SPARSE_PRED_THRESHOLD"
 """PowerInfer's environment variable; honoured for predictors inside its own files."""
 SHARES: Final = "active_share"
-WARNING: Final = "WARNING: "
-"""Begins a notice that something was asked for and is not done, which everybody is told."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from thermocline.activity.accumulator import down_norms
-from thermocline.activity.profile import Existing, Profiled, Progress, Subject, journal_of, profile
+from thermocline.activity.profile import Existing, Profiled, Progress, Subject, journal_of, profile, require_replaceable
 from thermocline.activity.texts import find_texts
 from thermocline.config import LoadSettings, Mode
 from thermocline.errors import UsageError, printable
@@ -44,6 +44,7 @@ def profile_model(
     corpus = find_texts(texts)
     if not output.parent.is_dir():
         raise UsageError(f"the folder {printable(str(output.parent))} is not there; make it first")
+    require_replaceable(output, existing)
     if output.exists() and existing is Existing.REFUSE and not journal_of(output).exists():
         raise UsageError(f"{printable(str(output))} is there already; --merge adds to it, --overwrite makes it anew")
     family = family_of(source)
@@ -55,7 +56,8 @@ def profile_model(
         )
     window = settings.ctx_size or min(spec.n_ctx_train, WINDOW)
     settings.require_unwatched("profile")
-    with closing(load_model(source, replace(settings, ctx_size=window, mode=_mode(settings.mode, spec)))) as loaded:
+    load = replace(settings, ctx_size=window, mode=_mode(settings.mode, spec))
+    with closing(load_model(source, load, check=True)) as loaded:
         if notice is not None:
             for line in loaded.notices:
                 notice(line)

@@ -21,6 +21,9 @@ Ids = npt.NDArray[np.intp]
 FIRST_LOOK = 1024
 """Candidates sorted at first where only top-p cuts; the set seldom needs more, and a full sort of 128k costs 10 ms."""
 
+DRAWN_BITS = 53
+"""Of a seed that is drawn: JavaScript and jq read no more of a number than that."""
+
 
 class Sampled(NamedTuple):
     """A chosen token, its log probability before any setting changed it, and the likeliest tokens with theirs."""
@@ -51,7 +54,7 @@ class Sampler:
             if token >= width:
                 raise SamplingError(f"logit_bias names token {token}; this model has tokens 0 to {width - 1}")
         self.settings = settings
-        self.seed = settings.seed if settings.seed >= 0 else secrets.randbits(63)
+        self.seed = settings.seed if settings.seed >= 0 else secrets.randbits(DRAWN_BITS)
         self._random = np.random.Generator(np.random.PCG64(self.seed))
         self._biased = np.fromiter(settings.logit_bias.keys(), np.intp)
         self._bias = np.fromiter(settings.logit_bias.values(), np.float32)

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from thermocline.errors import OutputError
+from thermocline.errors import WARNING, OutputError
 from thermocline.files.atomic import atomic_write
 from thermocline.hardware.cache import home
 from thermocline.hardware.machine import Corrections, ReadCurve, Tier
@@ -204,13 +204,13 @@ class SplitReport:
         lines.append(f"ms a token, predicted / measured: {shown}")
         if self.over:
             lines.append(
-                f"WARNING: the GPU held {size_text(self.over)} more than its budget in the first prompt; the next one "
+                f"{WARNING}the GPU held {size_text(self.over)} more than its budget in the first prompt; the next one "
                 "gets a plan that is smaller by as much, if there is one, or lower --vram-budget"
             )
         if abs(self.off) > LOUD:
             faster = "slower" if self.off > 0 else "faster"
             lines.append(
-                f"WARNING: decoding was {abs(self.off):.0%} {faster} than the plan predicted; "
+                f"{WARNING}decoding was {abs(self.off):.0%} {faster} than the plan predicted; "
                 "--replan plans with what was measured"
             )
         return lines

@@ -62,7 +62,7 @@ def train_predictor(
     window = load.ctx_size or min(spec.n_ctx_train, WINDOW)
     mode = Mode.EXACT if load.mode is Mode.AUTO else load.mode
     load.require_unwatched("train-predictor")
-    with closing(load_model(source, replace(load, ctx_size=window, mode=mode))) as loaded:
+    with closing(load_model(source, replace(load, ctx_size=window, mode=mode), check=True)) as loaded:
         if notice is not None:
             for line in loaded.notices:
                 if activity is None or line != ACTIVITY_UNUSED:  # training uses it

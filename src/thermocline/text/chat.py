@@ -70,7 +70,9 @@ class ChatTemplate:
             ChatTemplateError: there is none, or it is too long.
         """
         if tokenizer.chat_template is None:
-            raise ChatTemplateError("this model has no chat template: complete plain text with it, or name a template")
+            raise ChatTemplateError(
+                "this model has no chat template: it completes plain text only, without a system prompt"
+            )
         named = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
         return cls(
             tokenizer.chat_template,

@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import StrEnum
+from functools import cached_property
 from operator import index
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tokenizers import Tokenizer as Backend
 
 from thermocline.errors import TokenizerError, UsageError, printable
+from thermocline.text.fewest import Lossless
 
 T = TypeVar("T")
 
@@ -34,6 +36,8 @@ CHARACTER_OF_BYTE = {byte: character for character, byte in BYTE_OF_CHARACTER.it
 BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 SPACE = "▁"
 """U+2581, SentencePiece's space."""
+LONG_TEXT = 1 << 16
+"""Characters; a shorter text is encoded in less time than a person notices."""
 
 END_NAMES = frozenset(
     {
@@ -140,11 +144,20 @@ class Tokenizer:
                 more than the word expression can search, such as ten million spaces in a row.
         """
         backend = self._backend if parse_special else self._plain
-        self._check_text(text)
+        self._utf8(text)
         ids: list[int] = _guarded(
             lambda: backend.encode(text, add_special_tokens=False).ids, UsageError, "this text cannot be encoded: "
         )
         return [*self.prefix, *ids, *self.suffix] if add_special else ids
+
+    def fewest_tokens(self, text: str) -> int:
+        """How many tokens `text` has at least, told from its bytes; 0 where it is short or that cannot be told.
+
+        Raises:
+            UsageError: as `encode`.
+        """
+        size = len(self._utf8(text))
+        return -(-size // self._longest) if len(text) >= LONG_TEXT and self._lossless.of(text) else 0
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """The text of `ids`, as a text of its own: one leading space goes where `strips_space` says so.
@@ -156,6 +169,14 @@ class Tokenizer:
         if self.strips_space and data[:1] == b" ":
             data = data[1:]
         return data.decode("utf-8", "replace")
+
+    def checked_ids(self, ids: Iterable[Any]) -> list[int]:
+        """`ids` as they are, if each is one of the vocabulary.
+
+        Raises:
+            UsageError: one is not a whole number, or outside the vocabulary.
+        """
+        return [self._checked(token) for token in ids]
 
     def text_bytes(self, token: int, *, skip_special: bool = True) -> bytes:
         """What `token` adds to a text: `token_bytes`, or nothing for a special token that is to be skipped."""
@@ -200,6 +221,8 @@ class Tokenizer:
 
     def _checked(self, token: int, kind: type[UsageError | TokenizerError] = UsageError, what: str = "") -> int:
         try:
+            if isinstance(token, bool):
+                raise TypeError
             number = index(token)
         except TypeError:
             raise kind(f"{what}token id {printable(repr(token), 40)} is not a whole number") from None
@@ -223,7 +246,29 @@ class Tokenizer:
             )
         return frozenset()
 
-    def _check_text(self, text: object) -> None:
+    @cached_property
+    def _lossless(self) -> Lossless:
+        model, alphabet = self._backend.model, self.spelling is Spelling.BYTE_LEVEL
+        spelled = CHARACTER_OF_BYTE.values() if alphabet else [f"<0x{byte:02X}>" for byte in range(256)]
+        complete = all(model.token_to_id(piece) is not None for piece in spelled)
+        if alphabet:
+            complete = complete or getattr(model, "unk_token", None) is None  # then `_utf8` refuses what is lost
+        else:
+            complete = complete and getattr(model, "byte_fallback", False)
+        return Lossless(self._backend, complete=complete, alphabet=alphabet)
+
+    @cached_property
+    def _longest(self) -> int:
+        """Most bytes of a text that become one token. A text may have SentencePiece's space itself, of three bytes."""
+        alphabet = self.spelling is Spelling.BYTE_LEVEL
+        return max(
+            len(piece) if alphabet and token not in self._literal else len(piece.encode())
+            for token, piece in enumerate(self._pieces)
+            if piece
+        )
+
+    def _utf8(self, text: object) -> bytes:
+        """`text` as UTF-8, if all of it can be spelled."""
         if not isinstance(text, str):
             raise UsageError(f"text must be a string, not {type(text).__name__}")
         try:
@@ -235,6 +280,7 @@ class Tokenizer:
             ) from None
         if self._unspelled and (lost := self._unspelled.intersection(data)):
             raise UsageError(f"the text has the byte 0x{min(lost):02X}, which this vocabulary cannot spell")
+        return data
 
 
 def check_vocabulary(tokenizer: Tokenizer, rows: int) -> None:
