@@ -262,7 +262,7 @@ HOSTILE = {
     "6000 parentheses": ("{{ " + "(" * 6000 + "1" + ")" * 6000 + " }}", "nested too deep|too complex"),
     "200 nested ifs": ("{% if 1 %}" * 200 + "{% endif %}" * 200, "too complex"),
     "25 nested loops": ("{% for x in [1] %}" * 25 + "{% endfor %}" * 25, "nested blocks"),
-    "many nodes": ("{{ 1 }}" * 10_001, "too complex; allowed: 20000"),
+    "many nodes": ("{{ 1 }}" * 20_001, "too complex; allowed: 20000"),
     "output of 50 MB": ("{% for i in range(50000) %}{{ 'x' * 1000 }}{% endfor %}", "output is longer than"),
     "one string of 10 GB": ("{{ 'x' * 10**10 }}", "too much memory"),
     "doubling": (
@@ -280,8 +280,10 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("case", HOSTILE.values(), ids=HOSTILE.keys())
-def test_hostile_template(case: tuple[str, str]) -> None:
+def test_hostile_template(case: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     source, words = case
+    if "too complex" in words:  # is found in a second or two, by how fast the processor is
+        monkeypatch.setattr("thermocline.text.chat.RENDER_SECONDS", 30)
     with pytest.raises(ChatTemplateError, match=words) as caught:
         render_chat(source, [USER])
     assert len(str(caught.value)) < 700
