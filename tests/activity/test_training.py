@@ -30,6 +30,7 @@ from thermocline.errors import (
     UsageError,
 )
 from thermocline.files.open import open_model
+from thermocline.files.sidecar import SidecarKind, write_sidecar
 from thermocline.files.workplace import Workplace
 from thermocline.memory.checks import first_bytes
 from thermocline.model.families import family_of
@@ -397,7 +398,8 @@ def test_a_full_disk_leaves_the_old_file_and_a_second_start_resumes(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
 ) -> None:
     run("whole")
-    (tmp_path / "x").write_bytes(b"old")
+    write_sidecar(tmp_path / "x", SidecarKind.PREDICTOR, "0" * 64, {}, {})
+    old = (tmp_path / "x").read_bytes()
     writes, real = [], os.write
 
     def full(descriptor: int, data: Any) -> int:
@@ -410,10 +412,17 @@ def test_a_full_disk_leaves_the_old_file_and_a_second_start_resumes(
         patched.setattr(os, "write", full)
         with pytest.raises(OutputError, match="No space left"):
             run(overwrite=True)
-    assert (tmp_path / "x").read_bytes() == b"old"
+    assert (tmp_path / "x").read_bytes() == old
     run(overwrite=True)
     assert same(tmp_path / "x", tmp_path / "whole")
     assert not list(tmp_path.glob(".*partial"))
+
+
+def test_what_is_no_predictor_is_not_replaced_by_one(run: Run, tmp_path: Path, tiny_model: Path) -> None:
+    before = tiny_model.read_bytes()
+    with pytest.raises(UsageError, match="is there and is no predictor: name another file with -o"):
+        run(str(tiny_model), overwrite=True)
+    assert tiny_model.read_bytes() == before
 
 
 KILLED = """

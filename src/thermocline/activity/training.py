@@ -35,11 +35,11 @@ from thermocline.activity.statistics import Floats as Wide
 from thermocline.activity.texts import Corpus, Reading, Tokenize
 from thermocline.config import TrainSettings
 from thermocline.errors import NumericalError, ThermoclineError, UsageError, printable, skipped_words
-from thermocline.files.atomic import existing_mode
+from thermocline.files.atomic import existing_mode, require_kind
 from thermocline.files.formats import BY_NAME, F32, BlockFormat
 from thermocline.files.powerinfer import PredictorLayer
 from thermocline.files.quantize import from_float, to_float
-from thermocline.files.sidecar import SidecarKind, read_sidecar, write_sidecar
+from thermocline.files.sidecar import SidecarKind, is_sidecar, read_sidecar, write_sidecar
 from thermocline.files.workplace import Workplace
 
 Floats = npt.NDArray[np.float32]
@@ -152,6 +152,8 @@ def train(
         NumericalError: the model or the training computes NaN.
     """
     existing_mode(output)  # a folder of this name shows before the work, not after
+    if overwrite:
+        require_kind(output, "predictor", partial(is_sidecar, kind=SidecarKind.PREDICTOR))
     if activity is not None:
         activity.require_model(learner.fingerprint, learner.name)
     ranks = _ranks(learner, settings)  # what is refused leaves no folder

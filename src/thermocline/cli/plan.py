@@ -183,7 +183,12 @@ def _header(planned: Planned) -> Table:
 
 
 def _write(planned: Planned, output: str | None, export: str | None, *, imported: bool) -> list[str]:
+    if export is not None and planned.problem.machine.gpu is None:
+        raise UsageError("a GPU index lists neurons on a GPU, and there is none; add --device emulated, or --machine")
     written = []
+    if export is not None:  # first, as what is there in its place may refuse it
+        thermocline.export_gpu_index(planned.plan, planned.order, export)
+        written.append(export)
     if output is not None:
         thermocline.save_plan(planned.plan, output)
         written.append(output)
@@ -191,13 +196,6 @@ def _write(planned: Planned, output: str | None, export: str | None, *, imported
             order = f"{output.removesuffix('.json')}.order.safetensors"
             thermocline.save_order(planned.order, order)
             written.append(order)
-    if export is not None:
-        if planned.problem.machine.gpu is None:
-            raise UsageError(
-                "a GPU index lists neurons on a GPU, and there is none; add --device emulated, or --machine"
-            )
-        thermocline.export_gpu_index(planned.plan, planned.order, export)
-        written.append(export)
     return written
 
 

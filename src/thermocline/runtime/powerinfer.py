@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from thermocline.activity.predictor import Predictor, predictor_of, save_predict
 from thermocline.activity.statistics import Activity
 from thermocline.activity.store import MAX_TOKENS, find_activity, save_activity
 from thermocline.errors import FingerprintError, ModelFormatError, UsageError, printable
+from thermocline.files.atomic import require_kind
 from thermocline.files.gguf import GgufFile
 from thermocline.files.open import open_model
 from thermocline.files.powerinfer_folder import (
@@ -23,7 +25,7 @@ from thermocline.files.powerinfer_folder import (
     write_activation_folder,
     write_predictor_folder,
 )
-from thermocline.files.sidecar import SidecarKind, named, read_sidecar
+from thermocline.files.sidecar import SidecarKind, is_sidecar, named, read_sidecar
 from thermocline.files.source import ModelSource
 from thermocline.model.families import family_of
 from thermocline.model.spec import ModelSpec
@@ -56,7 +58,7 @@ def import_activity(
             to `MAX_TOKENS`.
         OutputError: the file could not be written.
     """
-    path, folder = _new(output, force=force), Path(folder)
+    path, folder = _new(output, SidecarKind.ACTIVITY, force=force), Path(folder)
     with open_model(model) as source:
         spec, fingerprint = family_of(source).spec(source), source.fingerprint
         _require_own_numbers(folder, source, spec, "what is counted there serves this one too")
@@ -108,7 +110,7 @@ def import_predictor(model: str | Path, folder: str | Path, output: str | Path, 
         UsageError, FingerprintError, ModelFormatError, NumericalError: as `predictor_of_folder`.
         OutputError: the file could not be written.
     """
-    path = _new(output, force=force)
+    path = _new(output, SidecarKind.PREDICTOR, force=force)
     with open_model(model) as source:
         spec, fingerprint = family_of(source).spec(source), source.fingerprint
         predictor, warnings = predictor_of_folder(folder, source, spec)
@@ -175,8 +177,9 @@ def _require_own_numbers(folder: Path, source: ModelSource, spec: ModelSpec, rem
         )
 
 
-def _new(path: str | Path, *, force: bool) -> Path:
+def _new(path: str | Path, kind: SidecarKind, *, force: bool) -> Path:
     path = Path(path)
     if path.exists() and not force:
         raise UsageError(f"{printable(str(path))} is there already; --force replaces it")
+    require_kind(path, str(kind), partial(is_sidecar, kind=kind))
     return path
