@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from thermocline.activity.accumulator import Accumulator
 from thermocline.activity.drawing import Axis, Plot, heat_colour, layer_marks, mixed, percents, share_axis
 from thermocline.activity.pictures import activity_pictures, predictor_pictures
 from thermocline.activity.predictor import save_predictor
+from thermocline.activity.report import page
 from thermocline.activity.statistics import Activity
 from thermocline.activity.store import save_activity
 from thermocline.errors import FingerprintError, ModelFormatError, OutputError, UsageError
@@ -83,6 +85,17 @@ def test_the_page_has_its_pictures_and_needs_nothing_else(saved: Path, tmp_path:
     assert not {"href", "src", "srcset", "xlink:href"} & {name for name, _ in page.attributes}
     for words in ("audit.kl", "0.0031", "made here", "default-src 'none'", f"{counted().coverage(0.8)[1] * 100:.1f}"):
         assert words in text
+
+
+def test_a_page_says_where_the_tokens_are_not_known() -> None:
+    """As in PowerInfer's files, which only count."""
+    fired = np.arange(12).reshape(3, 4) + 1
+    known = Activity.from_counts(MODEL, "tiny", fired, 12)
+    assert "watched over 12 tokens<" in page(known, [], None, [])
+    told = page(replace(known, tokens_known=False), [], None, [])
+    assert "watched over at least 12 tokens<" in told
+    assert "<b>at least 12</b>" in told
+    assert "<b>at most 54.2" in told
 
 
 def test_a_report_without_a_predictor(saved: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from thermocline import __version__
@@ -78,7 +79,7 @@ def test_ctrl_c_stops_cleanly(spawn, tiny_model: Path, arguments: list[str]) -> 
     if not arguments:
         assert running.stdout.read(1)
     else:
-        time.sleep(1)  # tokens come, and nothing tells of them
+        wait_for_work(running.pid)
     running.send_signal(signal.SIGINT)
     out, err = running.communicate(timeout=30)
     assert running.returncode == 130
@@ -88,6 +89,14 @@ def test_ctrl_c_stops_cleanly(spawn, tiny_model: Path, arguments: list[str]) -> 
     else:
         assert out.endswith(b"\n")
         assert err.splitlines()[-1].startswith(b"prompt 1 tokens")
+
+
+def wait_for_work(pid: int) -> None:
+    """Until a process that says nothing has computed for so long that tokens came."""
+    process = psutil.Process(pid)
+    before = process.cpu_times().user
+    while process.cpu_times().user < before + 0.5:
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("verb", [["run", "-p", "x", "-c", "200000", "--ignore-eos"], ["chat"]], ids=lambda v: v[0])

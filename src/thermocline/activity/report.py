@@ -157,6 +157,8 @@ def page(activity: Activity, drawn: Sequence[Picture], predictor: Info | None, p
     """The page as HTML; `predictor` is what is known of one."""
     summary = activity.summary()
     name = printable(activity.model_name or activity.model_fingerprint[:16], 80)
+    least = "" if activity.tokens_known else "at least "
+    sequences = f" in {_counted(activity.sequences, 'sequence')}" if activity.sequences else ""
     body = [
         _DOCTYPE,
         '<html lang="en"><head><meta charset="utf-8">',
@@ -164,8 +166,8 @@ def page(activity: Activity, drawn: Sequence[Picture], predictor: Info | None, p
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">",
         f"<title>Activity of {escape(name)}</title><style>{STYLE}</style></head><body>",
         f"<header><div><h1>Which neurons of {escape(name)} fire</h1>",
-        f"<p>{activity.n_layer} layers of {activity.n_ff:,} neurons, watched over {activity.tokens:,} tokens "
-        f"in {_counted(activity.sequences, 'sequence')}</p></div></header><main>",
+        f"<p>{activity.n_layer} layers of {activity.n_ff:,} neurons, watched over {least}{activity.tokens:,} tokens"
+        f"{sequences}</p></div></header><main>",
         _facts(summary),
         _figures(drawn),
     ]
@@ -176,12 +178,13 @@ def page(activity: Activity, drawn: Sequence[Picture], predictor: Info | None, p
 
 
 def _facts(summary: Mapping[str, Any]) -> str:
+    least, most = ("", "") if summary["tokens_known"] else ("at least ", "at most ")
     facts = [
-        (_percent(summary["active_share"]), "of the neurons are active for a token"),
+        (most + _percent(summary["active_share"]), "of the neurons are active for a token"),
         (_percent(summary["neurons_for_80_percent"]), "of the neurons give 80 % of all activations"),
         (_percent(summary["token_overlap"]), "of an active set was active at the token before"),
         (_percent(summary["layer_overlap"]), "of it is foreseen by the layer below"),
-        (f"{summary['tokens']:,}", "tokens were read"),
+        (f"{least}{summary['tokens']:,}", "tokens were read"),
     ]
     boxes = "".join(f'<div class="fact"><b>{escape(value)}</b><span>{text}</span></div>' for value, text in facts)
     return f'<div class="facts">{boxes}</div>'
