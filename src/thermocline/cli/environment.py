@@ -10,7 +10,7 @@ from cyclopts import App, Argument, ArgumentCollection
 from cyclopts.config import Env
 
 from thermocline.cli.output import status
-from thermocline.errors import printable
+from thermocline.errors import WARNING, printable
 
 PREFIX = "THERMOCLINE_"
 NO_FLAGS = frozenset({"THERMOCLINE_HOME"})
@@ -49,7 +49,7 @@ def _tell_unknown(app: App, arguments: Iterable[Argument]) -> None:
     for name in sorted(left - known):
         near = get_close_matches(name.removeprefix(PREFIX), words, n=1)
         hint = f"; did you mean {PREFIX}{near[0]}?" if near else ""
-        status(f"WARNING: {printable(name)} is no flag of any verb and does nothing{hint}", always=True)
+        status(f"{WARNING}{printable(name)} is no flag of any verb and does nothing{hint}", always=True)
 
 
 def _variables(arguments: Iterable[Argument]) -> set[str]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import thermocline
 from thermocline.cli.bars import progress_bar
 from thermocline.cli.flags import JsonFlag, ModelFlag, TextFlag, VerboseFlag, count, with_settings
-from thermocline.cli.output import status, write_json
+from thermocline.cli.output import status, tell_notice, write_json
 from thermocline.cli.tables import counted, facts, print_tables
 from thermocline.config import LoadSettings
 from thermocline.errors import skipped_words
@@ -50,7 +50,7 @@ def perplexity(
             load,
             chunks=chunks,
             stride=stride,
-            notice=lambda line: status(f"note: {line}", always=verbose),
+            notice=lambda line: tell_notice(line, always=verbose),
             progress=lambda p: show(
                 p.chunks / p.total,
                 f"chunk {p.chunks} of {p.total}, perplexity {p.perplexity:.4f}, {p.tokens_per_second:,.0f} tokens/s",

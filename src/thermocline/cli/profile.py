@@ -8,7 +8,7 @@ import thermocline
 from thermocline.cli.activity import activity_tables
 from thermocline.cli.bars import progress_bar
 from thermocline.cli.flags import JsonFlag, ModelFlag, TextFlag, VerboseFlag, count, flag, with_settings
-from thermocline.cli.output import status, write_json
+from thermocline.cli.output import status, tell_notice, write_json
 from thermocline.cli.tables import print_tables
 from thermocline.config import LoadSettings
 from thermocline.errors import UsageError, skipped_words
@@ -62,7 +62,7 @@ def profile(
             threshold=threshold,
             existing=existing,
             restart=restart,
-            notice=lambda line: status(f"note: {line}", always=verbose),
+            notice=lambda line: tell_notice(line, always=verbose),
             progress=lambda p: show(p.share, f"{p.tokens:,} tokens, {p.tokens_per_second:,.0f} tokens/s"),
         )
     for line in _told(done):

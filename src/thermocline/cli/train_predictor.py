@@ -9,7 +9,7 @@ from rich.table import Table
 import thermocline
 from thermocline.cli.bars import progress_bar
 from thermocline.cli.flags import JsonFlag, ModelFlag, TextFlag, VerboseFlag, flag, with_settings
-from thermocline.cli.output import status, write_json
+from thermocline.cli.output import status, tell_notice, write_json
 from thermocline.cli.tables import facts, print_tables, size_of
 from thermocline.config import LoadSettings, TrainSettings
 from thermocline.errors import skipped_words
@@ -58,7 +58,7 @@ def train_predictor(
             activity=load.activity,
             overwrite=overwrite,
             restart=restart,
-            notice=lambda line: status(f"note: {line}", always=verbose),
+            notice=lambda line: tell_notice(line, always=verbose),
             progress=lambda p: show(p.share, f"{p.doing}, {p.tokens_per_second:,.0f} tokens/s"),
         )
     if done.resumed:
