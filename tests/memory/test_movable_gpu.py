@@ -10,7 +10,7 @@ import pytest
 
 from thermocline.activity.predictor import Predictor
 from thermocline.config import CacheType, Mode
-from thermocline.files.formats import F16, F32, Q4_0, Q8_0, BlockFormat
+from thermocline.files.formats import F16, Q4_0, Q8_0, BlockFormat
 from thermocline.files.open import open_model
 from thermocline.hardware.machine import Tier
 from thermocline.memory.arena import Memory
@@ -84,7 +84,7 @@ def swap(movable: Movable, count: int, seed: int) -> int:
     return movable.exchange(promoted, demoted)
 
 
-@pytest.mark.parametrize("fmt", [F32, F16, Q8_0, Q4_0], ids=lambda fmt: fmt.name)
+@pytest.mark.parametrize("fmt", [F16, Q8_0, Q4_0], ids=lambda fmt: fmt.name)
 def test_a_step_that_was_captured_computes_with_what_was_moved_since(
     make_source: Callable[..., Any], agree: Callable[..., None], fmt: BlockFormat
 ) -> None:
@@ -95,9 +95,9 @@ def test_a_step_that_was_captured_computes_with_what_was_moved_since(
     cache = prompted(transformer)
     step, account = CapturedStep(transformer, cache), memory.ledger.rows()
     before = [layer.order.copy() for layer in movable.layers]
-    for seed in range(4):
+    for seed in range(2):
         agree(replayed(step), wanted, LAYERS, NEURONS, integers=fmt.block > 1)
-        assert swap(movable, 3 + 8 * seed, seed) > 0
+        assert swap(movable, 3 + 24 * seed, seed) > 0
         assert [layer.hot for layer in movable.layers] == [32, 64]
         assert memory.ledger.rows() == account
         assert memory.is_true
@@ -112,7 +112,7 @@ def test_biases_and_uncut_layers_on_a_gpu(make_opt: Callable[..., Any], agree: C
     source = make_opt()
     plain = load_transformer(source, CpuOps(1), mode=Mode.EXACT)[0]
     wanted = plainly(plain, prompted(plain))
-    for depths in ((32, 64), (96, 40), (40, 0)):
+    for depths in ((96, 40), (40, 0)):
         transformer, movable, memory = loaded(source, depths)
         assert [layer.can_move for layer in movable.layers] == [0 < depth < NEURONS for depth in depths]
         cut = sum(depth for depth in depths if 0 < depth < NEURONS)
@@ -133,7 +133,7 @@ def test_rows_of_the_predictor_go_along(tiny_model: Any, oracle: Any, agree: Cal
         wanted = plainly(exact, prompted(exact))
         transformer, movable, memory = loaded(source, (32, 64), oracle(source, shares=0.05), scored)
         step = CapturedStep(transformer, prompted(transformer))
-        for seed in range(4):
+        for seed in range(2):
             agree(replayed(step), wanted, LAYERS, NEURONS, integers=True)
             swap(movable, 25, seed)
         agree(replayed(step), wanted, LAYERS, NEURONS, integers=True)

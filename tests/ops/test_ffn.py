@@ -146,6 +146,8 @@ def test_the_standard_layout_agrees_with_reference(ops, reference, rng, weight, 
     def make(shape):
         return rng.standard_normal(shape).astype(np.float32)
 
+    if fewer(False, fmt.name in SELDOM and name != "swiglu"):
+        pytest.skip("each format with one kind, and each kind with four formats, are enough where it takes seconds")
     for neurons, width, tokens in fewer([(32, 32, 1), (288, 96, 1), (96, 64, 17)], [(32, 96, 1), (40, 64, 9)]):
         neurons, width = (-n // fmt.block * -fmt.block for n in (neurons, width))
         block = make_block(weight, make, fmt, neurons, width, KINDS[name], records=False, biased=width > 64)
@@ -189,7 +191,8 @@ def test_counts_are_exact_where_the_arithmetic_is(ops, reference, rng, weight, f
         values[..., ::32] = 127 if fmt is Q8_0 else -8
         return values
 
-    for name in ("reglu", "drelu", "relu", "relu2"):
+    names = ("reglu", "drelu", "relu", "relu2")
+    for name in fewer(names, names if fmt in (F16, Q4_0) else names[:1]):
         block = make_block(weight, whole, fmt, fewer(200, 60), 64, KINDS[name])
         for tokens in (1, 4):
             x = whole((tokens, 64))
@@ -227,6 +230,8 @@ def test_the_sum_is_the_same_whatever_is_skipped_and_shared(team, skewed, weight
 @pytest.mark.parametrize("name", ["reglu", "drelu", "relu", "relu2 gated"])
 def test_where_rows_lie_does_not_matter(ops, reference, rng, skewed, weight, fmt, name, fewer):
     """Bit for bit; rows that nobody points to hold NaN."""
+    if fewer(False, fmt not in (F16, Q4_0) and name != "reglu"):
+        pytest.skip("each format with one kind, and each kind with two formats, are enough where it takes seconds")
     neurons, slots, width = *fewer((300, 420), (30, 42)), 64
     block = make_block(weight, skewed, fmt, neurons, width, KINDS[name], biased=name == "relu")
     places = rng.permutation(slots)[:neurons].astype(np.int32)
@@ -256,9 +261,10 @@ def test_where_rows_lie_does_not_matter(ops, reference, rng, skewed, weight, fmt
                     assert h.tobytes() == g.tobytes()
 
 
-def test_gelu_is_exact_from_end_to_end(ops, reference, weight):
+def test_gelu_is_exact_from_end_to_end(ops, weight, fewer):
     """Every magnitude, both tails, infinities and NaN: one neuron with weight 1 shows the activation itself."""
-    x = np.concatenate([np.linspace(-20, 20, 4001), [-1e30, 1e30, np.inf, np.nan, 0.0, -0.0, 1e-40]])[:, None]
+    numbers = np.linspace(-20, 20, fewer(4001, 801))
+    x = np.concatenate([numbers, [-1e30, 1e30, np.inf, np.nan, 0.0, -0.0, 1e-40]])[:, None]
     x = x.astype(np.float32)
     one = weight(np.ones((1, 1), np.float32), F32)
     block = NeuronBlock(None, one, one, True, KINDS["gelu"], 1)
@@ -269,8 +275,8 @@ def test_gelu_is_exact_from_end_to_end(ops, reference, weight):
     off = 64 * EPS * np.abs(expected) + 2.0**-126
     finite = np.isfinite(expected)
     assert (np.abs(hidden[finite, 0] - expected[finite]) <= off[finite]).all()
-    assert hidden[4003, 0] == np.inf
-    assert np.isnan(hidden[4004, 0])
+    assert hidden[-5, 0] == np.inf
+    assert np.isnan(hidden[-4, 0])
 
 
 @pytest.mark.parametrize("fmt", [F16, *(f for f in BY_NAME.values() if f.block > 1)], ids=lambda f: f.name)

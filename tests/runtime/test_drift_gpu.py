@@ -26,6 +26,7 @@ pytestmark = [
 
 VRAM = Tier.VRAM
 TEXT = "the cat sat on the mat and the other cat sat on the other mat"
+ENDS = ("", ".", "!")
 SETTINGS: dict[str, Any] = {"device": "cuda", "threads": 1, "ctx_size": 128, "ubatch": 16, "mode": "exact"}
 
 
@@ -49,7 +50,7 @@ def cut(tiny_model: Path, tmp_path: Path) -> Path:
 
 
 def answers(llm: LLM) -> list[Any]:
-    return [llm.generate(TEXT + end, temperature=0.0, max_tokens=6, ignore_eos=True) for end in ("", ".", "!", "?")]
+    return [llm.generate(TEXT + end, temperature=0.0, max_tokens=3, ignore_eos=True) for end in ENDS]
 
 
 def test_neurons_follow_the_prompts_and_the_tokens_stay(tiny_model: Path, cut: Path, tmp_path: Path) -> None:
@@ -66,7 +67,7 @@ def test_neurons_follow_the_prompts_and_the_tokens_stay(tiny_model: Path, cut: P
         found = answers(llm)
         assert loaded.placing.memory.ledger.rows() == account
         assert loaded.placing.memory.is_true
-        prompts = sum(len(llm.tokenize(TEXT + end)) for end in ("", ".", "!", "?"))
+        prompts = sum(len(llm.tokenize(TEXT + end)) for end in ENDS)
     assert [answer.tokens for answer in found] == expected
     moved = [answer.report.moved for answer in found]
     assert moved[0] is None
@@ -85,5 +86,5 @@ def test_a_side_that_is_still_busy_ends_the_moving_and_not_the_request(tiny_mode
             raise HardwareError("still computing")
 
         watch.drift.rest = busy
-        assert [answer.report.moved for answer in answers(llm)] == [None] * 4
+        assert [answer.report.moved for answer in answers(llm)] == [None] * len(ENDS)
         assert watch.drift.failed == "still computing"
