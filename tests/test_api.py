@@ -117,6 +117,16 @@ def test_generate_after_a_chat_starts_afresh(llm: LLM) -> None:
     assert llm.generate("hi", max_tokens=1).report.cached_tokens == 0
 
 
+def test_a_text_that_goes_on_is_not_computed_again_where_that_is_asked_for(llm: LLM) -> None:
+    begun = llm.generate("hello there", temperature=0, max_tokens=4)
+    text = f"hello there{begun.text}\nhello"
+    first = llm.generate(text, temperature=0, max_tokens=4, cache_prompt=True)
+    assert begun.report.prompt_tokens - 1 <= first.report.cached_tokens < first.report.prompt_tokens
+    afresh = llm.generate(text, temperature=0, max_tokens=4)
+    assert afresh.report.cached_tokens == 0
+    assert afresh.tokens == first.tokens
+
+
 def test_spec_and_settings_are_told(llm: LLM, tiny_model: Path) -> None:
     assert (llm.spec.family, llm.spec.n_layer, llm.n_ctx, llm.threads) == ("arcee", 2, 128, 1)
     assert llm.ops.startswith("cpu/")

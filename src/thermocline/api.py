@@ -204,9 +204,18 @@ class LLM:
         """The text of token ids; special tokens have none."""
         return self._loaded.tokenizer.decode(tokens)
 
-    def stream(self, prompt: str | Sequence[int], sampling: SamplingSettings | None = None, **overrides: Any) -> Stream:
+    def stream(
+        self,
+        prompt: str | Sequence[int],
+        sampling: SamplingSettings | None = None,
+        *,
+        cache_prompt: bool = False,
+        **overrides: Any,
+    ) -> Stream:
         """Continue `prompt` (a text, or token ids as they are), token by token.
 
+        With `cache_prompt`, the tokens with which the last prompt and its answer began too are not computed again. What
+        was computed in other batches may round otherwise, so that the same prompt need not give the same text.
         `overrides` are single fields of `SamplingSettings`: `llm.stream("Hi", temperature=0, max_tokens=64)`.
         Starting a stream ends the streams that were started before.
 
@@ -215,13 +224,18 @@ class LLM:
             SamplingError: a setting is out of its range.
             UsageError: the prompt is neither a text nor ids of the vocabulary.
         """
-        return self._stream(self._prompt(prompt), sampling, overrides)
+        return self._stream(self._prompt(prompt), sampling, overrides, reuse=cache_prompt)
 
     def generate(
-        self, prompt: str | Sequence[int], sampling: SamplingSettings | None = None, **overrides: Any
+        self,
+        prompt: str | Sequence[int],
+        sampling: SamplingSettings | None = None,
+        *,
+        cache_prompt: bool = False,
+        **overrides: Any,
     ) -> Generation:
         """Continue `prompt` to the end; see `stream`."""
-        with self.stream(prompt, sampling, **overrides) as stream:
+        with self.stream(prompt, sampling, cache_prompt=cache_prompt, **overrides) as stream:
             return stream.collect()
 
     def stream_chat(self, messages: Messages, sampling: SamplingSettings | None = None, **overrides: Any) -> Stream:
@@ -236,7 +250,7 @@ class LLM:
         if self._template is None:
             self._template = ChatTemplate.of(self._loaded.tokenizer)
         tokens = self._tokens(self._template.render(messages), parse_special=True)
-        return self._stream(tokens, sampling, overrides, chat=True)
+        return self._stream(tokens, sampling, overrides, reuse=True, chat=True)
 
     def chat(self, messages: Messages, sampling: SamplingSettings | None = None, **overrides: Any) -> Generation:
         """Answer `messages` to the end; see `stream_chat`."""
@@ -298,11 +312,17 @@ class LLM:
         return loaded.tokenizer.encode(text, add_special=False, parse_special=parse_special)
 
     def _stream(
-        self, tokens: list[int], sampling: SamplingSettings | None, overrides: Mapping[str, Any], *, chat: bool = False
+        self,
+        tokens: list[int],
+        sampling: SamplingSettings | None,
+        overrides: Mapping[str, Any],
+        *,
+        reuse: bool = False,
+        chat: bool = False,
     ) -> Stream:
         settings = settings_of(SamplingSettings, settings_or_default(SamplingSettings, sampling), overrides)
         self._keep_budget()
         loaded = self._loaded
         return Stream(
-            loaded.engine, loaded.tokenizer, tokens, settings, reuse=chat, chat=chat, load_seconds=loaded.seconds
+            loaded.engine, loaded.tokenizer, tokens, settings, reuse=reuse, chat=chat, load_seconds=loaded.seconds
         )

@@ -106,7 +106,7 @@ USAGE = {
     "instruction set of the reference": ([*RUN, "--ops", "reference", "--isa", "avx2"], "isa is avx2, and"),
     "threads of the reference": ([*RUN, "--ops", "reference", "-t", "2"], "threads is 2, and the reference has one"),
     "show of two models": (["show", M, "-m", "other.gguf"], "and with -m other.gguf; leave one of them out"),
-    "VRAM budget": ([*RUN, "--vram-budget", "8GiB"], "none can be used; try --device emulated"),
+    "VRAM budget": ([*RUN, "--vram-budget", "8GiB"], "none is used: add --device cuda, or --device emulated"),
     "Hugging Face download": (["run", "-hf", "a/b:Q4_K_M", "-p", "x"], "--hf-repo is not available: download"),
     "adapter": ([*RUN, "--lora", "x.gguf"], "--lora is not available"),
     "draft model": ([*RUN, "-md", "x.gguf"], "--model-draft is not available"),

@@ -323,6 +323,9 @@ def test_a_script_is_told_of_a_turn_that_failed(command, tiny_model, line: bytes
 def test_plain_turns_need_no_template(command, tiny_plain) -> None:
     outcome = command("chat", "-m", tiny_plain, "--plain", "-n", 4, *GREEDY, stdin=b"the cat\n")
     assert outcome.out == completion(tiny_plain, "the cat\n", 4)
+    two = command("chat", "-m", tiny_plain, "--plain", "-n", 4, *GREEDY, "-v", stdin=b"the cat\nthe dog\n")
+    assert two.out.startswith(outcome.out)
+    assert " from cache)" in two.err  # what was said before is not computed again
 
 
 DEVICES = [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,10 @@ from thermocline.errors import (
 )  # fmt: skip
 from thermocline.files.gpuidx import read_gpu_index, write_gpu_index
 from thermocline.files.open import open_model
+from thermocline.hardware.gpu import GpuSpeed
+from thermocline.hardware.gpu_card import Gpu
 from thermocline.hardware.machine import Tier
+from thermocline.hardware.probe import probe_machine
 from thermocline.memory.convert import convert
 from thermocline.placement.cost import FfnMode
 from thermocline.placement.ledger import Purpose
@@ -199,12 +202,47 @@ def test_this_machine_is_measured(model: Path, own_home: None) -> None:
     assert planned.plan.budgets == {Tier.RAM: 1 << 30}
     assert "measuring memory" in told
     told.clear()
-    split = api.plan(model, tell=told.append, ram_budget="1GiB", vram_budget="200KiB", emulated=True)
+    split = api.plan(model, tell=told.append, ram_budget="1GiB", vram_budget="200KiB", device="emulated")
     assert told == ["looking for the fastest placement"]
     assert split.problem.machine.gpu is not None
     assert split.plan.bytes_of(Tier.VRAM) <= 200 << 10
     with pytest.raises(UsageError, match="no GPU"):
         api.plan(model, vram_budget="1GiB")
+
+
+def test_a_gpu_that_is_not_to_be_used_is_not_planned_with(
+    model: Path, own_home: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card = Gpu(index=0, name="card", total=1 << 33, free=1 << 32, pcie=4, lanes=16, driver="1")
+    names = [field.name for field in fields(GpuSpeed)]
+    speed = GpuSpeed(**dict.fromkeys(names, 1e15) | {"launch": 0.0, "crossing": 0.0, "context": 0, "sparse": 0.6})
+
+    def probed(**settings: Any) -> Any:
+        survey, probe = probe_machine(**settings)
+        return survey, replace(probe, gpus=(card,), gpu_speeds=(speed,))
+
+    monkeypatch.setattr("thermocline.runtime.planning.probe_machine", probed)
+    monkeypatch.setattr("thermocline.runtime.planning.find_gpus", lambda: (card,))
+    planned = {kind: api.plan(model, device=kind) for kind in ("auto", "cuda", "cpu", "emulated")}
+    gpus = {kind: plan.problem.machine.gpu for kind, plan in planned.items()}
+    assert {kind: gpu and gpu.name for kind, gpu in gpus.items()} == {
+        "auto": "card",
+        "cuda": "card",
+        "cpu": None,
+        "emulated": "emulated device",
+    }
+    assert planned["auto"].plan.bytes_of(Tier.VRAM)
+    assert not planned["cpu"].plan.bytes_of(Tier.VRAM)
+    for wrong in ({"vram_budget": "1GiB"}, {"gpu": "0"}):
+        with pytest.raises(UsageError, match="--device c"):
+            api.plan(model, device="cpu", **wrong)
+    with pytest.raises(UsageError, match="--device is tpu; allowed: auto, cpu"):
+        PlanSettings(device="tpu")  # type: ignore[arg-type]
+    # What runs computes on the CPU unless a GPU is asked for, and is planned so.
+    for settings in ({}, {"device": "cpu"}):
+        with api.LLM.load(model, ram_budget="1GiB", **settings) as llm:
+            assert llm.plan is not None
+            assert list(llm.plan.budgets) == [Tier.RAM]
 
 
 def test_a_gpu_index_comes_in_and_goes_out(model: Path, activity: Path, tmp_path: Path) -> None:
@@ -301,10 +339,10 @@ def test_the_picture_is_of_the_activity_that_the_plan_was_made_from(
 
 def test_a_share_of_an_emulated_device_is_of_the_weights(tiny_model: Path) -> None:
     """It has no memory of its own, and a share of the RAM would hold any model that runs."""
-    whole = api.plan(tiny_model, vram_budget="100%", emulated=True)
+    whole = api.plan(tiny_model, vram_budget="100%", device="emulated")
     weights = whole.problem.footprint.nbytes
     assert whole.plan.budgets[Tier.VRAM] == weights
-    half = api.plan(tiny_model, vram_budget="50%", emulated=True)
+    half = api.plan(tiny_model, vram_budget="50%", device="emulated")
     assert half.plan.budgets[Tier.VRAM] == weights // 2
     assert half.seconds(half.problem) == pytest.approx(half.plan.predicted.token_ms / 1e3, rel=1e-3)
     assert api.plan(tiny_model, vram_budget="50%", machine="pc-low").plan.budgets[Tier.VRAM] == 11 << 29

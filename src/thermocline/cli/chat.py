@@ -102,7 +102,7 @@ class PlainTalk:
 
     def ask(self, line: str) -> Stream:
         """The continuation, to come."""
-        return self.llm.stream(f"{self.text}{line}\n", self.sampling)
+        return self.llm.stream(f"{self.text}{line}\n", self.sampling, cache_prompt=True)
 
     def keep(self, line: str, answer: str) -> None:
         """Remember a finished turn."""

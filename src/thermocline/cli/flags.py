@@ -95,6 +95,11 @@ def count(*names: str, help: str) -> Parameter:  # noqa: A002
     return Parameter(name=names, help=help, converter=whole_number)
 
 
+def mode_flag(help: str) -> Parameter:  # noqa: A002
+    """The flag of a mode where it is the verb's own, and not one of the settings'."""
+    return Parameter(name=NAMES["mode"], help=help, converter=mode_name, n_tokens=1, name_transform=_choice)
+
+
 def whole_number(_: Any, tokens: Sequence[Token]) -> int:
     """Reads an int flag; cyclopts would round 1.5 without a word."""
     token = tokens[-1]
@@ -229,7 +234,8 @@ def field_docs(kind: type) -> dict[str, str]:
     return docs
 
 
-def _mode(_: Any, tokens: Sequence[Token]) -> Mode:
+def mode_name(_: Any, tokens: Sequence[Token]) -> Mode:
+    """Reads a mode, with the word that --sparsity is given."""
     word = tokens[-1].value.lower()
     if word == "off":  # as in --sparsity off
         return Mode.DENSE
@@ -255,7 +261,7 @@ def _bias(text: str) -> tuple[int, float]:
 
 
 SPECIAL: dict[str, dict[str, Any]] = {
-    "mode": {"converter": _mode, "n_tokens": 1},
+    "mode": {"converter": mode_name, "n_tokens": 1},
     "mmap": {"negative": "--no-mmap"},
     "device": {"converter": device_name, "n_tokens": 1},
     "train_on": {"converter": device_name, "n_tokens": 1},

@@ -8,10 +8,10 @@ from cyclopts import App
 from rich.table import Table
 
 import thermocline
-from thermocline.cli.flags import JsonFlag, ModelFlag, count, flag
+from thermocline.cli.flags import JsonFlag, ModelFlag, count, flag, mode_flag
 from thermocline.cli.output import status, write_json
 from thermocline.cli.tables import facts, print_tables, size_of
-from thermocline.config import NUMBERED, LoadSettings, Mode, device_and_gpu
+from thermocline.config import LoadSettings, Mode
 from thermocline.errors import UsageError, printable
 
 if TYPE_CHECKING:
@@ -38,8 +38,8 @@ BUDGET = (
 ACTIVITY = "What `profile` or `order` wrote; without, what lies beside the model or is inside it."
 MACHINE = "auto (this one), or parts of the catalogue joined by +, such as rtx-4090+i9-13900k+ddr5-6000+32gib."
 DEVICE = (
-    "emulated: plan with a second device that uses half of the threads and part of the RAM as VRAM; cuda, or cuda:1: "
-    "with the GPU, or that of a number; without, with the GPU where there is one."
+    "cpu: plan without a GPU; emulated: with a second device that uses half of the threads and part of the RAM as "
+    "VRAM; cuda, or cuda:1: with the GPU, or that of a number; auto: with the GPU where there is one."
 )
 GPU = "Which GPU, where there are several: its number, its UUID or a part of its name; without, the first."
 RATIO = "Prompt to output, such as 4:1, of the tokens that --prompt-tokens and --output-tokens make together."
@@ -57,7 +57,7 @@ def make(
     ram_budget: Annotated[str, flag("--ram-budget", hyphen=True, help="The same of RAM.")] = "auto",
     ctx_size: Annotated[int, count("--ctx-size", "-c", help="Context in tokens; 0: the model's, up to 4096.")] = 0,
     machine: Annotated[str, flag("--machine", help=MACHINE)] = "auto",
-    device: Annotated[str | None, flag("--device", help=DEVICE)] = None,
+    device: Annotated[str, flag("--device", help=DEVICE)] = "auto",
     gpu: Annotated[str | None, flag("--gpu", help=GPU)] = None,
     prompt_tokens: Annotated[int, count("--prompt-tokens", help="Tokens of a prompt.")] = 256,
     output_tokens: Annotated[int, count("--output-tokens", help="Tokens of an answer.")] = 256,
@@ -65,7 +65,7 @@ def make(
     batch: Annotated[int, count("--parallel", "-np", help="Sequences at once.")] = 1,
     ubatch: Annotated[int, count("--ubatch-size", "-ub", help="Most prompt tokens of one pass.")] = 512,
     latency_target: Annotated[float | None, flag("--latency-target", hyphen=True, help=LATENCY)] = None,
-    mode: Annotated[Mode, flag("--mode", help="How the FFN is computed.")] = Mode.AUTO,
+    mode: Annotated[Mode, mode_flag("How the FFN is computed.")] = Mode.AUTO,
     predictor: Annotated[str | None, flag("--predictor", help="Predictor; without, the model's own.")] = None,
     method: Annotated[str, flag("--method", help=METHOD)] = "greedy",
     gpu_index: Annotated[str | None, flag("--import-gpuidx", help=IMPORT)] = None,
@@ -83,9 +83,6 @@ def make(
     """
     if list_machines:
         return _list(as_json)
-    device, gpu = device_and_gpu(device, gpu)
-    if device not in (None, "emulated", "cuda"):
-        raise UsageError(f"--device is {printable(device)}; allowed: emulated, cuda{NUMBERED}, or leave it out")
     if gpu_index is not None and output is None:
         raise UsageError("--import-gpuidx makes a new order of the neurons, which a plan needs beside it; add -o PLAN")
     prompt, answer = _shared(ratio, prompt_tokens, output_tokens)
@@ -96,8 +93,7 @@ def make(
         gpu_index=gpu_index,
         tell=lambda line: status(f"{line} ..."),
         machine=machine,
-        emulated=device == "emulated",
-        cuda=device == "cuda",
+        device=device,
         gpu=gpu,
         vram_budget=vram_budget,
         ram_budget=ram_budget,

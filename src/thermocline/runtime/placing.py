@@ -107,7 +107,9 @@ def place(
     kind, notices = _device(settings), _powerinfer(settings)
     if kind is DeviceKind.CPU and settings.ram_budget is None and settings.plan is None:
         if settings.vram_budget is not None:
-            raise UsageError("--vram-budget says how much of a GPU to use, and none can be used; try --device emulated")
+            raise UsageError(
+                "--vram-budget says how much of a GPU to use, and none is used: add --device cuda, or --device emulated"
+            )
         if settings.activity is not None:
             find_order(source, settings.activity)
             notices.append(ACTIVITY_UNUSED)
@@ -188,7 +190,7 @@ def _problem(
 ) -> tuple[Problem, Order | None, tuple[str, ...]]:
     """What is to be placed, under the budgets that were stated, else those of the plan, else what there is."""
     plan_settings = PlanSettings(
-        emulated=_stands_in(kind),
+        device=DeviceKind.EMULATED if _stands_in(kind) else kind,
         vram_budget=AUTO if settings.vram_budget is None else settings.vram_budget,
         ram_budget=AUTO if settings.ram_budget is None else settings.ram_budget,
         in_use=own_memory(),

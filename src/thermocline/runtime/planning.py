@@ -14,7 +14,7 @@ from thermocline.activity.applied import activity_for
 from thermocline.activity.order import Order, load_order
 from thermocline.activity.predictor import Predictor
 from thermocline.activity.store import activity_inside
-from thermocline.config import LoadSettings
+from thermocline.config import NUMBERED, DeviceKind, LoadSettings, device_and_gpu
 from thermocline.errors import HardwareError, ModelFormatError, ThermoclineError, UsageError, printable
 from thermocline.files.companion import companion
 from thermocline.files.gguf import GgufFile
@@ -72,13 +72,13 @@ CONTEXT = 4096
 class PlanSettings:
     """What a plan is made for. Budgets are as people write them; `machine` is `auto`, this one, or of the catalogue.
 
-    `cuda` insists on a GPU of this machine, and `gpu` names one of several. `in_use` is what the process that will
-    carry it out takes already, 0 for unknown.
+    `device` is what computes beside the CPU: auto is the GPU where this machine has one, cpu nothing, cuda insists on a
+    GPU, of which `gpu` names one of several. `in_use` is what the process that will carry it out takes already, 0 for
+    unknown.
     """
 
     machine: str = AUTO
-    emulated: bool = False
-    cuda: bool = False
+    device: DeviceKind = DeviceKind.AUTO
     gpu: str | None = None
     vram_budget: str = AUTO
     ram_budget: str = AUTO
@@ -93,7 +93,13 @@ class PlanSettings:
         if self.method not in list(Method):
             raise UsageError(f"method is {printable(str(self.method))}; allowed: {', '.join(Method)}")
         object.__setattr__(self, "method", Method(self.method))
-        if self.gpu is not None and self.emulated:
+        device, gpu = device_and_gpu(self.device, self.gpu)
+        if device not in list(DeviceKind):
+            allowed = ", ".join(DeviceKind) + NUMBERED
+            raise UsageError(f"--device is {printable(str(device))}; allowed: {allowed}")
+        object.__setattr__(self, "device", DeviceKind(device))
+        object.__setattr__(self, "gpu", gpu)
+        if self.gpu is not None and self.device not in (DeviceKind.AUTO, DeviceKind.CUDA):
             raise UsageError("--gpu chooses one of several: leave it out, or use --device cuda")
 
 
@@ -141,11 +147,9 @@ def plan_model(
     if tell is not None:
         tell("looking for the fastest placement")
     fingerprint = None if order is None else order.fingerprint
-    if settings.emulated:
-        plan = stand_in(problem, fingerprint, settings.method)
-    else:
-        plan = make_plan(problem, fingerprint, settings.method)
-    return Planned(plan, problem, order, notices, settings.emulated)
+    stands_in = settings.device is DeviceKind.EMULATED
+    make = stand_in if stands_in else make_plan
+    return Planned(make(problem, fingerprint, settings.method), problem, order, notices, stands_in)
 
 
 def stand_in(problem: Problem, activity: str | None, method: Method = Method.GREEDY) -> Plan:
@@ -290,7 +294,7 @@ def machine_and_budgets(
     ram = parse_budget(settings.ram_budget, "ram-budget")
     stated = settings.vram_budget != AUTO
     if settings.machine != AUTO:
-        if settings.emulated or settings.cuda or settings.gpu is not None:
+        if settings.device is not DeviceKind.AUTO or settings.gpu is not None:
             raise UsageError(
                 "a machine of the catalogue has its own GPU or none; --device and --gpu are of this machine"
             )
@@ -301,16 +305,20 @@ def machine_and_budgets(
         if settings.gpu is not None:
             choose_gpu(settings.gpu)
         survey, probe = probe_machine(disk=_to_measure(model), tell=tell)
+        if settings.device in (DeviceKind.CPU, DeviceKind.EMULATED):
+            probe = replace(probe, gpus=(), gpu_speeds=())
         machine = machine_of(survey, probe, model)
-        if settings.emulated:
+        if settings.device is DeviceKind.EMULATED:
             machine = emulated(machine, probe, survey.memory.usable)
         # What is free now, other processes counted, only the driver knows; the probe keeps what lasts.
-        cards = () if settings.emulated else find_gpus()
-        overheads = EMULATED if settings.emulated else _overheads(probe)
+        cards = find_gpus() if probe.gpus else ()
+        overheads = EMULATED if settings.device is DeviceKind.EMULATED else _overheads(probe)
         free = {Tier.RAM: survey.memory.available, Tier.VRAM: cards[0].free if cards else survey.memory.available // 2}
-    if machine.gpu is None and settings.cuda:
+    if machine.gpu is None and settings.device is DeviceKind.CUDA:
         lacks = gpu_lacks() or ("no GPU was found that can be measured",)
         raise HardwareError(f"{'. '.join(lacks)}; --machine plans for a GPU of the catalogue")
+    if stated and settings.device is DeviceKind.CPU:
+        raise UsageError("--device cpu has no VRAM: leave --vram-budget out, or use --device emulated")
     if machine.gpu is None and stated:
         raise UsageError(
             f"{machine.name} has no GPU, and --vram-budget says how much of one to use; leave it out, plan for "
@@ -320,7 +328,7 @@ def machine_and_budgets(
         overheads = replace(overheads, margin_ram=min(overheads.margin_ram, _host_margin(settings.in_use)))
     budgets = {Tier.RAM: _resolved(ram, "ram-budget", machine.cpu.capacity, free[Tier.RAM])}
     if machine.gpu is not None:
-        shared = settings.emulated and vram.kind is BudgetKind.SHARE
+        shared = settings.device is DeviceKind.EMULATED and vram.kind is BudgetKind.SHARE
         whole = min(weights, machine.gpu.capacity) if shared else machine.gpu.capacity
         budgets[Tier.VRAM] = _resolved(vram, "vram-budget", whole, free[Tier.VRAM])
     return machine, budgets, overheads
