@@ -328,7 +328,7 @@ def test_settings_that_contradict_are_refused() -> None:
     with pytest.raises(UsageError, match="number of GiB"):
         LoadSettings(vram_budget=[1])  # type: ignore[arg-type]
     assert LoadSettings(vram_budget=8).vram_budget == "8"  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match="none can be used"):
+    with pytest.raises(UsageError, match="none is used: add --device cuda"):
         api.LLM.load(vram_budget="1GiB")
 
 
