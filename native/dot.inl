@@ -84,6 +84,7 @@ static inline void dot_rows(const DotJob& job, int64_t r, int64_t end, int64_t t
   constexpr int kTokens = is_integer(F) ? kIntTokens<F> : kFloatTokens;
   RowTile<R> tile;
   find_tile<R, kLongRows<F>>(job.rows, r, end, tile);
+  if (kQuickRows<F> && job.rows.fetching == kToSecond) tile.next.second = true;
   const auto tokens = [&]<int T>(int64_t& t) __attribute__((always_inline)) {
     for (; t + T <= t1; t += T) {
       dot_tile<F, R, T>(job, tile, r, t);

@@ -10,6 +10,7 @@ static inline void quad_tokens(const int8_t* q, const float* d, const int16_t* s
       for (int r = 0; r < 4; ++r) {
         out->d[4 * b + r] = d[b];
         out->sums[4 * b + r] = d[b] * static_cast<float>(first + second);
+        out->eight[4 * b + r] = -8 * (first + second);
         out->minus[4 * b + r] = r == 0 ? -first : r == 1 ? -second : 0;
       }
     }

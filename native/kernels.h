@@ -30,12 +30,12 @@ constexpr int kGroupTokens = 16;
 constexpr int64_t kQuadColumns = 4 * kBlock;
 
 // Four blocks of a token: the first 16 numbers of each block, and the second 16. Then what belongs to a
-// block, four times: its scale, and that times the sum of its numbers; and minus the sums of its first 16
-// numbers and of the second, with two zeros after them.
+// block, four times: its scale, that times the sum of its numbers, and -8 times that sum; and minus the sums
+// of its first 16 numbers and of the second, with two zeros after them.
 struct QuadToken {
   int8_t first[64], second[64];
   float d[16], sums[16];
-  int32_t minus[16];
+  int32_t eight[16], minus[16];
 };
 
 // Which block stands for block i of four, of which `left` are there.

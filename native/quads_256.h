@@ -276,17 +276,16 @@ template <Format F, int v>
   } else if constexpr (kUnsigned<F> == 0) {
     return fma(_mm256_cvtepi32_ps(all), mul(scales.first[v], d), acc);
   } else {
-    const Int minus = load_ints(x.minus + kLanes * v);
     if constexpr (F == kQ6_K) {
+      const Int minus = load_ints(x.minus + kLanes * v);
       const Int two = sum_fours<F>(p[0].second, p[1].second, p[2].second, p[3].second);
       all = add_ints(all, _mm256_slli_epi32(repeat_int<0>(minus), 5));
       acc = fma(_mm256_cvtepi32_ps(all), mul(scales.first[v], d), acc);
       all = add_ints(two, _mm256_slli_epi32(repeat_int<1>(minus), 5));
       return fma(_mm256_cvtepi32_ps(all), mul(scales.second[v], d), acc);
     } else {
-      const __m128i words = _mm_setr_epi8(0, 1, 4, 5, 0, 1, 4, 5, 0, 1, 4, 5, 0, 1, 4, 5);
-      const Int lift = _mm256_madd_epi16(_mm256_shuffle_epi8(minus, _mm256_broadcastsi128_si256(words)),
-                                         _mm256_set1_epi16(kUnsigned<F>));
+      constexpr int kTimes = kUnsigned<F> == 128 ? 4 : 0;
+      const Int lift = _mm256_slli_epi32(load_ints(x.eight + kLanes * v), kTimes);
       return fma(_mm256_cvtepi32_ps(add_ints(all, lift)), mul(scales.first[v], d), acc);
     }
   }

@@ -15,6 +15,11 @@ static inline int64_t bytes_of(int64_t c) {
 template <Format F>
 constexpr bool kLongRows = !is_integer(F);
 
+// Rows that are multiplied about as fast as memory brings them: lines that are still on their way then take
+// the place of others in the first cache's queue, where the second one has room.
+template <Format F>
+constexpr bool kQuickRows = F == kQ8_0 || F == kQ4_0;
+
 // Rows that lie apart are fetched so many at a time, or half as many to the second cache, the same line of
 // each, then the next: a processor's own prefetching follows each page by itself, and several banks of the
 // memory answer at once.
@@ -36,7 +41,7 @@ struct NextRows {
   bool far;        // what lies kFarAhead further is wanted too
   int count;       // of rows that lie apart
   int begin, end;  // the parts of their lines, as many as rows, that this tile fetches
-  bool second;     // to the second cache
+  bool second;     // all of it to the second cache
   const uint8_t* rows[kSideBySide];
 };
 
@@ -137,10 +142,15 @@ template <bool Long, int kStepBytes, int R, class Step>
     const uint8_t* ahead = next.first + r * next.row_bytes + offset;
     for (const int64_t end = steps * (r + 1) / R; s < end; ++s) {
       if (!Long && turns) fetch_by_turns(ahead, ahead + R * kStepBytes);
+      if (!Long && next.second) {
 #pragma GCC unroll 16
-      for (int i = 0; i < R * kStepBytes; i += kLine) {
-        if constexpr (Long) __builtin_prefetch(ahead + far + i, 0, 2);
-        __builtin_prefetch(ahead + i);
+        for (int i = 0; i < R * kStepBytes; i += kLine) __builtin_prefetch(ahead + i, 0, 2);
+      } else {
+#pragma GCC unroll 16
+        for (int i = 0; i < R * kStepBytes; i += kLine) {
+          if constexpr (Long) __builtin_prefetch(ahead + far + i, 0, 2);
+          __builtin_prefetch(ahead + i);
+        }
       }
       ahead += R * kStepBytes;
       step(s);

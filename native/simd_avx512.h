@@ -176,23 +176,32 @@ static inline __m512i nibble_lanes(__m512i v, __m512i shifts) {
   return _mm512_and_si512(_mm512_srlv_epi64(moved, shifts), _mm512_set1_epi8(15));
 }
 
-// Words kFirst, kFirst + 1 ... kFirst + 7 of each of four blocks of kStride words, in lanes of 128 bits. They
-// lie in less than 128 bytes, so that two loads hold them all: the second ends where the last word does.
+// 64 bytes in a register, for uses that would each read them again. (Not for whole bytes, whose arithmetic
+// outpaces memory: lines that are still on their way then fill the first cache's queue, and a fifth is lost.)
+static inline __m512i held(const uint8_t* p) {
+  __m512i v = _mm512_loadu_si512(p);
+  asm("" : "+v"(v));
+  return v;
+}
+
+// Words kFirst, kFirst + 1 ... kFirst + 7 of each of four blocks of kStride words, in lanes of 128 bits.
+// Loads that cross cache lines are what takes longest: those of p and p + 64 serve all that is picked, and
+// what lies behind them is the last lane's.
 template <int kStride, int kFirst>
 [[gnu::always_inline]] static inline __m512i pick_words(const uint8_t* p) {
-  constexpr int kSecond = kFirst + 3 * kStride + 8 - 32;
   alignas(64) static constexpr auto kPlaces = [] {
     struct Places {
       int16_t at[32];
     } places{};
-    for (int i = 0; i < 32; ++i) {
-      const int word = i / 8 * kStride + i % 8;
-      places.at[i] = static_cast<int16_t>(word < 32 ? word : 32 + word + kFirst - kSecond);
-    }
+    for (int i = 0; i < 32; ++i) places.at[i] = static_cast<int16_t>(i / 8 * kStride + kFirst + i % 8);
     return places;
   }();
-  return _mm512_permutex2var_epi16(_mm512_loadu_si512(p + 2 * kFirst), _mm512_load_si512(&kPlaces),
-                                   _mm512_loadu_si512(p + 2 * kSecond));
+  constexpr int kLast = 3 * kStride + kFirst, kLoads = kStride > 16 ? 2 : 1;
+  const __m512i places = _mm512_load_si512(&kPlaces), low = kLoads == 1 ? held(p) : _mm512_loadu_si512(p);
+  const __m512i words = kLoads == 1 ? _mm512_permutexvar_epi16(places, low)
+                                    : _mm512_permutex2var_epi16(low, places, _mm512_loadu_si512(p + 64));
+  if constexpr (kLast + 8 <= 32 * kLoads) return words;
+  return _mm512_mask_broadcast_i32x4(words, 0xF000, load_128(p + 2 * kLast));
 }
 
 // Blocks b to b + 3 of a row that has `left` from b on, whose last one is read again in place of those past
@@ -277,19 +286,14 @@ struct QuadScales {
 
 // The first word of each of four blocks of kStride words to places r, 4 + r, 8 + r and 12 + r.
 template <int kStride>
-[[gnu::always_inline]] static inline __m256i pick_scales(const uint8_t* p, int r, __m256i to) {
-  constexpr int kSecond = 3 * kStride + 8 - 32;  // as far as pick_words reads
-  constexpr auto kPlace = [](int i) {
-    return static_cast<short>(i * kStride < 32 ? i * kStride : 32 + i * kStride - kSecond);
-  };
-  constexpr short a = kPlace(0), b = kPlace(1), c = kPlace(2), d = kPlace(3);
+[[gnu::always_inline]] static inline __m512i pick_scales(const uint8_t* p, int r, __m512i to) {
+  constexpr short a = 0, b = kStride, c = 2 * kStride, d = 3 * kStride;
   const __m512i places =
       _mm512_castsi256_si512(_mm256_setr_epi16(a, a, a, a, b, b, b, b, c, c, c, c, d, d, d, d));
-  const __m512i low = _mm512_loadu_si512(p);
-  const __m512i words = 3 * kStride < 32
-                            ? _mm512_permutexvar_epi16(places, low)
-                            : _mm512_permutex2var_epi16(low, places, _mm512_loadu_si512(p + 2 * kSecond));
-  return _mm256_mask_mov_epi16(to, static_cast<__mmask16>(0x1111 << r), _mm512_castsi512_si256(words));
+  const auto where = static_cast<__mmask32>(0x1111 << r);
+  if constexpr (d < 32) return _mm512_mask_permutexvar_epi16(to, where, places, held(p));
+  const __m512i words = _mm512_permutex2var_epi16(_mm512_loadu_si512(p), places, _mm512_loadu_si512(p + 64));
+  return _mm512_mask_mov_epi16(to, where, words);
 }
 
 static inline Vec spread_rows(__m128 rows) { return _mm512_broadcast_f32x4(rows); }
@@ -314,9 +318,10 @@ template <Format F>
   constexpr int kBytes = kFormatInfo[F].block_bytes;
   __m256i halves;
   if (left >= 4) {
-    halves = _mm256_setzero_si256();
+    __m512i words = _mm512_setzero_si512();
 #pragma GCC unroll 4
-    for (int r = 0; r < 4; ++r) halves = pick_scales<kBytes / 2>(rows[r] + b * kBytes, r, halves);
+    for (int r = 0; r < 4; ++r) words = pick_scales<kBytes / 2>(rows[r] + b * kBytes, r, words);
+    halves = _mm512_castsi512_si256(words);
   } else {
     int64_t at[4];
     for (int i = 0; i < 4; ++i) at[i] = (b + block_in(i, left)) * kBytes;
@@ -329,26 +334,17 @@ template <Format F>
 }
 
 // Of one row with one token: sums of neighbouring products, of both halves of the blocks or, in Q6_K, of each
-// half; less what the offset adds to them.
+// half. Those of whole bytes are less what the offset adds to them; the others fit 16 bits without that.
 struct QuadProducts {
   __m512i first, second;
 };
 
 template <Format F, int>
 [[gnu::always_inline]] static inline QuadProducts multiply_quad(const Quad& w, const QuadToken& x) {
-  __m512i begin = _mm512_setzero_si512(), second_begin;
-  if constexpr (!has_minima(F)) {
-    static_assert(kUnsigned<F> == 8 || kUnsigned<F> == 32 || kUnsigned<F> == 128);
-    constexpr unsigned kShift = kUnsigned<F> == 8 ? 3 : kUnsigned<F> == 32 ? 5 : 7;
-    begin = _mm512_slli_epi32(_mm512_loadu_si512(x.minus), kShift);
-  }
-  if constexpr (F == kQ6_K) {
-    second_begin = _mm512_maskz_mov_epi32(0x2222, begin);
-    begin = _mm512_maskz_mov_epi32(0x1111, begin);
-  }
+  const __m512i none = _mm512_setzero_si512();
+  const __m512i begin = F == kQ8_0 ? _mm512_slli_epi32(_mm512_loadu_si512(x.minus), 7) : none;
   const __m512i first = _mm512_dpbusd_epi32(begin, w.first, _mm512_loadu_si512(x.first));
-  return {first,
-          _mm512_dpbusd_epi32(F == kQ6_K ? second_begin : first, w.second, _mm512_loadu_si512(x.second))};
+  return {first, _mm512_dpbusd_epi32(F == kQ6_K ? none : first, w.second, _mm512_loadu_si512(x.second))};
 }
 
 // Sums of the four integers in each 128 bits of a, b, c and d, which become four neighbours.
@@ -358,17 +354,39 @@ static inline __m512i sum_fours(__m512i a, __m512i b, __m512i c, __m512i d) {
   return _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
 }
 
+// The same and `more`, of products with numbers of format F: in 16 bits as far as they fit.
+template <Format F>
+static inline __m512i sum_products(__m512i a, __m512i b, __m512i c, __m512i d, __m512i more) {
+  if constexpr (F == kQ8_0) return sum_fours(a, b, c, d);
+  const __m512i ones = _mm512_set1_epi16(1);
+  const __m512i ab = _mm512_madd_epi16(_mm512_packs_epi32(a, b), ones);
+  const __m512i cd = _mm512_madd_epi16(_mm512_packs_epi32(c, d), ones);
+  if constexpr (F == kQ4_0 || F == kQ4_K) {
+    return _mm512_dpwssd_epi32(more, _mm512_packs_epi32(ab, cd), ones);
+  } else {
+    const __m512 one = _mm512_castsi512_ps(ab), two = _mm512_castsi512_ps(cd);
+    const __m512i even = _mm512_castps_si512(_mm512_shuffle_ps(one, two, 0x88));
+    const __m512i odd = _mm512_castps_si512(_mm512_shuffle_ps(one, two, 0xDD));
+    return _mm512_add_epi32(more, _mm512_add_epi32(even, odd));
+  }
+}
+
 // What four blocks of four rows add to the sums: block i of row r to lane 4 i + r. Integers are exact, so
 // that any other order of theirs gives the same; the float operations are the ones that panels repeat.
 template <Format F, int v>
 [[gnu::always_inline]] static inline Vec add_quads(const QuadProducts (&p)[4], const QuadScales& scales,
                                                    const QuadToken& x, Vec acc) {
   const Vec d = load(x.d), scale = mul(scales.first[v], d);
-  const __m512i all = sum_fours(p[0].second, p[1].second, p[2].second, p[3].second);
   if constexpr (F == kQ6_K) {
-    const __m512i one = sum_fours(p[0].first, p[1].first, p[2].first, p[3].first);
-    return fma(_mm512_cvtepi32_ps(all), mul(scales.second[v], d), fma(_mm512_cvtepi32_ps(one), scale, acc));
+    const __m512i minus = _mm512_slli_epi32(_mm512_loadu_si512(x.minus), 5);
+    const __m512i one = sum_products<F>(p[0].first, p[1].first, p[2].first, p[3].first,
+                                        _mm512_shuffle_epi32(minus, _MM_PERM_AAAA));
+    const __m512i two = sum_products<F>(p[0].second, p[1].second, p[2].second, p[3].second,
+                                        _mm512_shuffle_epi32(minus, _MM_PERM_BBBB));
+    return fma(_mm512_cvtepi32_ps(two), mul(scales.second[v], d), fma(_mm512_cvtepi32_ps(one), scale, acc));
   } else {
+    const __m512i more = F == kQ4_0 ? _mm512_loadu_si512(x.eight) : _mm512_setzero_si512();
+    const __m512i all = sum_products<F>(p[0].second, p[1].second, p[2].second, p[3].second, more);
     acc = fma(_mm512_cvtepi32_ps(all), scale, acc);
     return has_minima(F) ? _mm512_fnmadd_ps(scales.least[v], load(x.sums), acc) : acc;
   }

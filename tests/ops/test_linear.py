@@ -121,3 +121,25 @@ def test_extreme_steps_do_not_saturate(ops):
             x, out = np.full((tokens, 32), 127 * sign, np.float32), np.empty((tokens, 1), np.float32)
             ops.linear(x, (ops.place(Weight("w", Q8_0, (1, 32), data)),), (out,))
             assert (out == -128 * 127 * 32 * sign).all()
+
+
+@pytest.mark.parametrize("fmt", [f for f in BY_NAME.values() if f.block > 1], ids=lambda f: f.name)
+@pytest.mark.parametrize("byte", [0x00, 0xFF])
+def test_the_largest_numbers_of_a_block_do_not_saturate(ops, fmt, byte):
+    """Every number of every block is the largest, or the smallest, and all have the same sign."""
+    rows, columns = 5, 1024
+    blocks = np.full((rows, columns // fmt.block, fmt.block_bytes), byte, np.uint8)
+    for at in {"Q6_K": (208,), "Q4_K": (0, 2), "Q5_K": (0, 2)}.get(fmt.name, (0,)):
+        blocks[..., at : at + 2] = np.array([1], np.float16).view(np.uint8)
+    if fmt.name == "Q6_K":
+        blocks[..., 192:208] = 127  # the scales of the parts, which have signs
+    w = Weight("w", fmt, (rows, columns), blocks.reshape(rows, -1))
+    numbers = to_float(w).astype(np.float64)
+    assert len(np.unique(numbers)) == 1
+    for sign in (1, -1):
+        for tokens in (1, 3, 13):
+            x, out = np.full((tokens, columns), 127 * sign, np.float32), np.empty((tokens, rows), np.float32)
+            ops.linear(x, (ops.place(w),), (out,))
+            wanted = x @ numbers.T
+            # BF16 rounds numbers that have more than eight bits.
+            assert (np.abs(out - wanted) <= 2.0**-8 * np.abs(wanted) + 1e-3).all()
