@@ -105,6 +105,7 @@ USAGE = {
     "log probabilities of a chat": (["chat", "-m", M, "--logprobs", "3"], "a chat tells no --logprobs"),
     "instruction set of the reference": ([*RUN, "--ops", "reference", "--isa", "avx2"], "isa is avx2, and"),
     "threads of the reference": ([*RUN, "--ops", "reference", "-t", "2"], "threads is 2, and the reference has one"),
+    "a model of no name": (["run", "-m", "", "-p", "x"], "model is ''; allowed: a file or a folder"),
     "show of two models": (["show", M, "-m", "other.gguf"], "and with -m other.gguf; leave one of them out"),
     "VRAM budget": ([*RUN, "--vram-budget", "8GiB"], "none is used: add --device cuda, or --device emulated"),
     "Hugging Face download": (["run", "-hf", "a/b:Q4_K_M", "-p", "x"], "--hf-repo is not available: download"),

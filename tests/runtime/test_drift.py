@@ -126,7 +126,7 @@ def test_what_is_on_disk_is_read_ahead_or_changes_places(records: Path, device: 
     settings: dict[str, Any] = {"prompt": 8, "output": 8}
     if device == "emulated":
         more["vram_budget"] = settings["vram_budget"] = "56KB"
-        settings["emulated"] = True
+        settings["device"] = "emulated"
     talk = ("hello", "the cat", "the cat", "hello", "hello")
     with LLM.load(records, **more) as llm:
         expected, _ = turns(llm, *talk)

@@ -146,7 +146,7 @@ def test_absurd_budgets_are_refused(model: Path, name: str, budget: str) -> None
         ({"method": "magic"}, UsageError),
         ({"machine": "toaster"}, UsageError),
         ({"machine": "i5-12400", "vram_budget": "1GiB"}, UsageError),
-        ({"emulated": True}, UsageError),
+        ({"device": "emulated"}, UsageError),
         ({"no_such": 1}, UsageError),
     ],
 )

@@ -45,7 +45,7 @@ def path_of(path: object, name: str) -> str | Path:
     Raises:
         UsageError: it is none.
     """
-    if not isinstance(path, str | os.PathLike):
+    if not isinstance(path, str | os.PathLike) or path == "":
         raise UsageError(f"{name} is {_shown(path)}; allowed: a file or a folder")
     return path if isinstance(path, str) else Path(path)
 
