@@ -211,11 +211,11 @@ def test_this_machine_is_measured(model: Path, own_home: None) -> None:
 
 
 def test_a_gpu_that_is_not_to_be_used_is_not_planned_with(
-    model: Path, own_home: None, monkeypatch: pytest.MonkeyPatch
+    model: Path, tmp_path: Path, own_home: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     card = Gpu(index=0, name="card", total=1 << 33, free=1 << 32, pcie=4, lanes=16, driver="1")
     names = [field.name for field in fields(GpuSpeed)]
-    speed = GpuSpeed(**dict.fromkeys(names, 1e15) | {"launch": 0.0, "crossing": 0.0, "context": 0, "sparse": 0.6})
+    speed = GpuSpeed(**dict.fromkeys(names, 1e12) | {"launch": 0.0, "crossing": 0.0, "context": 0, "sparse": 0.6})
 
     def probed(**settings: Any) -> Any:
         survey, probe = probe_machine(**settings)
@@ -243,6 +243,9 @@ def test_a_gpu_that_is_not_to_be_used_is_not_planned_with(
         with api.LLM.load(model, ram_budget="1GiB", **settings) as llm:
             assert llm.plan is not None
             assert list(llm.plan.budgets) == [Tier.RAM]
+    save_plan(planned["auto"].plan, tmp_path / "plan.json")
+    with api.LLM.load(model, plan=tmp_path / "plan.json") as llm:
+        assert any("instead of plan.json: it uses a GPU: add --device cuda" in notice for notice in llm.notices)
 
 
 def test_a_gpu_index_comes_in_and_goes_out(model: Path, activity: Path, tmp_path: Path) -> None:
