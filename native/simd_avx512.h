@@ -176,32 +176,42 @@ static inline __m512i nibble_lanes(__m512i v, __m512i shifts) {
   return _mm512_and_si512(_mm512_srlv_epi64(moved, shifts), _mm512_set1_epi8(15));
 }
 
-// 64 bytes in a register, for uses that would each read them again. (Not for whole bytes, whose arithmetic
-// outpaces memory: lines that are still on their way then fill the first cache's queue, and a fifth is lost.)
+// 64 bytes in a register, for uses that would each read them again. (Not of whole bytes, whose arithmetic
+// then outpaces memory: lines on their way fill the first cache's queue, and decoding loses up to a fifth.)
 static inline __m512i held(const uint8_t* p) {
   __m512i v = _mm512_loadu_si512(p);
   asm("" : "+v"(v));
   return v;
 }
 
+// Where words kFirst, kFirst + 1 ... kFirst + kCount - 1 of each of four blocks of kStride words lie in two
+// pieces of 64 bytes, which begin at words 0 and kSecond.
+template <int kStride, int kFirst, int kCount, int kSecond>
+struct Places {
+  alignas(64) int16_t at[32];
+  constexpr Places() : at{} {
+    for (int i = 0; i < 4 * kCount; ++i) {
+      const int word = i / kCount * kStride + kFirst + i % kCount;
+      at[i] = static_cast<int16_t>(word < 32 ? word : 32 + word - kSecond);
+    }
+  }
+};
+
 // Words kFirst, kFirst + 1 ... kFirst + 7 of each of four blocks of kStride words, in lanes of 128 bits.
-// Loads that cross cache lines are what takes longest: those of p and p + 64 serve all that is picked, and
-// what lies behind them is the last lane's.
 template <int kStride, int kFirst>
 [[gnu::always_inline]] static inline __m512i pick_words(const uint8_t* p) {
-  alignas(64) static constexpr auto kPlaces = [] {
-    struct Places {
-      int16_t at[32];
-    } places{};
-    for (int i = 0; i < 32; ++i) places.at[i] = static_cast<int16_t>(i / 8 * kStride + kFirst + i % 8);
-    return places;
-  }();
-  constexpr int kLast = 3 * kStride + kFirst, kLoads = kStride > 16 ? 2 : 1;
-  const __m512i places = _mm512_load_si512(&kPlaces), low = kLoads == 1 ? held(p) : _mm512_loadu_si512(p);
-  const __m512i words = kLoads == 1 ? _mm512_permutexvar_epi16(places, low)
-                                    : _mm512_permutex2var_epi16(low, places, _mm512_loadu_si512(p + 64));
-  if constexpr (kLast + 8 <= 32 * kLoads) return words;
-  return _mm512_mask_broadcast_i32x4(words, 0xF000, load_128(p + 2 * kLast));
+  constexpr int kLast = 3 * kStride + kFirst;
+  if constexpr (kStride < 16) {
+    // Loads that cross cache lines are what takes longest: that of p serves all but the end of the last lane.
+    static constexpr Places<kStride, kFirst, 8, 0> kPlaces;
+    const __m512i words = _mm512_permutexvar_epi16(_mm512_load_si512(&kPlaces), held(p));
+    return _mm512_mask_broadcast_i32x4(words, 0xF000, load_128(p + 2 * kLast));
+  } else {
+    // They lie in less than 128 bytes: the second load ends where the last word does.
+    static constexpr Places<kStride, 0, 8, kLast + 8 - 32 - kFirst> kPlaces;
+    return _mm512_permutex2var_epi16(_mm512_loadu_si512(p + 2 * kFirst), _mm512_load_si512(&kPlaces),
+                                     _mm512_loadu_si512(p + 2 * (kLast + 8 - 32)));
+  }
 }
 
 // Blocks b to b + 3 of a row that has `left` from b on, whose last one is read again in place of those past
@@ -287,13 +297,18 @@ struct QuadScales {
 // The first word of each of four blocks of kStride words to places r, 4 + r, 8 + r and 12 + r.
 template <int kStride>
 [[gnu::always_inline]] static inline __m512i pick_scales(const uint8_t* p, int r, __m512i to) {
-  constexpr short a = 0, b = kStride, c = 2 * kStride, d = 3 * kStride;
+  constexpr int kSecond = 3 * kStride + 8 - 32;  // as far as pick_words reads
+  constexpr auto kPlace = [](int i) {
+    return static_cast<short>(i * kStride < 32 ? i * kStride : 32 + i * kStride - kSecond);
+  };
+  constexpr short a = kPlace(0), b = kPlace(1), c = kPlace(2), d = kPlace(3);
   const __m512i places =
       _mm512_castsi256_si512(_mm256_setr_epi16(a, a, a, a, b, b, b, b, c, c, c, c, d, d, d, d));
   const auto where = static_cast<__mmask32>(0x1111 << r);
-  if constexpr (d < 32) return _mm512_mask_permutexvar_epi16(to, where, places, held(p));
-  const __m512i words = _mm512_permutex2var_epi16(_mm512_loadu_si512(p), places, _mm512_loadu_si512(p + 64));
-  return _mm512_mask_mov_epi16(to, where, words);
+  if constexpr (3 * kStride < 32) return _mm512_mask_permutexvar_epi16(to, where, places, held(p));
+  return _mm512_mask_mov_epi16(
+      to, where,
+      _mm512_permutex2var_epi16(_mm512_loadu_si512(p), places, _mm512_loadu_si512(p + 2 * kSecond)));
 }
 
 static inline Vec spread_rows(__m128 rows) { return _mm512_broadcast_f32x4(rows); }
