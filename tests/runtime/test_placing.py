@@ -328,8 +328,9 @@ def test_settings_that_contradict_are_refused() -> None:
     with pytest.raises(UsageError, match="number of GiB"):
         LoadSettings(vram_budget=[1])  # type: ignore[arg-type]
     assert LoadSettings(vram_budget=8).vram_budget == "8"  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match="none is used: add --device cuda"):
-        api.LLM.load(vram_budget="1GiB")
+    for more in ({}, {"ram_budget": "4GiB"}):
+        with pytest.raises(UsageError, match="none is used: add --device cuda"):
+            api.LLM.load(vram_budget="1GiB", **more)
 
 
 def test_powerinfers_flags_are_taken_with_a_notice() -> None:

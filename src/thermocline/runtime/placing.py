@@ -105,11 +105,11 @@ def place(
         UsageError: settings contradict one another, or say something of a device that is not there.
     """
     kind, notices = _device(settings), _powerinfer(settings)
+    if kind is DeviceKind.CPU and settings.vram_budget is not None:
+        raise UsageError(
+            "--vram-budget says how much of a GPU to use, and none is used: add --device cuda, or --device emulated"
+        )
     if kind is DeviceKind.CPU and settings.ram_budget is None and settings.plan is None:
-        if settings.vram_budget is not None:
-            raise UsageError(
-                "--vram-budget says how much of a GPU to use, and none is used: add --device cuda, or --device emulated"
-            )
         if settings.activity is not None:
             find_order(source, settings.activity)
             notices.append(ACTIVITY_UNUSED)
