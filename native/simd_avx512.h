@@ -184,14 +184,14 @@ static inline __m512i held(const uint8_t* p) {
   return v;
 }
 
-// Where words kFirst, kFirst + 1 ... kFirst + kCount - 1 of each of four blocks of kStride words lie in two
-// pieces of 64 bytes, which begin at words 0 and kSecond.
-template <int kStride, int kFirst, int kCount, int kSecond>
+// Where words kFirst ... kFirst + 7 of each of four blocks of kStride words lie in two pieces of 64 bytes,
+// which begin at words 0 and kSecond.
+template <int kStride, int kFirst, int kSecond>
 struct Places {
   alignas(64) int16_t at[32];
   constexpr Places() : at{} {
-    for (int i = 0; i < 4 * kCount; ++i) {
-      const int word = i / kCount * kStride + kFirst + i % kCount;
+    for (int i = 0; i < 32; ++i) {
+      const int word = i / 8 * kStride + kFirst + i % 8;
       at[i] = static_cast<int16_t>(word < 32 ? word : 32 + word - kSecond);
     }
   }
@@ -203,12 +203,12 @@ template <int kStride, int kFirst>
   constexpr int kLast = 3 * kStride + kFirst;
   if constexpr (kStride < 16) {
     // Loads that cross cache lines are what takes longest: that of p serves all but the end of the last lane.
-    static constexpr Places<kStride, kFirst, 8, 0> kPlaces;
+    static constexpr Places<kStride, kFirst, 0> kPlaces;
     const __m512i words = _mm512_permutexvar_epi16(_mm512_load_si512(&kPlaces), held(p));
     return _mm512_mask_broadcast_i32x4(words, 0xF000, load_128(p + 2 * kLast));
   } else {
     // They lie in less than 128 bytes: the second load ends where the last word does.
-    static constexpr Places<kStride, 0, 8, kLast + 8 - 32 - kFirst> kPlaces;
+    static constexpr Places<kStride, 0, kLast + 8 - 32 - kFirst> kPlaces;
     return _mm512_permutex2var_epi16(_mm512_loadu_si512(p + 2 * kFirst), _mm512_load_si512(&kPlaces),
                                      _mm512_loadu_si512(p + 2 * (kLast + 8 - 32)));
   }

@@ -153,7 +153,7 @@ class LoadSettings:
                 _check(kind, name.replace("_", "-"), printable(repr(budget)), "8GiB, 80%, auto, or a number of GiB")
                 object.__setattr__(self, name, str(budget))
         if self.device is DeviceKind.CPU and self.vram_budget is not None:
-            raise UsageError("--device cpu has no VRAM: leave --vram-budget out, or use --device emulated")
+            raise UsageError(NO_VRAM)
         if self.gpu is not None and self.device is not DeviceKind.CUDA:
             raise UsageError("--gpu chooses one of several: leave it out, or use --device cuda")
         if self.crossing is not CrossingKind.AUTO and self.device is not DeviceKind.CUDA:
@@ -335,6 +335,7 @@ class TrainSettings:
         _check(0 <= self.seed < 1 << 63, "seed", self.seed, "0 to 2^63-1")
 
 
+NO_VRAM: Final = "--device cpu has no VRAM: leave --vram-budget out, or use --device emulated"
 NUMBERED: Final = ", cuda:1 (or another number)"
 """What a device may be too, for messages."""
 

@@ -14,7 +14,7 @@ from thermocline.activity.applied import activity_for
 from thermocline.activity.order import Order, load_order
 from thermocline.activity.predictor import Predictor
 from thermocline.activity.store import activity_inside
-from thermocline.config import NUMBERED, DeviceKind, LoadSettings, device_and_gpu
+from thermocline.config import NO_VRAM, NUMBERED, DeviceKind, LoadSettings, device_and_gpu
 from thermocline.errors import HardwareError, ModelFormatError, ThermoclineError, UsageError, printable
 from thermocline.files.companion import companion
 from thermocline.files.gguf import GgufFile
@@ -318,7 +318,7 @@ def machine_and_budgets(
         lacks = gpu_lacks() or ("no GPU was found that can be measured",)
         raise HardwareError(f"{'. '.join(lacks)}; --machine plans for a GPU of the catalogue")
     if stated and settings.device is DeviceKind.CPU:
-        raise UsageError("--device cpu has no VRAM: leave --vram-budget out, or use --device emulated")
+        raise UsageError(NO_VRAM)
     if machine.gpu is None and stated:
         raise UsageError(
             f"{machine.name} has no GPU, and --vram-budget says how much of one to use; leave it out, plan for "
