@@ -14,6 +14,7 @@
 #include <tuple>
 #include <vector>
 
+#include "arrange.h"
 #include "arrays.h"
 #include "calls.h"
 #include "context.h"
@@ -127,6 +128,14 @@ std::tuple<double, double, double> bind_transpose(Context& context, const Matrix
   return {error.max_abs, error.rms, error.source};
 }
 
+void bind_arrange(Context& context, const MatrixHandle& source, const Output& out) {
+  const Matrix& matrix = source.matrix;
+  const int64_t bytes = row_bytes(kQ4_0x16, matrix.cols);
+  require(matrix.format == kQ4_0, "source", "is not in Q4_0");
+  uint8_t* to = data_of<uint8_t>(out, "out", {matrix.rows, bytes});
+  run(context, [&] { arrange(context, matrix.data, matrix.rows * matrix.cols / kBlock, to); });
+}
+
 double bind_read_bandwidth(Context& context, const Input& buffer) {
   const uint8_t* data = data_of<uint8_t>(buffer, "buffer", {kAny});
   return run(context, [&] { return read_bandwidth(context, data, length(buffer, 0)).bytes_per_second; });
@@ -201,6 +210,7 @@ NB_MODULE(_native, m) {
       .def("predict", &bind_predict, nb::arg("x"), nb::arg("fc1"), nb::arg("fc2"), nb::arg("scores"))
       .def("select", &bind_select, nb::arg("scores"), nb::arg("threshold"), nb::arg("out"))
       .def("transpose_requantize", &bind_transpose, nb::arg("source"), nb::arg("out"), nb::arg("ggml_type"))
+      .def("arrange", &bind_arrange, nb::arg("source"), nb::arg("out"))
       .def(
           "check_finite",
           [](Context& self, const MatrixHandle& matrix) {

@@ -9,19 +9,24 @@
 
 namespace thermocline {
 
-enum Format : int { kF32, kF16, kBF16, kQ8_0, kQ4_0, kQ4_K, kQ5_K, kQ6_K, kFormats };
+enum Format : int { kF32, kF16, kBF16, kQ8_0, kQ4_0, kQ4_0x16, kQ4_K, kQ5_K, kQ6_K, kFormats };
 
 struct FormatInfo {
-  int ggml_type;
+  int ggml_type;    // -1 for what no file has
   int block;        // elements of a block
   int block_bytes;  // stored bytes of a block
   const char* name;
 };
 
 constexpr FormatInfo kFormatInfo[kFormats] = {
-    {0, 1, 4, "F32"},    {1, 1, 2, "F16"},       {30, 1, 2, "BF16"},     {8, 32, 34, "Q8_0"},
-    {2, 32, 18, "Q4_0"}, {12, 256, 144, "Q4_K"}, {13, 256, 176, "Q5_K"}, {14, 256, 210, "Q6_K"},
+    {0, 1, 4, "F32"},       {1, 1, 2, "F16"},       {30, 1, 2, "BF16"},
+    {8, 32, 34, "Q8_0"},    {2, 32, 18, "Q4_0"},    {-1, 512, 288, "Q4_0x16"},
+    {12, 256, 144, "Q4_K"}, {13, 256, 176, "Q5_K"}, {14, 256, 210, "Q6_K"},
 };
+
+// Blocks of Q4_0 that kQ4_0x16 has in one: first their scales, then their numbers, so that both fill vectors
+// and nothing has to be picked out of blocks of 18 bytes. The same numbers give the same bits.
+constexpr int kTogether = 16;
 
 // Elements that share a scale in Q8_0, Q4_0 and in quantised activations. The blocks of K-quants hold eight
 // parts of as many, which the kernels count as blocks.
@@ -30,10 +35,11 @@ constexpr int kBlock = 32;
 // Formats whose dot products are taken in integers.
 static constexpr bool is_integer(Format format) { return format >= kQ8_0; }
 static constexpr bool is_k_quant(Format format) { return format >= kQ4_K; }
+static constexpr bool is_q4_0(Format format) { return format == kQ4_0 || format == kQ4_0x16; }
 // Formats whose numbers are lifted by a minimum for each 32: x = scale * q - minimum.
 static constexpr bool has_minima(Format format) { return format == kQ4_K || format == kQ5_K; }
 // What is stored is the number plus this.
-static constexpr int offset_of(Format format) { return format == kQ4_0 ? 8 : format == kQ6_K ? 32 : 0; }
+static constexpr int offset_of(Format format) { return is_q4_0(format) ? 8 : format == kQ6_K ? 32 : 0; }
 
 // The 32 elements with index b of a row: where their block begins, and their part of it.
 template <Format F>
@@ -46,6 +52,18 @@ template <Format F>
 static inline Part<F> part_at(const uint8_t* row, int64_t b) {
   constexpr int kParts = kFormatInfo[F].block / kBlock;
   return {row + b / kParts * kFormatInfo[F].block_bytes, static_cast<int>(b % kParts)};
+}
+
+// Where the scale of a part's block lies.
+template <Format F>
+static inline const uint8_t* scale_at(const Part<F>& at) {
+  return at.block + (F == kQ4_0x16 ? 2 * at.part : F == kQ6_K ? 208 : 0);
+}
+
+// Where the numbers of a part begin, in Q8_0 and Q4_0.
+template <Format F>
+static inline const uint8_t* numbers_at(const Part<F>& at) {
+  return at.block + (F == kQ4_0x16 ? 2 * kTogether + kBlock / 2 * at.part : 2);
 }
 
 // The 6-bit scale and minimum of part j, which Q4_K and Q5_K pack into 12 bytes.

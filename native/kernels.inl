@@ -32,12 +32,13 @@ namespace thermocline::THERMOCLINE_ISA {
 #include "scan.inl"
 // clang-format on
 
-#define THERMOCLINE_FORMATS(kernel)                            \
-  {kernel<kF32>,  kernel<kF16>,  kernel<kBF16>, kernel<kQ8_0>, \
-   kernel<kQ4_0>, kernel<kQ4_K>, kernel<kQ5_K>, kernel<kQ6_K>}
+#define THERMOCLINE_FORMATS(kernel)                                              \
+  {kernel<kF32>,     kernel<kF16>,  kernel<kBF16>, kernel<kQ8_0>, kernel<kQ4_0>, \
+   kernel<kQ4_0x16>, kernel<kQ4_K>, kernel<kQ5_K>, kernel<kQ6_K>}
 
-#define THERMOCLINE_INTEGER_FORMATS(kernel) \
-  {nullptr, nullptr, nullptr, kernel<kQ8_0>, kernel<kQ4_0>, kernel<kQ4_K>, kernel<kQ5_K>, kernel<kQ6_K>}
+#define THERMOCLINE_INTEGER_FORMATS(kernel)                                      \
+  {nullptr,          nullptr,       nullptr,       kernel<kQ8_0>, kernel<kQ4_0>, \
+   kernel<kQ4_0x16>, kernel<kQ4_K>, kernel<kQ5_K>, kernel<kQ6_K>}
 
 #ifdef THERMOCLINE_LANES
 template <Format F>
@@ -49,6 +50,7 @@ constexpr PanelKernels panel = {kTiled,         kFloatPanelTokens<F>, kPanelRows
                                      int_panel_bytes<F>, pack_ints<F>,    int_panel_dot<F>};
 THERMOCLINE_INT_PANEL(kQ8_0)
 THERMOCLINE_INT_PANEL(kQ4_0)
+THERMOCLINE_INT_PANEL(kQ4_0x16)
 THERMOCLINE_INT_PANEL(kQ4_K)
 THERMOCLINE_INT_PANEL(kQ5_K)
 THERMOCLINE_INT_PANEL(kQ6_K)
@@ -64,8 +66,8 @@ static constexpr Kernels make_kernels(const char* name) {
       name,
       quantize,
       THERMOCLINE_FORMATS(dot),
-      {panel<kF32>, panel<kF16>, panel<kBF16>, panel<kQ8_0>, panel<kQ4_0>, panel<kQ4_K>, panel<kQ5_K>,
-       panel<kQ6_K>},
+      {panel<kF32>, panel<kF16>, panel<kBF16>, panel<kQ8_0>, panel<kQ4_0>, panel<kQ4_0x16>, panel<kQ4_K>,
+       panel<kQ5_K>, panel<kQ6_K>},
       tile_tokens,
       nullptr,
       nullptr,

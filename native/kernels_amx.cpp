@@ -24,6 +24,7 @@ constexpr int64_t fewest_tokens(Format format) {
     case kQ8_0:
       return 10;
     case kQ4_0:
+    case kQ4_0x16:
       return 12;
     case kF16:
       return 20;
@@ -70,7 +71,15 @@ static int64_t turn_tiles(bool bytes, int64_t rounds) {
 }  // namespace THERMOCLINE_ISA
 
 #define THERMOCLINE_FORMATS(kernel) \
-  {{}, kernel<kF16>, kernel<kBF16>, kernel<kQ8_0>, kernel<kQ4_0>, kernel<kQ4_K>, kernel<kQ5_K>, kernel<kQ6_K>}
+  {{},                              \
+   kernel<kF16>,                    \
+   kernel<kBF16>,                   \
+   kernel<kQ8_0>,                   \
+   kernel<kQ4_0>,                   \
+   kernel<kQ4_0x16>,                \
+   kernel<kQ4_K>,                   \
+   kernel<kQ5_K>,                   \
+   kernel<kQ6_K>}
 
 constexpr AmxKernels kAmxKernels = {
     THERMOCLINE_FORMATS(THERMOCLINE_ISA::panel),

@@ -25,15 +25,24 @@ static inline __m256i half_bytes(const uint8_t* p, bool high) {
                           _mm256_set1_epi8(15));
 }
 
+// The scales of four neighbouring blocks of four rows, which begin at p[r] in row r: block i of row r at
+// place 4 * i + r.
+static inline __m256i turn_scales(const uint8_t* const (&p)[4]) {
+  const auto row = [&](int r) { return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p[r])); };
+  const __m128i ab = _mm_unpacklo_epi16(row(0), row(1)), cd = _mm_unpacklo_epi16(row(2), row(3));
+  return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_unpacklo_epi32(ab, cd)),
+                                 _mm_unpackhi_epi32(ab, cd), 1);
+}
+
 // The 32 numbers of a part, without its scale.
 template <Format F>
 static inline __m256i numbers(const Part<F>& at) {
   const uint8_t* p = at.block;
   const int j = at.part;
   if constexpr (F == kQ8_0) {
-    return load_256(p + 2);
-  } else if constexpr (F == kQ4_0) {
-    return _mm256_sub_epi8(nibbles(p + 2), _mm256_set1_epi8(8));
+    return load_256(numbers_at(at));
+  } else if constexpr (is_q4_0(F)) {
+    return _mm256_sub_epi8(nibbles(numbers_at(at)), _mm256_set1_epi8(8));
   } else if constexpr (F == kQ4_K) {
     return half_bytes(p + 16 + j / 2 * 32, j % 2);
   } else if constexpr (F == kQ5_K) {

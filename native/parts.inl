@@ -7,7 +7,7 @@ struct PartScales {
 
 template <Format F>
 static inline PartScales part_scales(const Part<F>& at) {
-  const float d = scale_of(at.block + (F == kQ6_K ? 208 : 0));
+  const float d = scale_of(scale_at(at));
   if constexpr (F == kQ6_K) {
     const auto* s = reinterpret_cast<const int8_t*>(at.block + 192 + 2 * at.part);
     return {{d * static_cast<float>(s[0]), d * static_cast<float>(s[1])}, 0.0f};

@@ -84,7 +84,10 @@ static inline __m256i sixteens(const uint8_t* p, int at) {
 template <Format F, int v>
 [[gnu::always_inline]] static inline Quad load_quad_of(const uint8_t* row, int64_t b, int left) {
   constexpr int kBytes = kFormatInfo[F].block_bytes;
-  if constexpr (!is_k_quant(F)) {
+  if constexpr (F == kQ4_0x16) {
+    const __m256i bytes = load_256(numbers_at(part_at<F>(row, b + 2 * v))), mask = _mm256_set1_epi8(15);
+    return {_mm256_and_si256(bytes, mask), _mm256_and_si256(_mm256_srli_epi16(bytes, 4), mask)};
+  } else if constexpr (!is_k_quant(F)) {
     const uint8_t* p = row + (b + block_in(2 * v, left)) * kBytes + 2;
     const uint8_t* q = row + (b + block_in(2 * v + 1, left)) * kBytes + 2;
     const __m256i low = join(load_128(p), load_128(q));
@@ -129,6 +132,8 @@ template <Format F, int v>
   if constexpr (F == kQ4_0) {
     const auto at = [&](int i) { return row + (b + block_in(i, left)) * kBytes + 2; };
     return join(load_128(at(2 * v)), load_128(at(2 * v + 1)));
+  } else if constexpr (F == kQ4_0x16) {
+    return load_256(numbers_at(part_at<F>(row, b + 2 * v)));
   } else {
     return load_256(row + b / 8 * kBytes + 16 + b / 4 % 2 * 64 + v * 32);
   }
@@ -166,6 +171,14 @@ template <Format F>
 [[gnu::always_inline]] static inline QuadScales load_scales(const uint8_t* const (&rows)[4], int64_t b,
                                                             int left) {
   QuadScales scales{};
+  if constexpr (F == kQ4_0x16) {
+    const uint8_t* p[4];
+    for (int r = 0; r < 4; ++r) p[r] = scale_at(part_at<F>(rows[r], b));
+    const __m256i words = turn_scales(p);
+    scales.first[0] = _mm256_cvtph_ps(_mm256_castsi256_si128(words));
+    scales.first[1] = _mm256_cvtph_ps(_mm256_extracti128_si256(words, 1));
+    return scales;
+  }
 #pragma GCC unroll 2
   for (int v = 0; v < kQuadVecs; ++v) {
     // The first word of two blocks of each row.

@@ -14,6 +14,12 @@ static bool row_finite(const uint8_t* row, int64_t columns) {
   if constexpr (F == kBF16) return !any_set(row, columns, 2, 0x7F80);
   const int64_t blocks = columns / kFormatInfo[F].block;
   constexpr int kBytes = kFormatInfo[F].block_bytes;
+  if constexpr (F == kQ4_0x16) {
+    for (int64_t b = 0; b < blocks; ++b) {
+      if (any_set(row + b * kBytes, kTogether, 2, 0x7C00)) return false;
+    }
+    return true;
+  }
   if (has_minima(F) && any_set(row + 2, blocks, kBytes, 0x7C00)) return false;
   return !any_set(row + (F == kQ6_K ? 208 : 0), blocks, kBytes, 0x7C00);
 }

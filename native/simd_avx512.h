@@ -221,7 +221,9 @@ template <Format F, int>
   constexpr int kBytes = kFormatInfo[F].block_bytes;
   if constexpr (!is_k_quant(F)) {
     __m512i v, w;
-    if (left >= 4) {
+    if constexpr (F == kQ4_0x16) {
+      v = held(numbers_at(part_at<F>(row, b)));
+    } else if (left >= 4) {
       const uint8_t* p = row + b * kBytes;
       v = pick_words<kBytes / 2, 1>(p);
       if constexpr (F == kQ8_0) w = pick_words<kBytes / 2, 9>(p);
@@ -283,6 +285,8 @@ template <Format F, int>
     v = _mm512_mask_broadcast_i32x4(v, 0x00F0, part(1));
     v = _mm512_mask_broadcast_i32x4(v, 0x0F00, part(2));
     return _mm512_mask_broadcast_i32x4(v, 0xF000, part(3));
+  } else if constexpr (F == kQ4_0x16) {
+    return held(numbers_at(part_at<F>(row, b)));
   } else {
     return _mm512_loadu_si512(row + b / 8 * kBytes + 16 + b / 4 % 2 * 64);
   }
@@ -332,7 +336,11 @@ template <Format F>
                                                             int left) {
   constexpr int kBytes = kFormatInfo[F].block_bytes;
   __m256i halves;
-  if (left >= 4) {
+  if constexpr (F == kQ4_0x16) {
+    const uint8_t* p[4];
+    for (int r = 0; r < 4; ++r) p[r] = scale_at(part_at<F>(rows[r], b));
+    halves = turn_scales(p);
+  } else if (left >= 4) {
     __m512i words = _mm512_setzero_si512();
 #pragma GCC unroll 4
     for (int r = 0; r < 4; ++r) words = pick_scales<kBytes / 2>(rows[r] + b * kBytes, r, words);
@@ -376,7 +384,7 @@ static inline __m512i sum_products(__m512i a, __m512i b, __m512i c, __m512i d, _
   const __m512i ones = _mm512_set1_epi16(1);
   const __m512i ab = _mm512_madd_epi16(_mm512_packs_epi32(a, b), ones);
   const __m512i cd = _mm512_madd_epi16(_mm512_packs_epi32(c, d), ones);
-  if constexpr (F == kQ4_0 || F == kQ4_K) {
+  if constexpr (is_q4_0(F) || F == kQ4_K) {
     return _mm512_dpwssd_epi32(more, _mm512_packs_epi32(ab, cd), ones);
   } else {
     const __m512 one = _mm512_castsi512_ps(ab), two = _mm512_castsi512_ps(cd);
@@ -400,7 +408,7 @@ template <Format F, int v>
                                         _mm512_shuffle_epi32(minus, _MM_PERM_BBBB));
     return fma(_mm512_cvtepi32_ps(two), mul(scales.second[v], d), fma(_mm512_cvtepi32_ps(one), scale, acc));
   } else {
-    const __m512i more = F == kQ4_0 ? _mm512_loadu_si512(x.eight) : _mm512_setzero_si512();
+    const __m512i more = is_q4_0(F) ? _mm512_loadu_si512(x.eight) : _mm512_setzero_si512();
     const __m512i all = sum_products<F>(p[0].second, p[1].second, p[2].second, p[3].second, more);
     acc = fma(_mm512_cvtepi32_ps(all), scale, acc);
     return has_minima(F) ? _mm512_fnmadd_ps(scales.least[v], load(x.sums), acc) : acc;
@@ -417,8 +425,8 @@ static inline __m128 sum_blocks(const Vec (&acc)[kQuadVecs]) {
 // which the permutation reads the four low bits of an index only.
 template <Format F>
 static inline void load_numbers(const Part<F>& at, Vec (&w)[kBlock / kLanes]) {
-  const uint8_t* p = at.block + 2;
-  if constexpr (F == kQ4_0) {
+  const uint8_t* p = numbers_at(at);
+  if constexpr (is_q4_0(F)) {
     const Vec table = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
     const __m512i index = _mm512_cvtepu8_epi32(load_128(p));
     w[0] = _mm512_permutexvar_ps(index, table);

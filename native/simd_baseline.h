@@ -129,10 +129,10 @@ static inline IntTokens int_tokens(const int8_t* q, const float* d) { return {q,
 // The 32 numbers of a part, without its scale.
 template <Format F>
 static inline void unpack_numbers(const Part<F>& at, int8_t* q) {
-  const uint8_t* p = at.block + 2;
+  const uint8_t* p = numbers_at(at);
   if constexpr (F == kQ8_0) {
     std::memcpy(q, p, kBlock);
-  } else if constexpr (F == kQ4_0) {
+  } else if constexpr (is_q4_0(F)) {
     for (int i = 0; i < 16; ++i) {
       q[i] = static_cast<int8_t>((p[i] & 15) - 8);
       q[16 + i] = static_cast<int8_t>((p[i] >> 4) - 8);
@@ -148,7 +148,7 @@ template <Format F>
 static inline IntWeights int_weights(const Part<F>& at) {
   IntWeights w;
   unpack_numbers<F>(at, w.q);
-  float d = load_half(at.block + (F == kQ6_K ? 208 : 0));
+  float d = load_half(scale_at(at));
   if constexpr (has_minima(F)) {
     const ScaleMin s = scale_min(at.block + 4, at.part);
     d *= static_cast<float>(s.scale);

@@ -12,11 +12,11 @@ constexpr bool kFileOrder = F == kQ4_K;
 
 // Whether rows are turned as bytes, which hold a number in each of their nibbles.
 template <Format F>
-constexpr bool kNibbles = F == kQ4_0 || F == kQ4_K;
+constexpr bool kNibbles = is_q4_0(F) || F == kQ4_K;
 
 // Whether the second half is whole bytes, of which the sums of the low nibbles are taken off at the end.
 template <Format F>
-constexpr bool kWholeBytes = F == kQ4_0 && kVnni;
+constexpr bool kWholeBytes = is_q4_0(F) && kVnni;
 
 // Numbers of four rows, those of one column together. A vector has 16 bytes of each of its blocks; `second`
 // is the rest of these blocks, which formats of nibbles have in the same bytes.

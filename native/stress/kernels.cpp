@@ -9,6 +9,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../arrange.h"
 #include "../attention.h"
 #include "../context.h"
 #include "../dispatch.h"
@@ -54,7 +55,8 @@ struct Weights {
       for (int64_t i = 0; i < rows * row; ++i) bytes.push_back(static_cast<uint8_t>(random_source()));
       for (int64_t b = 0; b < rows * row; b += info.block_bytes) {
         uint8_t* block = bytes.data() + b;
-        store_u16(block + (format == kQ6_K ? 208 : 0), half_of_float(0.01f));
+        for (int i = 0; i < (format == kQ4_0x16 ? kTogether : 1); ++i)
+          store_u16(block + (format == kQ6_K ? 208 : 2 * i), half_of_float(0.01f));
         if (has_minima(format)) store_u16(block + 2, half_of_float(0.01f));
       }
     }
@@ -146,6 +148,11 @@ void networks(const std::string& isa, Format format) {
     first_nonfinite_row(context, gate.matrix);
     Bytes out(static_cast<size_t>(width * row_bytes(kF16, neurons)));
     transpose_requantize(context, gate.matrix, kF16, out.data());
+    if (format != kQ4_0) return;
+    Bytes blocks = gate.bytes;
+    const int64_t whole = neurons * width / kBlock / kTogether * kTogether;
+    arrange(context, gate.bytes.data(), whole, blocks.data());
+    arrange(context, blocks.data(), whole, blocks.data());
   });
 }
 

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from thermocline.errors import BudgetError, UsageError
+from thermocline.files.formats import BlockFormat
 from thermocline.files.weight import Bytes, Weight
 from thermocline.hardware.machine import Tier
 from thermocline.memory.arena import Arena, Memory
@@ -37,6 +38,17 @@ class Streamer(Protocol):
 
     def stream(self, weight: Weight) -> Matrix:
         """The matrix as it is computed with."""
+
+
+@runtime_checkable
+class Arranger(Protocol):
+    """An implementation of ops that computes faster with copies of some matrices, in formats of its own."""
+
+    def arrangement(self, fmt: BlockFormat, columns: int) -> BlockFormat | None:
+        """The format of such a copy, of as many bytes; None where a file's is as good."""
+
+    def arrange(self, weight: Weight, out: Bytes) -> Weight:
+        """The copy, in `out` (rows, row_bytes), where the weight itself may lie."""
 
 
 Progress = Callable[[int, int], None]
@@ -87,7 +99,8 @@ class Slot:
     """A queued tensor. `matrix` is where the device computes with it, once it is flushed.
 
     In a `room` its rows begin at `start`. `array` is what was made for it, None where it stays in the file's mapping;
-    `host` its rows as bytes, if they are in RAM.
+    `host` its rows as bytes of the file's format, if they are in RAM. `as_stored`: no other format may take its place;
+    `arranged` is where its copy in another format shall be.
     """
 
     source: Weight | Source
@@ -97,6 +110,8 @@ class Slot:
     priority: int
     room: Room | None = None
     start: int = 0
+    as_stored: bool = False
+    arranged: Bytes | None = field(default=None, repr=False)
     array: Array | None = field(default=None, repr=False)
     host: Bytes | None = field(default=None, repr=False)
     _matrix: Matrix | None = field(default=None, repr=False)
@@ -146,7 +161,8 @@ class Flushed:
 class BufferedAllocator:
     """Moves queued tensors to their tiers, through a staging buffer, in the order of their priorities.
 
-    On the host, rows that lie together in the mapped file stay there and are only claimed.
+    On the host, rows that lie together in the mapped file stay there and are only claimed; or, after `arrange`, they are
+    copied as the host computes fastest with them.
     """
 
     def __init__(self, memory: Memory, staging: int = STAGING) -> None:
@@ -163,18 +179,55 @@ class BufferedAllocator:
         rows: Rows = None,
         priority: int = 0,
         room: Room | None = None,
+        as_stored: bool = False,
     ) -> Slot:
         """Say where a tensor, or rows of it, shall be; low priorities are moved first.
 
-        With `room`, which belongs to the tier, it gets a part of that and no array of its own.
+        With `room`, which belongs to the tier, it gets a part of that and no array of its own. `as_stored` keeps it in
+        the file's format, for those who read its bytes.
         """
         if isinstance(source, Source):
             source.users += 1
-        slot = Slot(source, rows, tier, purpose, priority, room)
+        slot = Slot(source, rows, tier, purpose, priority, room, as_stored=as_stored)
         if room is not None:
             slot.start = room.take(slot.count)
         self._queue.append(slot)
         return slot
+
+    @property
+    def ram_bytes(self) -> int:
+        """Bytes that are queued for RAM."""
+        return sum(slot.nbytes for slot in self._queue if slot.tier is Tier.RAM)
+
+    def arrange(self) -> int:
+        """Have what is queued for RAM copied as its ops compute fastest with it; the bytes of which that is true.
+
+        Copies of one purpose share an array, which is large enough for huge pages.
+
+        Raises:
+            BudgetError, AllocationError: there is no room for them; the whole memory is closed.
+        """
+        arena, ops = self._memory.arenas[Tier.RAM], self._memory.host.ops
+        if not isinstance(ops, Arranger):
+            return 0
+        arranged: dict[Purpose, list[Slot]] = {}
+        for slot in self._queue:
+            kept = slot.as_stored or slot.room is not None or slot.tier is not Tier.RAM
+            if not kept and ops.arrangement(slot.like.format, slot.like.columns) is not None:
+                arranged.setdefault(slot.purpose, []).append(slot)
+        total = 0
+        try:
+            for purpose, slots in arranged.items():
+                made = ops.to_host(arena.array((sum(slot.nbytes for slot in slots),), "uint8", purpose))
+                at = 0
+                for slot in slots:
+                    slot.arranged = made[at : at + slot.nbytes].reshape(slot.count, -1)
+                    at += slot.nbytes
+                total += at
+        except BaseException:
+            self._memory.close()
+            raise
+        return total
 
     def flush(self, progress: Progress | None = None) -> Flushed:
         """Move everything that is queued.
@@ -216,15 +269,21 @@ class BufferedAllocator:
         like, rows, source = slot.like, slot.rows, slot.source
         shape = (slot.count, like.format.row_bytes(like.columns))
         if isinstance(source, Weight) and slot.tier is Tier.RAM and not isinstance(rows, np.ndarray) and not slot.room:
-            view = source if rows is None else source.slice(rows.start, rows.stop)
-            if view.data.flags.c_contiguous:
+            data = source.data if rows is None else source.data[rows]
+            view = Weight(like.name, like.format, (slot.count, like.columns), data)
+            if data.flags.c_contiguous:
+                if slot.arranged is not None:
+                    self._place_arranged(slot, view, done)
+                    return
                 arena.claim(slot.nbytes, slot.purpose)
                 slot._matrix = ops.place(view)
-                done.host_bytes.append(view.data)
-                slot.host = view.data
+                done.host_bytes.append(data)
+                slot.host = data
                 done.mapped[slot.purpose] = done.mapped.get(slot.purpose, 0) + slot.nbytes
                 return
-        if slot.room is None:
+        if slot.arranged is not None:
+            out = slot.arranged
+        elif slot.room is None:
             out = arena.array(shape, "uint8", slot.purpose)
         else:
             out = slot.room.made_in(arena, slot.purpose)[slot.start : slot.start + slot.count]
@@ -235,11 +294,22 @@ class BufferedAllocator:
             staging.copy(self._bytes_of(source), rows, out, arena)
         if isinstance(source, Source):
             self._used(source)
+        if slot.arranged is not None:
+            self._place_arranged(slot, Weight(like.name, like.format, (slot.count, like.columns), out), done)
+            return
         if slot.room is None:  # a room is placed as a whole, once it is full
             slot._matrix = ops.place(Weight(like.name, like.format, (slot.count, like.columns), out))
         if slot.tier is Tier.RAM:
             slot.host = ops.to_host(out)
             done.host_bytes.append(slot.host)
+        done.copied[slot.purpose] = done.copied.get(slot.purpose, 0) + slot.nbytes
+
+    def _place_arranged(self, slot: Slot, weight: Weight, done: Flushed) -> None:
+        ops, out = self._memory.host.ops, slot.arranged
+        assert isinstance(ops, Arranger)
+        assert out is not None
+        slot._matrix = self._memory.host.ops.place(ops.arrange(weight, out))
+        done.host_bytes.append(out)
         done.copied[slot.purpose] = done.copied.get(slot.purpose, 0) + slot.nbytes
 
     def _streamed(self, slot: Slot) -> Matrix:

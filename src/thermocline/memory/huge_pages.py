@@ -57,10 +57,16 @@ def pays(views: Sequence[Bytes], aside: int = 0, *, budgeted: bool = False) -> b
     total = sum(stop - start for start, stop in ranges)
     if not total or memory.huge_pages not in ("always", "madvise"):
         return False
-    if total * (1 if budgeted else 2) + aside > min(memory.available, memory.usable):
+    if not have_room(total, aside, beside_file=not budgeted):
         return False
     huge, held = _huge_and_held(ranges, ("AnonHugePages:",) if is_guest() else ("AnonHugePages:", "FilePmdMapped:"))
     return huge < HUGE_ENOUGH * held
+
+
+def have_room(size: int, aside: int, *, beside_file: bool) -> bool:
+    """Whether memory has room for a copy of so many bytes, the file's own in the system's cache, and `aside` more."""
+    memory = find_memory()
+    return size * (2 if beside_file else 1) + aside <= min(memory.available, memory.usable)
 
 
 def copy(views: Sequence[Bytes], progress: Progress | None = None, *, budgeted: bool = False) -> int:

@@ -13,7 +13,7 @@ from functools import partial
 from thermocline.activity.predictor import Predictor
 from thermocline.config import Mode
 from thermocline.errors import UsageError
-from thermocline.files.weight import Weight
+from thermocline.files.weight import PickedWeight, Weight
 from thermocline.hardware.machine import Tier
 from thermocline.hardware.mapping import mappings_below, sheltered
 from thermocline.memory import huge_pages
@@ -123,7 +123,12 @@ def load_transformer(
         if predictor is not None:
             loading.queue_predictor(source, predictor, predicted_up_to or (1,) * spec.n_layer)
         build = loading.queue_all(mode)
-        loading.flushed = account.allocator.flush(progress if budgeted else None)
+        views = [weight.data for weight in weights.values() if not isinstance(weight, PickedWeight)]
+        copied = mapped is not True and not budgeted
+        copied = copied and huge_pages.have_room(account.allocator.ram_bytes, aside, beside_file=mapped is None)
+        arranged = account.allocator.arrange() if copied else 0
+        with sheltered(mappings_below(views)):
+            loading.flushed = account.allocator.flush(progress if budgeted or arranged else None)
         transformer = build()
         loading.ffn.give_lanes()
         held = loading.flushed.host_bytes
@@ -225,8 +230,9 @@ class _Loading:
         for index, layer in enumerate(predictor.layers):
             seat = self.account.seats.layers[index]
             tier = held(seat.predictor or seat.home)
-            fc1 = self.account.allocator.queue(layer.fc1, tier, Purpose.PREDICTOR)
-            fc2 = self.account.allocator.queue(layer.fc2, tier, Purpose.PREDICTOR, rows=self.ffn.order_of(index))
+            queue = partial(self.account.allocator.queue, tier=tier, purpose=Purpose.PREDICTOR)
+            fc1 = queue(layer.fc1)
+            fc2 = queue(layer.fc2, rows=self.ffn.order_of(index), as_stored=self.ffn.movable is not None)
             self.ffn.scored.append((layer.fc2, fc2))
             self.predictors.append(
                 partial(self.placed_predictor, tier, fc1, fc2, predictor.thresholds[index], up_to[index])

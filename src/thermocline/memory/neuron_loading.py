@@ -87,7 +87,14 @@ class NeuronLoading:
                 rows = order[start:stop]
             elif stop - start < spec.n_ff:
                 rows = slice(start, stop)
-            place = partial(self.account.allocator.queue, tier=tier, purpose=Purpose.FFN, rows=rows, priority=NEURONS)
+            place = partial(
+                self.account.allocator.queue,
+                tier=tier,
+                purpose=Purpose.FFN,
+                rows=rows,
+                priority=NEURONS,
+                as_stored=self.travels(index),
+            )
             slots = (
                 None if gate is None else place(gate),
                 place(up),
@@ -107,14 +114,17 @@ class NeuronLoading:
 
         return build
 
+    def travels(self, index: int) -> bool:
+        """Whether a layer's neurons in RAM are sent to VRAM in long prompts."""
+        return bool(self.sent_from) and self.sent_from[index] > 0
+
     def with_sent(self, index: int, ffn: FeedForward) -> FeedForward:
         """The layer, with what travels to VRAM in long prompts."""
         sent = [self.travelling.get((index, part.start)) for part in ffn.parts]
-        tokens = self.sent_from[index] if self.sent_from else 0
-        if tokens and any(sent):
+        if self.travels(index) and any(sent):
             both = [part if other is None else other() for part, other in zip(ffn.parts, sent, strict=True)]
             self.sent += [part for part in both if isinstance(part, SentNeurons)]
-            ffn.sent, ffn.sent_from = FeedForward.of(ffn.home, both, ffn.order), tokens
+            ffn.sent, ffn.sent_from = FeedForward.of(ffn.home, both, ffn.order), self.sent_from[index]
         return ffn
 
     def give_lanes(self) -> None:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from thermocline import _native
 from thermocline.errors import HardwareError, UsageError
-from thermocline.files.formats import BlockFormat
+from thermocline.files.formats import Q4_0, BlockFormat
 from thermocline.files.weight import Bytes, Weight
 from thermocline.ops.contract import Activation, ActiveSet, Array, FfnWork, KVLayer, Matrix, NeuronBlock
 
@@ -19,6 +19,11 @@ LINE = 64
 LEVELS = ("baseline", "avx2", "avxvnni", "avx512", "avx512bf16", "amx")
 """Every level that kernels exist for, weakest first."""
 FETCHING = ("auto", "first", "second")
+
+ARRANGED = {Q4_0: BlockFormat("Q4_0x16", -1, 512, 288)}
+"""What the kernels are faster with than with formats of files, and only memory has: the same numbers, of as many bytes,
+which give the same bits. Q4_0x16 has sixteen blocks in one, first their scales, then their numbers.
+"""
 
 ACTIVATIONS = {Activation.SILU: 0, Activation.RELU: 1, Activation.RELU2: 2, Activation.GELU: 3}
 """The native kernels' numbers."""
@@ -82,6 +87,17 @@ class CpuOps:
     def place(self, weight: Weight) -> _native.Matrix:
         """A handle on the weight's own bytes, which it keeps alive."""
         return _native.Matrix(weight.data, weight.format.ggml_type, weight.rows, weight.columns)
+
+    def arrangement(self, fmt: BlockFormat, columns: int) -> BlockFormat | None:
+        """The format of a copy that is computed faster with than rows of `columns` in `fmt`; None if there is none."""
+        better = ARRANGED.get(fmt)
+        return None if better is None or columns % better.block or self._context.isa == "baseline" else better
+
+    def arrange(self, weight: Weight, out: Bytes) -> Weight:
+        """The weight in the format that `arrangement` names, in `out` (rows, row_bytes), which may be its own bytes."""
+        better = ARRANGED[weight.format]
+        self._context.arrange(_native.Matrix(weight.data, weight.format.ggml_type, *weight.shape), out)
+        return Weight(weight.name, better, weight.shape, out)
 
     def array(self, shape: tuple[int, ...], dtype: str = "float32") -> Array:
         """A zeroed numpy array that begins where a cache line does."""
