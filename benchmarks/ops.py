@@ -240,7 +240,10 @@ class Bench:
         data = np.frombuffer(memory, np.uint8).reshape(rows, -1)
         for start in range(0, rows, PATTERN):
             data[start : start + PATTERN] = pattern[: rows - start]
-        return self.ops.place(Weight("random", fmt, (rows, columns), data))
+        weight = Weight("random", fmt, (rows, columns), data)
+        if self.huge_pages and self.ops.arrangement(fmt, columns) is not None:  # as a model is loaded
+            weight = self.ops.arrange(weight, data)
+        return self.ops.place(weight)
 
     def _neuron_blocks(self, fmt: BlockFormat, count: int = 0) -> list[NeuronBlock]:
         """Blocks whose gates are positive, so that with a positive input every neuron fires."""
