@@ -1,4 +1,4 @@
-// Matrices as a copy in memory has them.
+// Matrices in the formats that only memory has.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,10 @@
 
 namespace thermocline {
 
-// Blocks of Q4_0, a multiple of kTogether, as kQ4_0x16 has them; `out` may be where they lie.
-void arrange(Context& context, const uint8_t* blocks, int64_t count, uint8_t* out);
+// The format of memory that holds the numbers of `format`; itself if there is none.
+Format arranged(Format format);
+
+// The matrix in that format, a multiple of whose blocks its columns are; `out` may be where the matrix lies.
+void arrange(Context& context, const Matrix& source, uint8_t* out);
 
 }  // namespace thermocline

@@ -130,10 +130,11 @@ std::tuple<double, double, double> bind_transpose(Context& context, const Matrix
 
 void bind_arrange(Context& context, const MatrixHandle& source, const Output& out) {
   const Matrix& matrix = source.matrix;
-  const int64_t bytes = row_bytes(kQ4_0x16, matrix.cols);
-  require(matrix.format == kQ4_0, "source", "is not in Q4_0");
+  const Format format = arranged(matrix.format);
+  require(format != matrix.format, "source", "is in a format that memory has no other for");
+  const int64_t bytes = row_bytes(format, matrix.cols);
   uint8_t* to = data_of<uint8_t>(out, "out", {matrix.rows, bytes});
-  run(context, [&] { arrange(context, matrix.data, matrix.rows * matrix.cols / kBlock, to); });
+  run(context, [&] { arrange(context, matrix, to); });
 }
 
 double bind_read_bandwidth(Context& context, const Input& buffer) {

@@ -9,23 +9,24 @@
 
 namespace thermocline {
 
-enum Format : int { kF32, kF16, kBF16, kQ8_0, kQ4_0, kQ4_0x16, kQ4_K, kQ5_K, kQ6_K, kFormats };
+enum Format : int { kF32, kF16, kBF16, kQ8_0, kQ4_0, kQ4_0x16, kQ4_K, kQ4_Kx8, kQ5_K, kQ6_K, kFormats };
 
 struct FormatInfo {
-  int ggml_type;    // -1 for what no file has
+  int ggml_type;    // negative for what no file has
   int block;        // elements of a block
   int block_bytes;  // stored bytes of a block
   const char* name;
 };
 
 constexpr FormatInfo kFormatInfo[kFormats] = {
-    {0, 1, 4, "F32"},       {1, 1, 2, "F16"},       {30, 1, 2, "BF16"},
-    {8, 32, 34, "Q8_0"},    {2, 32, 18, "Q4_0"},    {-1, 512, 288, "Q4_0x16"},
-    {12, 256, 144, "Q4_K"}, {13, 256, 176, "Q5_K"}, {14, 256, 210, "Q6_K"},
+    {0, 1, 4, "F32"},       {1, 1, 2, "F16"},          {30, 1, 2, "BF16"},     {8, 32, 34, "Q8_0"},
+    {2, 32, 18, "Q4_0"},    {-1, 512, 288, "Q4_0x16"}, {12, 256, 144, "Q4_K"}, {-2, 256, 144, "Q4_Kx8"},
+    {13, 256, 176, "Q5_K"}, {14, 256, 210, "Q6_K"},
 };
 
-// Blocks of Q4_0 that kQ4_0x16 has in one: first their scales, then their numbers, so that both fill vectors
-// and nothing has to be picked out of blocks of 18 bytes. The same numbers give the same bits.
+// What only memory has, laid out so that numbers and scales fill vectors as they lie. kQ4_0x16 has the scales
+// of so many blocks of Q4_0 first, then their numbers; in kQ4_Kx8 each part of a superblock has its numbers
+// in bytes of its own, as a block of Q4_0 has them. The same numbers give the same bits.
 constexpr int kTogether = 16;
 
 // Elements that share a scale in Q8_0, Q4_0 and in quantised activations. The blocks of K-quants hold eight
@@ -36,8 +37,12 @@ constexpr int kBlock = 32;
 static constexpr bool is_integer(Format format) { return format >= kQ8_0; }
 static constexpr bool is_k_quant(Format format) { return format >= kQ4_K; }
 static constexpr bool is_q4_0(Format format) { return format == kQ4_0 || format == kQ4_0x16; }
+static constexpr bool is_q4_k(Format format) { return format == kQ4_K || format == kQ4_Kx8; }
+// Formats whose parts have 16 bytes each: their first 16 numbers in the low halves, the others in the high
+// ones.
+static constexpr bool is_in_halves(Format format) { return is_q4_0(format) || format == kQ4_Kx8; }
 // Formats whose numbers are lifted by a minimum for each 32: x = scale * q - minimum.
-static constexpr bool has_minima(Format format) { return format == kQ4_K || format == kQ5_K; }
+static constexpr bool has_minima(Format format) { return is_q4_k(format) || format == kQ5_K; }
 // What is stored is the number plus this.
 static constexpr int offset_of(Format format) { return is_q4_0(format) ? 8 : format == kQ6_K ? 32 : 0; }
 
@@ -60,10 +65,11 @@ static inline const uint8_t* scale_at(const Part<F>& at) {
   return at.block + (F == kQ4_0x16 ? 2 * at.part : F == kQ6_K ? 208 : 0);
 }
 
-// Where the numbers of a part begin, in Q8_0 and Q4_0.
+// Where the numbers of a part begin that has bytes of its own.
 template <Format F>
 static inline const uint8_t* numbers_at(const Part<F>& at) {
-  return at.block + (F == kQ4_0x16 ? 2 * kTogether + kBlock / 2 * at.part : 2);
+  constexpr int kFirst = F == kQ4_0x16 ? 2 * kTogether : F == kQ4_Kx8 ? 16 : 2;
+  return at.block + kFirst + (kFirst > 2 ? kBlock / 2 * at.part : 0);
 }
 
 // The 6-bit scale and minimum of part j, which Q4_K and Q5_K pack into 12 bytes.

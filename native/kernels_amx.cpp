@@ -78,6 +78,7 @@ static int64_t turn_tiles(bool bytes, int64_t rounds) {
    kernel<kQ4_0>,                   \
    kernel<kQ4_0x16>,                \
    kernel<kQ4_K>,                   \
+   kernel<kQ4_Kx8>,                 \
    kernel<kQ5_K>,                   \
    kernel<kQ6_K>}
 

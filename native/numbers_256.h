@@ -41,8 +41,8 @@ static inline __m256i numbers(const Part<F>& at) {
   const int j = at.part;
   if constexpr (F == kQ8_0) {
     return load_256(numbers_at(at));
-  } else if constexpr (is_q4_0(F)) {
-    return _mm256_sub_epi8(nibbles(numbers_at(at)), _mm256_set1_epi8(8));
+  } else if constexpr (is_in_halves(F)) {
+    return _mm256_sub_epi8(nibbles(numbers_at(at)), _mm256_set1_epi8(offset_of(F)));
   } else if constexpr (F == kQ4_K) {
     return half_bytes(p + 16 + j / 2 * 32, j % 2);
   } else if constexpr (F == kQ5_K) {

@@ -84,7 +84,7 @@ static inline __m256i sixteens(const uint8_t* p, int at) {
 template <Format F, int v>
 [[gnu::always_inline]] static inline Quad load_quad_of(const uint8_t* row, int64_t b, int left) {
   constexpr int kBytes = kFormatInfo[F].block_bytes;
-  if constexpr (F == kQ4_0x16) {
+  if constexpr (is_in_halves(F) && F != kQ4_0) {
     const __m256i bytes = load_256(numbers_at(part_at<F>(row, b + 2 * v))), mask = _mm256_set1_epi8(15);
     return {_mm256_and_si256(bytes, mask), _mm256_and_si256(_mm256_srli_epi16(bytes, 4), mask)};
   } else if constexpr (!is_k_quant(F)) {
@@ -132,7 +132,7 @@ template <Format F, int v>
   if constexpr (F == kQ4_0) {
     const auto at = [&](int i) { return row + (b + block_in(i, left)) * kBytes + 2; };
     return join(load_128(at(2 * v)), load_128(at(2 * v + 1)));
-  } else if constexpr (F == kQ4_0x16) {
+  } else if constexpr (is_in_halves(F)) {
     return load_256(numbers_at(part_at<F>(row, b + 2 * v)));
   } else {
     return load_256(row + b / 8 * kBytes + 16 + b / 4 % 2 * 64 + v * 32);

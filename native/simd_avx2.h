@@ -21,7 +21,7 @@ constexpr int kFloatTokens = 3;
 constexpr int kIntPanelTokens = 12;
 // What unpacks in few steps gains nothing from sums that spill.
 template <Format F>
-constexpr int kIntTokens = is_q4_0(F) || F == kQ4_K ? 2 : 4;
+constexpr int kIntTokens = is_q4_0(F) || is_q4_k(F) ? 2 : 4;
 template <Format F>
 constexpr int kFloatPanelTokens = F == kF32    ? 24
                                   : F == kBF16 ? 32

@@ -219,11 +219,12 @@ template <int kStride, int kFirst>
 template <Format F, int>
 [[gnu::always_inline]] static inline Quad load_quad_of(const uint8_t* row, int64_t b, int left) {
   constexpr int kBytes = kFormatInfo[F].block_bytes;
-  if constexpr (!is_k_quant(F)) {
+  if constexpr (is_in_halves(F) && F != kQ4_0) {
+    const __m512i v = held(numbers_at(part_at<F>(row, b))), mask = _mm512_set1_epi8(15);
+    return {_mm512_and_si512(v, mask), _mm512_and_si512(_mm512_srli_epi16(v, 4), mask)};
+  } else if constexpr (!is_k_quant(F)) {
     __m512i v, w;
-    if constexpr (F == kQ4_0x16) {
-      v = held(numbers_at(part_at<F>(row, b)));
-    } else if (left >= 4) {
+    if (left >= 4) {
       const uint8_t* p = row + b * kBytes;
       v = pick_words<kBytes / 2, 1>(p);
       if constexpr (F == kQ8_0) w = pick_words<kBytes / 2, 9>(p);
@@ -285,7 +286,7 @@ template <Format F, int>
     v = _mm512_mask_broadcast_i32x4(v, 0x00F0, part(1));
     v = _mm512_mask_broadcast_i32x4(v, 0x0F00, part(2));
     return _mm512_mask_broadcast_i32x4(v, 0xF000, part(3));
-  } else if constexpr (F == kQ4_0x16) {
+  } else if constexpr (is_in_halves(F)) {
     return held(numbers_at(part_at<F>(row, b)));
   } else {
     return _mm512_loadu_si512(row + b / 8 * kBytes + 16 + b / 4 % 2 * 64);
@@ -384,7 +385,7 @@ static inline __m512i sum_products(__m512i a, __m512i b, __m512i c, __m512i d, _
   const __m512i ones = _mm512_set1_epi16(1);
   const __m512i ab = _mm512_madd_epi16(_mm512_packs_epi32(a, b), ones);
   const __m512i cd = _mm512_madd_epi16(_mm512_packs_epi32(c, d), ones);
-  if constexpr (is_q4_0(F) || F == kQ4_K) {
+  if constexpr (is_q4_0(F) || is_q4_k(F)) {
     return _mm512_dpwssd_epi32(more, _mm512_packs_epi32(ab, cd), ones);
   } else {
     const __m512 one = _mm512_castsi512_ps(ab), two = _mm512_castsi512_ps(cd);
@@ -426,13 +427,13 @@ static inline __m128 sum_blocks(const Vec (&acc)[kQuadVecs]) {
 template <Format F>
 static inline void load_numbers(const Part<F>& at, Vec (&w)[kBlock / kLanes]) {
   const uint8_t* p = numbers_at(at);
-  if constexpr (is_q4_0(F)) {
-    const Vec table = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+  const Vec nibbles = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const Vec table = sub(nibbles, splat(offset_of(F)));
+  if constexpr (is_in_halves(F)) {
     const __m512i index = _mm512_cvtepu8_epi32(load_128(p));
     w[0] = _mm512_permutexvar_ps(index, table);
     w[1] = _mm512_permutexvar_ps(_mm512_srli_epi32(index, 4), table);
   } else if constexpr (F == kQ4_K) {
-    const Vec table = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const __m128i shift = _mm_cvtsi32_si128(at.part % 2 * 4);
     p = at.block + 16 + at.part / 2 * 32;
     for (int v = 0; v < 2; ++v)

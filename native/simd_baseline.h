@@ -132,10 +132,10 @@ static inline void unpack_numbers(const Part<F>& at, int8_t* q) {
   const uint8_t* p = numbers_at(at);
   if constexpr (F == kQ8_0) {
     std::memcpy(q, p, kBlock);
-  } else if constexpr (is_q4_0(F)) {
+  } else if constexpr (is_in_halves(F)) {
     for (int i = 0; i < 16; ++i) {
-      q[i] = static_cast<int8_t>((p[i] & 15) - 8);
-      q[16 + i] = static_cast<int8_t>((p[i] >> 4) - 8);
+      q[i] = static_cast<int8_t>((p[i] & 15) - offset_of(F));
+      q[16 + i] = static_cast<int8_t>((p[i] >> 4) - offset_of(F));
     }
   } else {
     uint8_t stored[kBlock];

@@ -12,7 +12,7 @@ constexpr bool kFileOrder = F == kQ4_K;
 
 // Whether rows are turned as bytes, which hold a number in each of their nibbles.
 template <Format F>
-constexpr bool kNibbles = is_q4_0(F) || F == kQ4_K;
+constexpr bool kNibbles = is_q4_0(F) || is_q4_k(F);
 
 // Whether the second half is whole bytes, of which the sums of the low nibbles are taken off at the end.
 template <Format F>

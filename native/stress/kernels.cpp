@@ -148,11 +148,13 @@ void networks(const std::string& isa, Format format) {
     first_nonfinite_row(context, gate.matrix);
     Bytes out(static_cast<size_t>(width * row_bytes(kF16, neurons)));
     transpose_requantize(context, gate.matrix, kF16, out.data());
-    if (format != kQ4_0) return;
-    Bytes blocks = gate.bytes;
-    const int64_t whole = neurons * width / kBlock / kTogether * kTogether;
-    arrange(context, gate.bytes.data(), whole, blocks.data());
-    arrange(context, blocks.data(), whole, blocks.data());
+    if (arranged(format) == format) return;
+    const Weights whole(format, neurons, kFormatInfo[arranged(format)].block);
+    Bytes blocks = whole.bytes;
+    arrange(context, whole.matrix, blocks.data());
+    Matrix same = whole.matrix;
+    same.data = blocks.data();
+    arrange(context, same, blocks.data());
   });
 }
 
