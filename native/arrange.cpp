@@ -19,23 +19,77 @@ void arrange_q4_0(const uint8_t* from, uint8_t* out) {
   }
 }
 
-// Two parts share 32 bytes, whose low halves are the numbers of the first: so that each gets 16 of its own.
-void arrange_q4_k(const uint8_t* from, uint8_t* out) {
-  constexpr int64_t kHead = 16;
-  std::memcpy(out, from, kHead);
-  for (int64_t pair = 0; pair < 4; ++pair) {
-    const uint8_t* both = from + kHead + 2 * kHalf * pair;
-    uint8_t* to = out + kHead + 2 * kHalf * pair;
-    for (int64_t i = 0; i < kHalf; ++i) {
-      to[i] = static_cast<uint8_t>((both[i] & 15) | both[kHalf + i] << 4);
-      to[kHalf + i] = static_cast<uint8_t>(both[i] >> 4 | (both[kHalf + i] & 0xF0));
-    }
+using Parts = uint8_t[8][kBlock];
+
+// The numbers of all parts of a K-quant.
+template <Format F>
+void unpack(const uint8_t* from, Parts& parts) {
+  for (int j = 0; j < 8; ++j) unpack_part<F>({from, j}, parts[j]);
+}
+
+void put_nibbles(const Parts& parts, uint8_t* out) {
+  for (int64_t j = 0; j < 8; ++j) {
+    for (int64_t i = 0; i < kHalf; ++i)
+      out[kHalf * j + i] = static_cast<uint8_t>((parts[j][i] & 15) | parts[j][kHalf + i] << 4);
   }
+}
+
+void arrange_q4_k(const uint8_t* from, uint8_t* out) {
+  Parts parts;
+  unpack<kQ4_K>(from, parts);
+  std::memcpy(out, from, 16);
+  put_nibbles(parts, out + 16);
+}
+
+void arrange_q5_k(const uint8_t* from, uint8_t* out) {
+  Parts parts;
+  unpack<kQ5_K>(from, parts);
+  std::memcpy(out, from, 16);
+  std::memset(out + 16, 0, 32);
+  for (int j = 0; j < 8; ++j) {
+    for (int i = 0; i < kHalf; ++i)
+      out[16 + kHalf * (j % 2) + i] |=
+          static_cast<uint8_t>((parts[j][i] >> 4 | parts[j][kHalf + i] >> 4 << 1) << j / 2 * 2);
+  }
+  put_nibbles(parts, out + 48);
+}
+
+void arrange_q6_k(const uint8_t* from, uint8_t* out) {
+  Parts parts;
+  unpack<kQ6_K>(from, parts);
+  put_nibbles(parts, out);
+  std::memset(out + 128, 0, 64);
+  for (int j = 0; j < 8; ++j) {
+    for (int i = 0; i < kHalf; ++i)
+      out[128 + kHalf * (j % 4) + i] |=
+          static_cast<uint8_t>((parts[j][i] >> 4 | parts[j][kHalf + i] >> 4 << 2) << j / 4 * 4);
+  }
+  std::memcpy(out + 192, from + 192, 18);
+}
+
+void arrange_block(Format format, const uint8_t* from, uint8_t* out) {
+  if (format == kQ4_0x16) return arrange_q4_0(from, out);
+  if (format == kQ4_Kx8) return arrange_q4_k(from, out);
+  if (format == kQ5_Kx8) return arrange_q5_k(from, out);
+  arrange_q6_k(from, out);
 }
 
 }  // namespace
 
-Format arranged(Format format) { return format == kQ4_0 ? kQ4_0x16 : format == kQ4_K ? kQ4_Kx8 : format; }
+Format arranged(Format format) {
+  switch (format) {
+    case kQ4_0:
+      return kQ4_0x16;
+    case kQ4_K:
+      return kQ4_Kx8;
+    case kQ5_K:
+      return kQ5_Kx8;
+    case kQ6_K:
+      return kQ6_Kx8;
+    default:
+      return format;
+  }
+}
 
 void arrange(Context& context, const Matrix& source, uint8_t* out) {
   const Format format = arranged(source.format);
@@ -50,7 +104,7 @@ void arrange(Context& context, const Matrix& source, uint8_t* out) {
       uint8_t block[kLargest];
       for (int64_t i = begin; i < end; ++i) {
         std::memcpy(block, source.data + i * size, static_cast<size_t>(size));
-        (format == kQ4_0x16 ? arrange_q4_0 : arrange_q4_k)(block, out + i * size);
+        arrange_block(format, block, out + i * size);
       }
     });
   });

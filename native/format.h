@@ -9,7 +9,11 @@
 
 namespace thermocline {
 
-enum Format : int { kF32, kF16, kBF16, kQ8_0, kQ4_0, kQ4_0x16, kQ4_K, kQ4_Kx8, kQ5_K, kQ6_K, kFormats };
+// clang-format off
+enum Format : int {
+  kF32, kF16, kBF16, kQ8_0, kQ4_0, kQ4_0x16, kQ4_K, kQ4_Kx8, kQ5_K, kQ5_Kx8, kQ6_K, kQ6_Kx8, kFormats
+};
+// clang-format on
 
 struct FormatInfo {
   int ggml_type;    // negative for what no file has
@@ -21,12 +25,14 @@ struct FormatInfo {
 constexpr FormatInfo kFormatInfo[kFormats] = {
     {0, 1, 4, "F32"},       {1, 1, 2, "F16"},          {30, 1, 2, "BF16"},     {8, 32, 34, "Q8_0"},
     {2, 32, 18, "Q4_0"},    {-1, 512, 288, "Q4_0x16"}, {12, 256, 144, "Q4_K"}, {-2, 256, 144, "Q4_Kx8"},
-    {13, 256, 176, "Q5_K"}, {14, 256, 210, "Q6_K"},
+    {13, 256, 176, "Q5_K"}, {-4, 256, 176, "Q5_Kx8"},  {14, 256, 210, "Q6_K"}, {-3, 256, 210, "Q6_Kx8"},
 };
 
-// What only memory has, laid out so that numbers and scales fill vectors as they lie. kQ4_0x16 has the scales
-// of so many blocks of Q4_0 first, then their numbers; in kQ4_Kx8 each part of a superblock has its numbers
-// in bytes of its own, as a block of Q4_0 has them. The same numbers give the same bits.
+// What only memory has, laid out so that numbers and scales fill vectors as they lie; the same numbers give
+// the same bits. kQ4_0x16 has the scales of so many blocks of Q4_0 first, then their numbers. In the others
+// each part of a superblock has its nibbles in bytes of its own, as a block of Q4_0 has them. What is above
+// the nibbles of numbers i and 16 + i of part j are bits 2 (j / 2) and 2 (j / 2) + 1 of byte 16 (j % 2) + i
+// in kQ5_Kx8, and two bits each from bit 4 (j / 4) on of byte 16 (j % 4) + i in kQ6_Kx8.
 constexpr int kTogether = 16;
 
 // Elements that share a scale in Q8_0, Q4_0 and in quantised activations. The blocks of K-quants hold eight
@@ -38,13 +44,15 @@ static constexpr bool is_integer(Format format) { return format >= kQ8_0; }
 static constexpr bool is_k_quant(Format format) { return format >= kQ4_K; }
 static constexpr bool is_q4_0(Format format) { return format == kQ4_0 || format == kQ4_0x16; }
 static constexpr bool is_q4_k(Format format) { return format == kQ4_K || format == kQ4_Kx8; }
+static constexpr bool is_q5_k(Format format) { return format == kQ5_K || format == kQ5_Kx8; }
+static constexpr bool is_q6_k(Format format) { return format == kQ6_K || format == kQ6_Kx8; }
 // Formats whose parts have 16 bytes each: their first 16 numbers in the low halves, the others in the high
 // ones.
 static constexpr bool is_in_halves(Format format) { return is_q4_0(format) || format == kQ4_Kx8; }
 // Formats whose numbers are lifted by a minimum for each 32: x = scale * q - minimum.
-static constexpr bool has_minima(Format format) { return is_q4_k(format) || format == kQ5_K; }
+static constexpr bool has_minima(Format format) { return is_q4_k(format) || is_q5_k(format); }
 // What is stored is the number plus this.
-static constexpr int offset_of(Format format) { return is_q4_0(format) ? 8 : format == kQ6_K ? 32 : 0; }
+static constexpr int offset_of(Format format) { return is_q4_0(format) ? 8 : is_q6_k(format) ? 32 : 0; }
 
 // The 32 elements with index b of a row: where their block begins, and their part of it.
 template <Format F>
@@ -62,7 +70,7 @@ static inline Part<F> part_at(const uint8_t* row, int64_t b) {
 // Where the scale of a part's block lies.
 template <Format F>
 static inline const uint8_t* scale_at(const Part<F>& at) {
-  return at.block + (F == kQ4_0x16 ? 2 * at.part : F == kQ6_K ? 208 : 0);
+  return at.block + (F == kQ4_0x16 ? 2 * at.part : is_q6_k(F) ? 208 : 0);
 }
 
 // Where the numbers of a part begin that has bytes of its own.
@@ -86,6 +94,17 @@ static inline ScaleMin scale_min(const uint8_t* packed, int j) {
 // own.
 template <Format F>
 static inline void unpack_part(const Part<F>& at, uint8_t* q) {
+  if constexpr (F == kQ5_Kx8 || F == kQ6_Kx8) {
+    constexpr int kBits = F == kQ5_Kx8 ? 1 : 2, kLow = F == kQ5_Kx8 ? 48 : 0, kHigh = F == kQ5_Kx8 ? 16 : 128;
+    constexpr int kMask = (1 << kBits) - 1, kTurn = F == kQ5_Kx8 ? 2 : 4;
+    const uint8_t *low = at.block + kLow + 16 * at.part, *high = at.block + kHigh + 16 * (at.part % kTurn);
+    const int shift = 2 * kBits * (at.part / kTurn);
+    for (int i = 0; i < 16; ++i) {
+      q[i] = static_cast<uint8_t>((low[i] & 15) | (high[i] >> shift & kMask) << 4);
+      q[16 + i] = static_cast<uint8_t>(low[i] >> 4 | (high[i] >> (shift + kBits) & kMask) << 4);
+    }
+    return;
+  }
   const uint8_t* low = at.block + (F == kQ4_K ? 16 : F == kQ5_K ? 48 : at.part / 4 * 64);
   if constexpr (F == kQ6_K) {
     const uint8_t* high = at.block + 128 + at.part / 4 * 32;

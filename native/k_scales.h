@@ -30,7 +30,7 @@ struct KHeads {
 template <Format F>
 [[gnu::always_inline]] static inline KHeads k_heads(const uint8_t* const (&p)[4]) {
   KHeads heads;
-  if constexpr (F == kQ6_K) {
+  if constexpr (is_q6_k(F)) {
     const auto half = [&](int r) { return static_cast<short>(load_u16(p[r] + 208)); };
     heads.d = _mm_cvtph_ps(_mm_setr_epi16(half(0), half(1), half(2), half(3), 0, 0, 0, 0));
   } else {
@@ -59,7 +59,7 @@ template <Format F>
 [[gnu::always_inline]] static inline KScales k_scales(const KHeads& heads, const uint8_t* const (&p)[4],
                                                       int half) {
   KScales k;
-  if constexpr (F == kQ6_K) {
+  if constexpr (is_q6_k(F)) {
     const auto bytes = [&](int r) {
       return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p[r] + 192 + 8 * half));
     };

@@ -32,13 +32,13 @@ namespace thermocline::THERMOCLINE_ISA {
 #include "scan.inl"
 // clang-format on
 
-#define THERMOCLINE_FORMATS(kernel)                                                \
-  {kernel<kF32>,     kernel<kF16>,  kernel<kBF16>,   kernel<kQ8_0>, kernel<kQ4_0>, \
-   kernel<kQ4_0x16>, kernel<kQ4_K>, kernel<kQ4_Kx8>, kernel<kQ5_K>, kernel<kQ6_K>}
+#define THERMOCLINE_FORMATS(kernel)                                                                 \
+  {kernel<kF32>,  kernel<kF16>,    kernel<kBF16>, kernel<kQ8_0>,   kernel<kQ4_0>, kernel<kQ4_0x16>, \
+   kernel<kQ4_K>, kernel<kQ4_Kx8>, kernel<kQ5_K>, kernel<kQ5_Kx8>, kernel<kQ6_K>, kernel<kQ6_Kx8>}
 
-#define THERMOCLINE_INTEGER_FORMATS(kernel)                                        \
-  {nullptr,          nullptr,       nullptr,         kernel<kQ8_0>, kernel<kQ4_0>, \
-   kernel<kQ4_0x16>, kernel<kQ4_K>, kernel<kQ4_Kx8>, kernel<kQ5_K>, kernel<kQ6_K>}
+#define THERMOCLINE_INTEGER_FORMATS(kernel)                                                         \
+  {nullptr,       nullptr,         nullptr,       kernel<kQ8_0>,   kernel<kQ4_0>, kernel<kQ4_0x16>, \
+   kernel<kQ4_K>, kernel<kQ4_Kx8>, kernel<kQ5_K>, kernel<kQ5_Kx8>, kernel<kQ6_K>, kernel<kQ6_Kx8>}
 
 #ifdef THERMOCLINE_LANES
 template <Format F>
@@ -54,7 +54,9 @@ THERMOCLINE_INT_PANEL(kQ4_0x16)
 THERMOCLINE_INT_PANEL(kQ4_K)
 THERMOCLINE_INT_PANEL(kQ4_Kx8)
 THERMOCLINE_INT_PANEL(kQ5_K)
+THERMOCLINE_INT_PANEL(kQ5_Kx8)
 THERMOCLINE_INT_PANEL(kQ6_K)
+THERMOCLINE_INT_PANEL(kQ6_Kx8)
 #undef THERMOCLINE_INT_PANEL
 #else
 template <Format F>
@@ -68,7 +70,7 @@ static constexpr Kernels make_kernels(const char* name) {
       quantize,
       THERMOCLINE_FORMATS(dot),
       {panel<kF32>, panel<kF16>, panel<kBF16>, panel<kQ8_0>, panel<kQ4_0>, panel<kQ4_0x16>, panel<kQ4_K>,
-       panel<kQ4_Kx8>, panel<kQ5_K>, panel<kQ6_K>},
+       panel<kQ4_Kx8>, panel<kQ5_K>, panel<kQ5_Kx8>, panel<kQ6_K>, panel<kQ6_Kx8>},
       tile_tokens,
       nullptr,
       nullptr,

@@ -80,7 +80,9 @@ static int64_t turn_tiles(bool bytes, int64_t rounds) {
    kernel<kQ4_K>,                   \
    kernel<kQ4_Kx8>,                 \
    kernel<kQ5_K>,                   \
-   kernel<kQ6_K>}
+   kernel<kQ5_Kx8>,                 \
+   kernel<kQ6_K>,                   \
+   kernel<kQ6_Kx8>}
 
 constexpr AmxKernels kAmxKernels = {
     THERMOCLINE_FORMATS(THERMOCLINE_ISA::panel),

@@ -43,6 +43,18 @@ static inline __m256i numbers(const Part<F>& at) {
     return load_256(numbers_at(at));
   } else if constexpr (is_in_halves(F)) {
     return _mm256_sub_epi8(nibbles(numbers_at(at)), _mm256_set1_epi8(offset_of(F)));
+  } else if constexpr (F == kQ5_Kx8) {
+    const __m256i bit = _mm256_inserti128_si256(_mm256_set1_epi8(static_cast<char>(1 << j / 2 * 2)),
+                                                _mm_set1_epi8(static_cast<char>(2 << j / 2 * 2)), 1);
+    const __m256i two = _mm256_broadcastsi128_si256(load_128(p + 16 + 16 * (j % 2)));
+    const __m256i set = _mm256_cmpeq_epi8(_mm256_and_si256(two, bit), bit);
+    return _mm256_or_si256(nibbles(p + 48 + 16 * j), _mm256_and_si256(set, _mm256_set1_epi8(16)));
+  } else if constexpr (F == kQ6_Kx8) {
+    const __m128i two = load_128(p + 128 + 16 * (j % 4)),
+                  first = _mm_srl_epi16(two, _mm_cvtsi32_si128(j / 4 * 4));
+    const __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(first), _mm_srli_epi16(first, 2), 1);
+    const __m256i high = _mm256_slli_epi16(_mm256_and_si256(both, _mm256_set1_epi8(3)), 4);
+    return _mm256_sub_epi8(_mm256_or_si256(nibbles(p + 16 * j), high), _mm256_set1_epi8(32));
   } else if constexpr (F == kQ4_K) {
     return half_bytes(p + 16 + j / 2 * 32, j % 2);
   } else if constexpr (F == kQ5_K) {

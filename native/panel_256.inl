@@ -8,7 +8,7 @@ constexpr int64_t kUnitBytes = kPanelVecs * kVecBytes;
 
 // Parts of a block with a scale each.
 template <Format F>
-constexpr int kHalves = F == kQ6_K ? 2 : 1;
+constexpr int kHalves = is_q6_k(F) ? 2 : 1;
 template <Format F>
 constexpr int64_t kPanelBlock = (8 + kHalves<F> + (has_minima(F) ? 1 : 0)) * kUnitBytes;
 
@@ -58,13 +58,13 @@ constexpr int kTileVecs = 2;
 // Units whose pairs of products fit 16 bits when they are summed.
 template <Format F>
 constexpr int kPairUnits = F == kQ8_0   ? 1
-                           : F == kQ6_K ? 2
-                           : F == kQ5_K ? 4
+                           : is_q6_k(F) ? 2
+                           : is_q5_k(F) ? 4
                                         : 8;
 
 // Tokens of a tile: fewer where sums of pairs and of fours are both kept.
 template <Format F>
-constexpr int kTileRows = !kVnni && (F == kQ5_K || F == kQ6_K) ? 2 : 4;
+constexpr int kTileRows = !kVnni && (is_q5_k(F) || is_q6_k(F)) ? 2 : 4;
 
 // Products of units j0 to j1 of a block of weights at `w` with as many tokens.
 template <Format F, int T>
@@ -120,7 +120,7 @@ template <Format F>
 static inline __m256i lift_of(const int16_t* sums, int h) {
   const __m256i halves = _mm256_set1_epi32(load_int(reinterpret_cast<const uint8_t*>(sums)));
   constexpr int kBy = kUnsigned<F>;
-  const int factors = F != kQ6_K ? kBy << 16 | kBy : h ? kBy << 16 : kBy;
+  const int factors = !is_q6_k(F) ? kBy << 16 | kBy : h ? kBy << 16 : kBy;
   return _mm256_madd_epi16(halves, _mm256_set1_epi32(factors));
 }
 

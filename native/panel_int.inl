@@ -22,7 +22,7 @@ constexpr int64_t kUnitBytes = kPanelVecs * sizeof(Vec);
 
 // Parts of a block with a scale each.
 template <Format F>
-constexpr int kHalves = F == kQ6_K ? 2 : 1;
+constexpr int kHalves = is_q6_k(F) ? 2 : 1;
 template <Format F>
 constexpr int64_t kPanelBlock = (8 + 2 * kHalves<F> + (has_minima(F) ? 1 : 0)) * kUnitBytes;
 

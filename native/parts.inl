@@ -8,7 +8,7 @@ struct PartScales {
 template <Format F>
 static inline PartScales part_scales(const Part<F>& at) {
   const float d = scale_of(scale_at(at));
-  if constexpr (F == kQ6_K) {
+  if constexpr (is_q6_k(F)) {
     const auto* s = reinterpret_cast<const int8_t*>(at.block + 192 + 2 * at.part);
     return {{d * static_cast<float>(s[0]), d * static_cast<float>(s[1])}, 0.0f};
   } else if constexpr (has_minima(F)) {
@@ -26,7 +26,7 @@ static inline void load_block(const Part<F>& at, Vec (&w)[kBlock / kLanes]) {
   load_numbers<F>(at, w);
 #pragma GCC unroll 8
   for (int v = 0; v < kBlock / kLanes; ++v) {
-    w[v] = mul(splat(s.scale[F == kQ6_K && v * kLanes >= 16]), w[v]);
+    w[v] = mul(splat(s.scale[is_q6_k(F) && v * kLanes >= 16]), w[v]);
     if constexpr (has_minima(F)) w[v] = sub(w[v], splat(s.least));
   }
 }

@@ -103,7 +103,25 @@ template <Format F, int v>
     (void)left;
     const uint8_t* block = row + b / 8 * kBytes;
     const int half = static_cast<int>(b / 4 & 1);
-    if constexpr (F == kQ6_K) {
+    if constexpr (F == kQ5_Kx8) {
+      const __m256i low = load_256(block + 48 + half * 64 + 32 * v), two = load_256(block + 16);
+      const __m256i nibble = _mm256_set1_epi8(15), sixteen = _mm256_set1_epi8(16);
+      const auto bit = [&](int at) __attribute__((always_inline)) {
+        return _mm256_and_si256(at < 4 ? _mm256_slli_epi16(two, 4 - at) : _mm256_srli_epi16(two, at - 4),
+                                sixteen);
+      };
+      const int at = 4 * half + 2 * v;
+      return {_mm256_or_si256(_mm256_and_si256(low, nibble), bit(at)),
+              _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(low, 4), nibble), bit(at + 1))};
+    } else if constexpr (F == kQ6_Kx8) {
+      const __m256i low = load_256(block + half * 64 + 32 * v), two = load_256(block + 128 + 32 * v);
+      const __m256i nibble = _mm256_set1_epi8(15), high = _mm256_set1_epi8(0x30);
+      const __m256i first = half ? two : _mm256_slli_epi16(two, 4);
+      const __m256i second = half ? _mm256_srli_epi16(two, 2) : _mm256_slli_epi16(two, 2);
+      return {_mm256_or_si256(_mm256_and_si256(low, nibble), _mm256_and_si256(first, high)),
+              _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(low, 4), nibble),
+                              _mm256_and_si256(second, high))};
+    } else if constexpr (F == kQ6_K) {
       const uint8_t *low = block + half * 64, *two = block + 128 + half * 32;
       const __m256i four = _mm256_set1_epi8(15), high = _mm256_set1_epi8(0x30);
       const auto numbers_at = [&](int i) __attribute__((always_inline)) {
@@ -162,7 +180,7 @@ template <Format F>
   const KScales k = k_scales<F>(heads, p, half);
   QuadScales scales{};
   floats_of_scales(k.first, heads.d, scales.first);
-  if constexpr (F == kQ6_K) floats_of_scales(k.second, heads.d, scales.second);
+  if constexpr (is_q6_k(F)) floats_of_scales(k.second, heads.d, scales.second);
   if constexpr (has_minima(F)) floats_of_scales(k.least, heads.d_least, scales.least);
   return scales;
 }
@@ -241,11 +259,11 @@ template <Format F, int v>
   const Int first = load_256(x.first + 32 * v), second = load_256(x.second + 32 * v);
 #ifdef THERMOCLINE_VNNI
   const Int sums = sums_of<F>(w.first, first, _mm256_setzero_si256());
-  if constexpr (F == kQ6_K) return {sums, sums_of<F>(w.second, second, _mm256_setzero_si256())};
+  if constexpr (is_q6_k(F)) return {sums, sums_of<F>(w.second, second, _mm256_setzero_si256())};
   return {sums_of<F>(w.second, second, sums), zero_ints()};
 #else
   const Int one = pairs_of<F>(w.first, first), two = pairs_of<F>(w.second, second);
-  if constexpr (F == kQ6_K) return {one, two};
+  if constexpr (is_q6_k(F)) return {one, two};
   if constexpr (F == kQ8_0) return {_mm256_add_epi32(sums_of_pairs(one), sums_of_pairs(two)), zero_ints()};
   return {_mm256_add_epi16(one, two), zero_ints()};
 #endif
@@ -270,7 +288,7 @@ template <Format F>
 static inline Int sum_fours(Int a, Int b, Int c, Int d) {
   if constexpr (kVnni || F == kQ8_0) {
     return sum_wholes(sum_twos(a, b), sum_twos(c, d));
-  } else if constexpr (F == kQ5_K || F == kQ6_K) {
+  } else if constexpr (is_q5_k(F) || is_q6_k(F)) {
     return sum_wholes(sums_of_pairs(sum_two_pairs(a, b)), sums_of_pairs(sum_two_pairs(c, d)));
   } else {
     return sums_of_pairs(sum_whole_pairs(sum_two_pairs(a, b), sum_two_pairs(c, d)));
@@ -289,7 +307,7 @@ template <Format F, int v>
   } else if constexpr (kUnsigned<F> == 0) {
     return fma(_mm256_cvtepi32_ps(all), mul(scales.first[v], d), acc);
   } else {
-    if constexpr (F == kQ6_K) {
+    if constexpr (is_q6_k(F)) {
       const Int minus = load_ints(x.minus + kLanes * v);
       const Int two = sum_fours<F>(p[0].second, p[1].second, p[2].second, p[3].second);
       all = add_ints(all, _mm256_slli_epi32(repeat_int<0>(minus), 5));

@@ -21,7 +21,7 @@ static bool row_finite(const uint8_t* row, int64_t columns) {
     return true;
   }
   if (has_minima(F) && any_set(row + 2, blocks, kBytes, 0x7C00)) return false;
-  return !any_set(row + (F == kQ6_K ? 208 : 0), blocks, kBytes, 0x7C00);
+  return !any_set(row + (is_q6_k(F) ? 208 : 0), blocks, kBytes, 0x7C00);
 }
 
 template <Format F>

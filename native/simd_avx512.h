@@ -245,7 +245,25 @@ template <Format F, int>
     (void)left;
     const uint8_t* p = row + b / 8 * kBytes;
     const int half = static_cast<int>(b / 4 & 1);
-    if constexpr (F == kQ6_K) {
+    if constexpr (F == kQ5_Kx8) {
+      const __m512i low = held(p + 48 + half * 64), nibble = _mm512_set1_epi8(15);
+      const __m512i two = _mm512_broadcast_i64x4(load_256(p + 16)), sixteen = _mm512_set1_epi8(16);
+      const __m512i bit = _mm512_slli_epi64(_mm512_inserti64x4(_mm512_set1_epi8(1), _mm256_set1_epi8(4), 1),
+                                            static_cast<unsigned>(4 * half));
+      const __m512i first = _mm512_and_si512(low, nibble);
+      const __m512i second = _mm512_and_si512(_mm512_srli_epi16(low, 4), nibble);
+      return {_mm512_mask_add_epi8(first, _mm512_test_epi8_mask(two, bit), first, sixteen),
+              _mm512_mask_add_epi8(second, _mm512_test_epi8_mask(two, _mm512_slli_epi64(bit, 1)), second,
+                                   sixteen)};
+    } else if constexpr (F == kQ6_Kx8) {
+      const __m512i low = held(p + half * 64), two = _mm512_loadu_si512(p + 128);
+      const __m512i nibble = _mm512_set1_epi8(15), high = _mm512_set1_epi8(0x30);
+      const __m512i first = half ? two : _mm512_slli_epi16(two, 4);
+      const __m512i second = half ? _mm512_srli_epi16(two, 2) : _mm512_slli_epi16(two, 2);
+      return {_mm512_or_si512(_mm512_and_si512(low, nibble), _mm512_and_si512(first, high)),
+              _mm512_or_si512(_mm512_and_si512(_mm512_srli_epi16(low, 4), nibble),
+                              _mm512_and_si512(second, high))};
+    } else if constexpr (F == kQ6_K) {
       const __m512i low = _mm512_loadu_si512(p + half * 64),
                     shifts = _mm512_setr_epi64(0, 0, 0, 0, 4, 4, 4, 4);
       // Brings the two bits of each of the four blocks to bits 4 and 5 of their bytes.
@@ -327,7 +345,7 @@ template <Format F>
   const KScales k = k_scales<F>(heads, p, half);
   QuadScales scales{};
   scales.first[0] = floats_of_scales(k.first, spread_rows(heads.d));
-  if constexpr (F == kQ6_K) scales.second[0] = floats_of_scales(k.second, spread_rows(heads.d));
+  if constexpr (is_q6_k(F)) scales.second[0] = floats_of_scales(k.second, spread_rows(heads.d));
   if constexpr (has_minima(F)) scales.least[0] = floats_of_scales(k.least, spread_rows(heads.d_least));
   return scales;
 }
@@ -368,7 +386,7 @@ template <Format F, int>
   const __m512i none = _mm512_setzero_si512();
   const __m512i begin = F == kQ8_0 ? _mm512_slli_epi32(_mm512_loadu_si512(x.minus), 7) : none;
   const __m512i first = _mm512_dpbusd_epi32(begin, w.first, _mm512_loadu_si512(x.first));
-  return {first, _mm512_dpbusd_epi32(F == kQ6_K ? none : first, w.second, _mm512_loadu_si512(x.second))};
+  return {first, _mm512_dpbusd_epi32(is_q6_k(F) ? none : first, w.second, _mm512_loadu_si512(x.second))};
 }
 
 // Sums of the four integers in each 128 bits of a, b, c and d, which become four neighbours.
@@ -401,7 +419,7 @@ template <Format F, int v>
 [[gnu::always_inline]] static inline Vec add_quads(const QuadProducts (&p)[4], const QuadScales& scales,
                                                    const QuadToken& x, Vec acc) {
   const Vec d = load(x.d), scale = mul(scales.first[v], d);
-  if constexpr (F == kQ6_K) {
+  if constexpr (is_q6_k(F)) {
     const __m512i minus = _mm512_slli_epi32(_mm512_loadu_si512(x.minus), 5);
     const __m512i one = sum_products<F>(p[0].first, p[1].first, p[2].first, p[3].first,
                                         _mm512_shuffle_epi32(minus, _MM_PERM_AAAA));

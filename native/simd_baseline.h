@@ -154,7 +154,7 @@ static inline IntWeights int_weights(const Part<F>& at) {
     d *= static_cast<float>(s.scale);
     w.least = splat(load_half(at.block + 2) * static_cast<float>(s.least));
   }
-  if constexpr (F == kQ6_K) {
+  if constexpr (is_q6_k(F)) {
     for (int i = 0; i < 2; ++i) w.scale[i] = static_cast<int8_t>(at.block[192 + 2 * at.part + i]);
   }
   w.d = splat(d);
@@ -171,7 +171,7 @@ static inline Vec int_dot(const IntWeights& w, const IntTokens& x) {
     }
     Int v;
     std::memcpy(&v, lane, sizeof v);
-    total += F == kQ6_K ? v * w.scale[half] : v;
+    total += is_q6_k(F) ? v * w.scale[half] : v;
   }
   return __builtin_convertvector(total, Vec);
 }

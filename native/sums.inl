@@ -98,7 +98,7 @@ template <Format F>
 #pragma GCC unroll 2
   for (int v = 0; v < kQuadVecs; ++v) {
     whole.of[0][v] = digits_of<F>(mul(scales.first[v], factor));
-    if constexpr (F == kQ6_K) whole.of[1][v] = digits_of<F>(mul(scales.second[v], factor));
+    if constexpr (is_q6_k(F)) whole.of[1][v] = digits_of<F>(mul(scales.second[v], factor));
     if constexpr (has_minima(F)) whole.least[v] = digits_of<F>(mul(scales.least[v], least));
   }
   return whole;
@@ -120,7 +120,7 @@ template <Format F, int half, int Q>
   Int digits[kDigits][Q];
 #pragma GCC unroll 2
   for (int g = 0; g < Q; ++g) {
-    const Int all = whole[g].of[F == kQ6_K ? half : 0][v];
+    const Int all = whole[g].of[is_q6_k(F) ? half : 0][v];
     digits[0][g] = spread_digit<F, half, 0>(all);
     digits[1][g] = spread_digit<F, half, 1>(all);
     digits[2][g] = spread_digit<F, half, 2>(all);
@@ -148,7 +148,7 @@ template <Format F, int Q>
 #pragma GCC unroll 2
   for (int g = 0; g < Q; ++g) {
     if constexpr (kUnsigned<F> != 0) add(to->factors[0] + v * kLanes, whole[g].of[0][v]);
-    if constexpr (F == kQ6_K) add(to->factors[1] + v * kLanes, whole[g].of[1][v]);
+    if constexpr (is_q6_k(F)) add(to->factors[1] + v * kLanes, whole[g].of[1][v]);
     if constexpr (has_minima(F)) add(to->least + v * kLanes, whole[g].least[v]);
   }
 }

@@ -53,7 +53,7 @@ static inline void finish_half(const SumStep& sums, const SumUnits& units, int64
     const int part = part_of<F>(half, lane), block = block_of<F>(half, lane);
     const int64_t column = block * kBlock + part * 16;
     if (column >= columns) continue;
-    const int32_t* factors = sums.factors[F == kQ6_K ? part : 0] + 4 * block;
+    const int32_t* factors = sums.factors[is_q6_k(F) ? part : 0] + 4 * block;
     const double least = has_minima(F) ? units.least * number_of<F>(sums.least + 4 * block) : 0.0;
     for (int j = 0; j < 4; ++j) {
       const int place = (half * 4 + j) * 16 + 4 * lane;

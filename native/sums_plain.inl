@@ -31,7 +31,7 @@ static void add_part(const Part<F>& part, int i, float factor, float least, SumS
   int8_t numbers[kBlock];
   unpack_numbers<F>(part, numbers);
   for (int half = 0; half < 2; ++half) {
-    const Digits digits = digits_of(scales.scale[F == kQ6_K ? half : 0] * factor);
+    const Digits digits = digits_of(scales.scale[is_q6_k(F) ? half : 0] * factor);
     for (int d = 0; d < kDigits; ++d) {
       for (int j = 0; j < 16; ++j)
         to->at[d][(half * 4 + j / 4) * 16 + i * 4 + j % 4] += digits.at[d] * numbers[half * 16 + j];

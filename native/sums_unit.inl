@@ -14,7 +14,7 @@ static LargestScale largest_scale(const uint8_t* row, int64_t columns) {
   for (int64_t b = 0; b < columns / kBlock; ++b) {
     const PartScales part = part_scales<F>(part_at<F>(row, b));
     keep_largest(scale, part.scale[0]);
-    if constexpr (F == kQ6_K) keep_largest(scale, part.scale[1]);
+    if constexpr (is_q6_k(F)) keep_largest(scale, part.scale[1]);
     if constexpr (has_minima(F)) keep_largest(least, part.least);
   }
   return {float_of_bits(scale), float_of_bits(least)};

@@ -56,7 +56,7 @@ struct Weights {
       for (int64_t b = 0; b < rows * row; b += info.block_bytes) {
         uint8_t* block = bytes.data() + b;
         for (int i = 0; i < (format == kQ4_0x16 ? kTogether : 1); ++i)
-          store_u16(block + (format == kQ6_K ? 208 : 2 * i), half_of_float(0.01f));
+          store_u16(block + (is_q6_k(format) ? 208 : 2 * i), half_of_float(0.01f));
         if (has_minima(format)) store_u16(block + 2, half_of_float(0.01f));
       }
     }

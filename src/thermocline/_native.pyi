@@ -90,7 +90,7 @@ class Context:
         """`source` transposed into `out` in another format; the largest and the RMS change, and the RMS element."""
 
     def arrange(self, source: Matrix, out: _Bytes) -> None:
-        """A matrix as memory has it (Q4_0: ggml_type -1, Q4_K: -2) into `out`, which may be its own bytes."""
+        """A matrix as memory has it (Q4_0: ggml_type -1, Q4_K: -2, Q6_K: -3, Q5_K: -4) into `out`, which may be its own bytes."""
 
     def check_finite(self, matrix: Matrix) -> int:
         """First row that holds a NaN or an infinity in a value or a block scale, or -1."""

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from thermocline import _native
 from thermocline.errors import HardwareError, UsageError
-from thermocline.files.formats import Q4_0, Q4_K, BlockFormat
+from thermocline.files.formats import Q4_0, Q4_K, Q5_K, Q6_K, BlockFormat
 from thermocline.files.weight import Bytes, Weight
 from thermocline.ops.contract import Activation, ActiveSet, Array, FfnWork, KVLayer, Matrix, NeuronBlock
 
@@ -20,10 +20,15 @@ LEVELS = ("baseline", "avx2", "avxvnni", "avx512", "avx512bf16", "amx")
 """Every level that kernels exist for, weakest first."""
 FETCHING = ("auto", "first", "second")
 
-ARRANGED = {Q4_0: BlockFormat("Q4_0x16", -1, 512, 288), Q4_K: BlockFormat("Q4_Kx8", -2, 256, 144)}
+ARRANGED = {
+    Q4_0: BlockFormat("Q4_0x16", -1, 512, 288),
+    Q4_K: BlockFormat("Q4_Kx8", -2, 256, 144),
+    Q5_K: BlockFormat("Q5_Kx8", -4, 256, 176),
+    Q6_K: BlockFormat("Q6_Kx8", -3, 256, 210),
+}
 """What the kernels are faster with than with formats of files, and only memory has: the same numbers, of as many bytes,
-which give the same bits. Q4_0x16 has sixteen blocks in one, first their scales, then their numbers; in Q4_Kx8 each of
-the eight parts of a superblock has its numbers in bytes of its own.
+which give the same bits. Q4_0x16 has sixteen blocks in one, first their scales, then their numbers; in the
+others each of the eight parts of a superblock has its nibbles in bytes of its own.
 """
 
 ACTIVATIONS = {Activation.SILU: 0, Activation.RELU: 1, Activation.RELU2: 2, Activation.GELU: 3}
