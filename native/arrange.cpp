@@ -24,6 +24,7 @@ using Parts = uint8_t[8][kBlock];
 // The numbers of all parts of a K-quant.
 template <Format F>
 void unpack(const uint8_t* from, Parts& parts) {
+#pragma GCC unroll 8
   for (int j = 0; j < 8; ++j) unpack_part<F>({from, j}, parts[j]);
 }
 
@@ -46,6 +47,7 @@ void arrange_q5_k(const uint8_t* from, uint8_t* out) {
   unpack<kQ5_K>(from, parts);
   std::memcpy(out, from, 16);
   std::memset(out + 16, 0, 32);
+#pragma GCC unroll 8
   for (int j = 0; j < 8; ++j) {
     for (int i = 0; i < kHalf; ++i)
       out[16 + kHalf * (j % 2) + i] |=
@@ -59,6 +61,7 @@ void arrange_q6_k(const uint8_t* from, uint8_t* out) {
   unpack<kQ6_K>(from, parts);
   put_nibbles(parts, out);
   std::memset(out + 128, 0, 64);
+#pragma GCC unroll 8
   for (int j = 0; j < 8; ++j) {
     for (int i = 0; i < kHalf; ++i)
       out[128 + kHalf * (j % 4) + i] |=

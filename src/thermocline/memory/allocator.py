@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from thermocline.errors import BudgetError, UsageError
 from thermocline.files.formats import BlockFormat
-from thermocline.files.weight import Bytes, Weight
+from thermocline.files.weight import Bytes, PickedWeight, Weight
 from thermocline.hardware.machine import Tier
 from thermocline.memory.arena import Arena, Memory
 from thermocline.ops.contract import Array, Matrix
@@ -270,7 +270,8 @@ class BufferedAllocator:
         shape = (slot.count, like.format.row_bytes(like.columns))
         if isinstance(source, Weight) and slot.tier is Tier.RAM and not isinstance(rows, np.ndarray) and not slot.room:
             data = source.data if rows is None else source.data[rows]
-            view = Weight(like.name, like.format, (slot.count, like.columns), data)
+            whole = rows is None and not isinstance(source, PickedWeight)
+            view = source if whole else Weight(like.name, like.format, (slot.count, like.columns), data)
             if data.flags.c_contiguous:
                 if slot.arranged is not None:
                     self._place_arranged(slot, view, done)
