@@ -12,7 +12,7 @@ import numpy.typing as npt
 from thermocline import _native
 from thermocline.config import CacheType, LoadSettings, Mode, SamplingSettings
 from thermocline.files.companion import companion
-from thermocline.files.formats import F16, F32, FORMATS, Q8_0
+from thermocline.files.formats import F16, F32, Q8_0
 from thermocline.files.open import open_model
 from thermocline.files.quantize import quantize
 from thermocline.files.sidecar import SidecarKind
@@ -129,7 +129,7 @@ class Ours:
             ids = None if share is None else np.flatnonzero(self._rng.random(matrices[0].rows) < share).astype(np.int32)
             reads += [(m, ids) for m in matrices]
         for matrix, ids in reads:
-            size = FORMATS[matrix.ggml_type].row_bytes(matrix.cols) * (matrix.rows if ids is None else len(ids))
+            size = matrix.row_bytes * (matrix.rows if ids is None else len(ids))
             rate = _native.read_rows(context, matrix, ids) if size else 0.0
             seconds, total = seconds + (size / rate if size else 0.0), total + size
         return seconds, float(total)

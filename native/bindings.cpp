@@ -178,6 +178,7 @@ NB_MODULE(_native, m) {
            nb::arg("cols"))
       .def_prop_ro("rows", [](const MatrixHandle& self) { return self.matrix.rows; })
       .def_prop_ro("cols", [](const MatrixHandle& self) { return self.matrix.cols; })
+      .def_prop_ro("row_bytes", [](const MatrixHandle& self) { return self.matrix.row_bytes; })
       .def_prop_ro("ggml_type",
                    [](const MatrixHandle& self) { return kFormatInfo[self.matrix.format].ggml_type; });
 

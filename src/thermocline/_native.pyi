@@ -24,6 +24,8 @@ class Matrix:
     @property
     def cols(self) -> int: ...
     @property
+    def row_bytes(self) -> int: ...
+    @property
     def ggml_type(self) -> int: ...
 
 class Context:
@@ -90,7 +92,7 @@ class Context:
         """`source` transposed into `out` in another format; the largest and the RMS change, and the RMS element."""
 
     def arrange(self, source: Matrix, out: _Bytes) -> None:
-        """A matrix as memory has it (Q4_0: ggml_type -1, Q4_K: -2, Q6_K: -3, Q5_K: -4) into `out`, which may be its own bytes."""
+        """A matrix in a format that only memory has, a negative ggml_type, into `out`, which may be its own bytes."""
 
     def check_finite(self, matrix: Matrix) -> int:
         """First row that holds a NaN or an infinity in a value or a block scale, or -1."""

@@ -99,7 +99,7 @@ class LoadSettings:
     mlock: bool = False
     """Keep the weights in memory: the system may neither swap them out nor drop them."""
     mmap: bool | None = None
-    """Compute with the file as mapped, or with a copy in huge pages; without, copy where it pays and there is room."""
+    """Compute with the file as mapped, or with a copy in memory; without, copy where it pays and there is room."""
     device: DeviceKind = DeviceKind.AUTO
     """What computes beside the CPU: auto, cpu (nothing), emulated, cuda, or cuda:1 for the GPU of that number."""
     gpu: str | None = None

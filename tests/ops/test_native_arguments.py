@@ -43,7 +43,7 @@ def test_matrix_keeps_its_bytes_alive_and_reads_maps_that_cannot_be_written(cont
     out = floats(1, 4)
     context.linear(np.ones((1, 8), np.float32), (kept,), (out,), None, False)
     assert (out == 8).all()
-    assert (kept.rows, kept.cols, kept.ggml_type) == (4, 8, 0)
+    assert (kept.rows, kept.cols, kept.row_bytes, kept.ggml_type) == (4, 8, 32, 0)
 
 
 CACHE = (floats(2, 10, 8), floats(2, 10, 8))

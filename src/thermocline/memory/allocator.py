@@ -161,7 +161,7 @@ class Flushed:
 class BufferedAllocator:
     """Moves queued tensors to their tiers, through a staging buffer, in the order of their priorities.
 
-    On the host, rows that lie together in the mapped file stay there and are only claimed; or, after `arrange`, they are
+    On the host, rows that lie together in the mapped file stay there and are only claimed, unless `arrange` had them
     copied as the host computes fastest with them.
     """
 
