@@ -39,6 +39,8 @@ constexpr int kTogether = 16;
 // parts of as many, which the kernels count as blocks.
 constexpr int kBlock = 32;
 
+// Formats that only memory has.
+static constexpr bool is_arranged(Format format) { return kFormatInfo[format].ggml_type < 0; }
 // Formats whose dot products are taken in integers.
 static constexpr bool is_integer(Format format) { return format >= kQ8_0; }
 static constexpr bool is_k_quant(Format format) { return format >= kQ4_K; }

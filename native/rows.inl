@@ -18,7 +18,7 @@ constexpr bool kLongRows = !is_integer(F);
 // Rows that are multiplied about as fast as memory brings them: lines that are still on their way then take
 // the place of others in the first cache's queue, where the second one has room.
 template <Format F>
-constexpr bool kQuickRows = is_q4_0(F);
+constexpr bool kQuickRows = F == kQ4_0 || is_arranged(F);
 
 // Rows that lie apart are fetched so many at a time, or half as many to the second cache, the same line of
 // each, then the next: a processor's own prefetching follows each page by itself, and several banks of the
