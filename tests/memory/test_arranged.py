@@ -183,3 +183,37 @@ def test_a_file_that_becomes_shorter_meanwhile_is_an_error(
     with pytest.raises(HardwareError, match="became shorter"):
         load_transformer(type(source)(source.metadata, weights), memory)
     assert memory.ledger.used(Tier.RAM) == 0
+
+
+def in_memory_of(path: Path) -> int:
+    """Bytes of a mapped file that count as this process's."""
+    counts, total = False, 0
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name, _, value = line.partition(" ")
+        if not name.endswith(":"):
+            counts = line.endswith(str(path))
+        elif counts and name == "Rss:":
+            total += int(value.split()[0]) << 10
+    return total
+
+
+def test_what_was_copied_is_not_held_twice(make_source: Callable[..., Any], tmp_path: Path) -> None:
+    """The file's own pages go, whole ones of its own; they are read again for whoever asks."""
+    source, path = make_source(Q4_0, records=True, n_embd=512), tmp_path / "rows"
+    names = [f"blk.{layer}.{part}.weight" for layer in (0, 1) for part in ("attn_q", "ffn_up", "ffn_down_t")]
+    path.write_bytes(b"".join(source.weights[name].data.tobytes() for name in names))
+    mapped, at, weights = map_file(path), 0, dict(source.weights)
+    for name in names:
+        like = source.weights[name]
+        rows = mapped.view(at, at + like.nbytes).reshape(like.data.shape)
+        weights[name], at = Weight(name, like.format, like.shape, rows), at + like.nbytes
+    mapped_source, held = type(source)(source.metadata, weights, path=path), dict[bool | None, int]()
+    logits = {}
+    for how in (True, None):
+        transformer, _ = load_transformer(mapped_source, CpuOps(1), mapped=how)
+        logits[how] = logits_of(transformer)
+        held[how] = in_memory_of(path)
+    assert held[True] > at - 8192
+    assert held[None] <= 2 * len(names) * 4096
+    np.testing.assert_array_equal(logits[None], logits[True])
+    assert all((weights[name].data == source.weights[name].data).all() for name in names)

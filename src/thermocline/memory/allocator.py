@@ -144,12 +144,13 @@ class Slot:
 class Flushed:
     """What a flush did: bytes by purpose that stay in the file's mapping, and those that were made anew; the time.
 
-    `host_bytes` are the matrices that are in RAM.
+    `host_bytes` are the matrices that are in RAM, `left` the bytes of files in whose place copies are computed with.
     """
 
     mapped: dict[Purpose, int] = field(default_factory=dict)
     copied: dict[Purpose, int] = field(default_factory=dict)
     host_bytes: list[Bytes] = field(default_factory=list)
+    left: list[Bytes] = field(default_factory=list)
     seconds: float = 0.0
 
     @property
@@ -275,6 +276,7 @@ class BufferedAllocator:
             if data.flags.c_contiguous:
                 if slot.arranged is not None:
                     self._place_arranged(slot, view, done)
+                    done.left.append(data)
                     return
                 arena.claim(slot.nbytes, slot.purpose)
                 slot._matrix = ops.place(view)

@@ -26,7 +26,7 @@ from thermocline.memory.neuron_loading import NeuronLoading
 from thermocline.memory.neuron_store import NeuronStore
 from thermocline.memory.queueing import Account, Later, Orders, held
 from thermocline.memory.reblock import Reblocked
-from thermocline.memory.residence import lock, settle, touch
+from thermocline.memory.residence import lock, release, settle, touch
 from thermocline.model.families import family_of
 from thermocline.model.layer import Layer, LayerPredictor
 from thermocline.model.network import Transformer, resolve_mode
@@ -129,6 +129,7 @@ def load_transformer(
         arranged = account.allocator.arrange() if copied else 0
         with sheltered(mappings_below(views)):
             loading.flushed = account.allocator.flush(progress if budgeted or arranged else None)
+        release(loading.flushed.left)  # before any of it may be replaced by a copy
         transformer = build()
         loading.ffn.give_lanes()
         held = loading.flushed.host_bytes

@@ -70,6 +70,21 @@ def settle(path: Path, arrays: Iterable[Bytes]) -> None:
             os.close(descriptor)
 
 
+def release(arrays: Iterable[Bytes]) -> None:
+    """Take what these bytes have of mapped files out of the process's memory; the system's cache keeps it."""
+    for array in arrays:
+        mapping = mapping_below(array)
+        if mapping is None:
+            continue
+        begin = array.ctypes.data - np.frombuffer(mapping, np.uint8).ctypes.data
+        start, stop = (
+            -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE,
+            (begin + array.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE,
+        )
+        if start < stop:
+            mapping.madvise(mmap.MADV_DONTNEED, start, stop - start)
+
+
 def lock(arrays: Iterable[Bytes]) -> None:
     """Forbid the system to drop or swap these bytes; it ends with their memory.
 
