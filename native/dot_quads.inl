@@ -55,7 +55,7 @@ template <Format F, int T>
   if constexpr (kQuadVecs > 1) add_vec<F, 1, T>(rows, scales, x, stride, b, left, acc);
 }
 
-// Quads of a row in a step: one, or those of a block.
+// Quads of a row in a step: one, or a superblock's.
 template <Format F>
 constexpr int kStepQuads = is_k_quant(F) ? 2 : 1;
 
@@ -72,9 +72,7 @@ template <Format F, int T>
     add_four<F, T>(rows, scales_of_half<F>(heads, p, 0), x + s, stride, b, left, acc);
     add_four<F, T>(rows, scales_of_half<F>(heads, p, 1), x + s + 1, stride, b + 4, left, acc);
   } else {
-#pragma GCC unroll 4
-    for (int i = 0; i < kStepQuads<F>; ++i)
-      add_four<F, T>(rows, load_scales<F>(rows, b + 4 * i, left), x + s + i, stride, b + 4 * i, left, acc);
+    add_four<F, T>(rows, load_scales<F>(rows, b, left), x + s, stride, b, left, acc);
   }
 }
 

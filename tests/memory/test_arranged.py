@@ -29,7 +29,7 @@ from thermocline.placement.seats import LayerSeat, Seating
 
 pytestmark = pytest.mark.skipif(_native.isa_levels() == ["baseline"], reason="the baseline arranges nothing")
 
-SILU = FfnKind(Activation.SILU, gated=True)
+SILU, RELU = (FfnKind(activation, gated=True) for activation in (Activation.SILU, Activation.RELU))
 FFN, ATTENTION, OUTPUT = Purpose.FFN, Purpose.ATTENTION, Purpose.OUTPUT
 GIB = 1 << 30
 
@@ -94,14 +94,20 @@ def test_what_the_user_or_memory_forbids(make_source: Callable[..., Any], monkey
     assert not arranged(GIB, {Tier.RAM: GIB}, None)
 
 
-def test_neurons_that_travel_to_the_gpu_keep_the_files_bytes(make_source: Callable[..., Any]) -> None:
-    source = make_source(Q4_0, records=True, n_embd=512)
-    seats = Seating(Tier.RAM, Tier.RAM, (LayerSeat(Tier.RAM, 32, 96),) * 2)
+@pytest.mark.parametrize("records", [True, False])
+@pytest.mark.parametrize("hot", [0, 512])
+def test_neurons_that_travel_to_the_gpu_keep_the_files_bytes(
+    make_source: Callable[..., Any], records: bool, hot: int
+) -> None:
+    source = make_source(Q4_0, RELU if records else SILU, records=records, n_embd=512, n_ff=1024)
+    seats = Seating(Tier.RAM, Tier.RAM, (LayerSeat(Tier.RAM, hot, 1024),) * 2)
     for sent_from, numbers in (((0, 0), {-1}), ((4, 4), {2}), ((4, 0), {2, -1})):
         memory = Memory({Tier.VRAM: EmulatedDevice(CpuOps(1)), Tier.RAM: Host(CpuOps(1))}, {Tier.VRAM: GIB})
         transformer, _ = load_transformer(source, memory, seats=seats, sent_from=sent_from)
         cold = [part.block for layer in transformer.layers for part in layer.ffn.parts if part.device.tier is Tier.RAM]
-        assert {block.up.ggml_type for block in cold} == numbers
+        for kind in ("gate", "up", "down"):
+            assert {getattr(block, kind).ggml_type for block in cold} == numbers
+        assert [layer.ffn.sent is not None for layer in transformer.layers] == [tokens > 0 for tokens in sent_from]
         assert memory.is_true
         memory.close()
 

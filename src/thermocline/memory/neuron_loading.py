@@ -98,7 +98,7 @@ class NeuronLoading:
             slots = (
                 None if gate is None else place(gate),
                 place(up),
-                place(down) if records else self.columns(down, tier, start, stop),
+                place(down) if records else self.columns(index, down, tier, start, stop),
             )
             bias = f"{blk}ffn_up.bias" if spec.ffn_bias else None
             parts.append(partial(self.resident, tier, rows, (start, stop), slots, records, bias))
@@ -239,11 +239,18 @@ class NeuronLoading:
         )
         return ResidentNeurons(self.account.device(tier), start, stop, block)
 
-    def columns(self, down: Weight | Source, tier: Tier, start: int, stop: int) -> Slot:
+    def columns(self, index: int, down: Weight | Source, tier: Tier, start: int, stop: int) -> Slot:
         """Queue the columns of a standard down projection that belong to a slice of neurons."""
         assert isinstance(down, Weight)
+        place = partial(
+            self.account.allocator.queue,
+            tier=tier,
+            purpose=Purpose.FFN,
+            priority=NEURONS,
+            as_stored=self.travels(index),
+        )
         if stop - start == down.columns:
-            return self.account.allocator.queue(down, tier, Purpose.FFN, priority=NEURONS)
+            return place(down)
         if start % down.format.block or stop % down.format.block:
             raise UsageError(
                 f"{down.name} in {down.format.name} can be cut at multiples of {down.format.block} neurons, "
@@ -251,7 +258,7 @@ class NeuronLoading:
             )
         cut = slice(down.format.row_bytes(start), down.format.row_bytes(stop))
         part = Weight(down.name, down.format, (down.rows, stop - start), down.data[:, cut])
-        return self.account.allocator.queue(part, tier, Purpose.FFN, priority=NEURONS)
+        return place(part)
 
     def down(self, blk: str) -> Weight | Source:
         """The down projection as it is computed with: as stored, or transposed into records when it is moved."""
