@@ -35,6 +35,19 @@ void put_nibbles(const Parts& parts, uint8_t* out) {
   }
 }
 
+// What is above the nibbles: kBits of each number, of as many parts side by side as `kTurn`.
+template <int kBits, int kTurn>
+void put_high(const Parts& parts, uint8_t* out) {
+  std::memset(out, 0, kHalf * kTurn);
+#pragma GCC unroll 8
+  for (int j = 0; j < 8; ++j) {
+    for (int i = 0; i < kHalf; ++i) {
+      const int both = parts[j][i] >> 4 | parts[j][kHalf + i] >> 4 << kBits;
+      out[kHalf * (j % kTurn) + i] |= static_cast<uint8_t>(both << 2 * kBits * (j / kTurn));
+    }
+  }
+}
+
 void arrange_q4_k(const uint8_t* from, uint8_t* out) {
   Parts parts;
   unpack<kQ4_K>(from, parts);
@@ -46,13 +59,7 @@ void arrange_q5_k(const uint8_t* from, uint8_t* out) {
   Parts parts;
   unpack<kQ5_K>(from, parts);
   std::memcpy(out, from, 16);
-  std::memset(out + 16, 0, 32);
-#pragma GCC unroll 8
-  for (int j = 0; j < 8; ++j) {
-    for (int i = 0; i < kHalf; ++i)
-      out[16 + kHalf * (j % 2) + i] |=
-          static_cast<uint8_t>((parts[j][i] >> 4 | parts[j][kHalf + i] >> 4 << 1) << j / 2 * 2);
-  }
+  put_high<1, 2>(parts, out + 16);
   put_nibbles(parts, out + 48);
 }
 
@@ -60,13 +67,7 @@ void arrange_q6_k(const uint8_t* from, uint8_t* out) {
   Parts parts;
   unpack<kQ6_K>(from, parts);
   put_nibbles(parts, out);
-  std::memset(out + 128, 0, 64);
-#pragma GCC unroll 8
-  for (int j = 0; j < 8; ++j) {
-    for (int i = 0; i < kHalf; ++i)
-      out[128 + kHalf * (j % 4) + i] |=
-          static_cast<uint8_t>((parts[j][i] >> 4 | parts[j][kHalf + i] >> 4 << 2) << j / 4 * 4);
-  }
+  put_high<2, 4>(parts, out + 128);
   std::memcpy(out + 192, from + 192, 18);
 }
 
