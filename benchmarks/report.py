@@ -218,6 +218,9 @@ def _ops(place: Path) -> str:
         if peaks
         else "Shares of the bandwidth probe, of a layer of that model."
     )
+    probes = sorted(op["peak"] for op in every if op["op"] == "rows 20%")
+    if probes:
+        note += f" The probe gave {probes[0]:.0f} to {probes[-1]:.0f} GB/s beside the FFN."
     note += " Rows: a program that only reads the rows that such an FFN reads."
     drawn = place == RESULTS and PICTURE.is_file()
     picture = f"![roofline]({PICTURE.relative_to(README.parent)})\n\n" if drawn else ""
