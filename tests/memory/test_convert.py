@@ -18,7 +18,7 @@ from thermocline.activity.order import By, Order
 from thermocline.activity.predictor import Predictor
 from thermocline.config import CacheType, Mode
 from thermocline.errors import ModelFormatError, UsageError
-from thermocline.files.formats import F16, F32, Q4_0, Q8_0
+from thermocline.files.formats import F16, F32, Q4_0, Q4_K, Q8_0, BlockFormat
 from thermocline.files.gguf import GgufFile
 from thermocline.files.gguf_writer import write_gguf
 from thermocline.files.metadata import Metadata
@@ -26,7 +26,7 @@ from thermocline.files.powerinfer import PredictorLayer
 from thermocline.files.quantize import from_float, to_float
 from thermocline.memory.convert import FILE_TYPES, OUTTYPES, convert, write_records
 from thermocline.memory.kv_cache import KVCache
-from thermocline.memory.layout import neighbours
+from thermocline.memory.layout import lay_out, neighbours
 from thermocline.memory.loader import load_transformer
 from thermocline.model.families import family_of
 from thermocline.model.network import Segment
@@ -64,6 +64,20 @@ def expected_format(name: str, outtype: str) -> Any:
 def test_file_types_are_ggmls() -> None:
     for name, number in FILE_TYPES.items():
         assert gguf.LlamaFileType(number).name in {f"MOSTLY_{name}", f"ALL_{name}", f"MOSTLY_{name}_S"}
+
+
+@pytest.mark.parametrize("fmt", [Q4_0, Q4_K], ids=lambda f: f.name)
+@pytest.mark.parametrize("asked", [False, True])
+def test_embedding_and_head_in_the_format_already_keep_it(
+    make_source: Callable[..., Any], tmp_path: Path, fmt: BlockFormat, asked: bool
+) -> None:
+    """Finer numbers would be the same ones in more bytes, which every token reads."""
+    source, out = make_source(fmt, records=True, n_embd=256, n_ff=256), tmp_path / "model.gguf"
+    layout = lay_out(source, fmt if asked else None, records=True)
+    write_gguf(out, source.metadata, layout.tensors)
+    written = GgufFile.open(out).weights
+    assert {weight.format for weight in written.values() if weight.rows > 1} == {fmt}
+    np.testing.assert_array_equal(written["token_embd.weight"].data, source.weights["token_embd.weight"].data)
 
 
 def test_rows_that_are_no_whole_blocks_are_announced(make_source: Callable[..., Any], tmp_path: Path) -> None:

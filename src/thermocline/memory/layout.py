@@ -50,8 +50,9 @@ def lay_out(
 ) -> Layout:
     """The tensors of a file that holds the source's network, in format `fmt` (None keeps each one's own).
 
-    Vectors are F32 always. Embedding and head get a finer format than Q4_0, Q4_K and Q5_K, and learned positions F16
-    instead of any block format. Rows that are no whole number of blocks become Q8_0 in place of a K-quant, else F16.
+    Vectors are F32 always. Embedding and head get a finer format than Q4_0, Q4_K and Q5_K, unless they are in that
+    already, and learned positions F16 instead of any block format. Rows that are no whole number of blocks become Q8_0
+    in place of a K-quant, else F16.
     `order` (n_layer, n_ff), for records only, names each layer's neurons in the order in which they are stored.
 
     Raises:
@@ -81,11 +82,13 @@ def neighbours(heads: int, rows: int) -> npt.NDArray[np.intp]:
     return np.arange(rows).reshape(heads, 2, -1).swapaxes(1, 2).ravel()
 
 
-def stored_format(name: str, shape: tuple[int, int], fmt: BlockFormat) -> BlockFormat:
-    """The format that a tensor (rows, columns) gets where `fmt` is asked for; see `lay_out`."""
+def stored_format(
+    name: str, shape: tuple[int, int], fmt: BlockFormat, stored: BlockFormat | None = None
+) -> BlockFormat:
+    """The format that a tensor (rows, columns), which is `stored` in one, gets where `fmt` is asked for; see `lay_out`."""
     if shape[0] == 1:
         return F32
-    if name in VOCABULARY:
+    if name in VOCABULARY and fmt is not stored:
         fmt = FINER.get(fmt, fmt)
     if name == "position_embd.weight" and fmt.block > 1:
         return F16
@@ -110,7 +113,7 @@ class _Maker:
         down = weight is None and shape[0] > 1
         if weight is None:
             weight = self.weights[_other_layout(name)]
-        target = stored_format(name, shape, self.fmt or weight.format)
+        target = stored_format(name, shape, self.fmt or weight.format, weight.format)
         rows = self.rows(name, max(shape) if shape[0] == 1 else shape[0])
         make = self.transposed if down else self.vector if shape[0] == 1 else self.matrix
         return NewTensor(name, target, shape, partial(self.checked, make, weight, target, rows))
