@@ -85,7 +85,7 @@ def neighbours(heads: int, rows: int) -> npt.NDArray[np.intp]:
 def stored_format(
     name: str, shape: tuple[int, int], fmt: BlockFormat, stored: BlockFormat | None = None
 ) -> BlockFormat:
-    """The format that a tensor (rows, columns), which is `stored` in one, gets where `fmt` is asked for; see `lay_out`."""
+    """The format that a tensor (rows, columns), `stored` in one, gets where `fmt` is asked for; see `lay_out`."""
     if shape[0] == 1:
         return F32
     if name in VOCABULARY and fmt is not stored:
