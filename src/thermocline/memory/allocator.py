@@ -267,39 +267,22 @@ class BufferedAllocator:
             slot._matrix = self._streamed(slot)
             return
         arena, ops = self._memory.arenas[slot.tier], self._memory.devices[slot.tier].ops
-        like, rows, source = slot.like, slot.rows, slot.source
-        shape = (slot.count, like.format.row_bytes(like.columns))
-        if isinstance(source, Weight) and slot.tier is Tier.RAM and not isinstance(rows, np.ndarray) and not slot.room:
-            data = source.data if rows is None else source.data[rows]
-            whole = rows is None and not isinstance(source, PickedWeight)
-            view = source if whole else Weight(like.name, like.format, (slot.count, like.columns), data)
-            if data.flags.c_contiguous:
-                if slot.arranged is not None:
-                    self._place_arranged(slot, view, done)
-                    done.left.append(data)
-                    return
-                arena.claim(slot.nbytes, slot.purpose)
-                slot._matrix = ops.place(view)
-                done.host_bytes.append(data)
-                slot.host = data
-                done.mapped[slot.purpose] = done.mapped.get(slot.purpose, 0) + slot.nbytes
-                return
+        like, mapped = slot.like, self._mapped(slot)
         if slot.arranged is not None:
-            out = slot.arranged
-        elif slot.room is None:
-            out = arena.array(shape, "uint8", slot.purpose)
+            self._move_arranged(slot, slot.arranged, mapped, staging, done)
+            return
+        if mapped is not None:
+            arena.claim(slot.nbytes, slot.purpose)
+            slot._matrix, slot.host = ops.place(mapped), mapped.data
+            done.host_bytes.append(slot.host)
+            done.mapped[slot.purpose] = done.mapped.get(slot.purpose, 0) + slot.nbytes
+            return
+        if slot.room is None:
+            out = arena.array((slot.count, like.format.row_bytes(like.columns)), "uint8", slot.purpose)
         else:
             out = slot.room.made_in(arena, slot.purpose)[slot.start : slot.start + slot.count]
         slot.array = out
-        if isinstance(source, Source) and rows is None and slot.tier is Tier.RAM and source.users == 1:
-            source.make(out)
-        else:
-            staging.copy(self._bytes_of(source), rows, out, arena)
-        if isinstance(source, Source):
-            self._used(source)
-        if slot.arranged is not None:
-            self._place_arranged(slot, Weight(like.name, like.format, (slot.count, like.columns), out), done)
-            return
+        self._fill(slot, out, staging)
         if slot.room is None:  # a room is placed as a whole, once it is full
             slot._matrix = ops.place(Weight(like.name, like.format, (slot.count, like.columns), out))
         if slot.tier is Tier.RAM:
@@ -307,11 +290,36 @@ class BufferedAllocator:
             done.host_bytes.append(slot.host)
         done.copied[slot.purpose] = done.copied.get(slot.purpose, 0) + slot.nbytes
 
-    def _place_arranged(self, slot: Slot, weight: Weight, done: Flushed) -> None:
-        ops, out = self._memory.host.ops, slot.arranged
+    def _mapped(self, slot: Slot) -> Weight | None:
+        """What the host can compute with where it lies: neighbouring rows, whole ones."""
+        source, rows, like = slot.source, slot.rows, slot.like
+        if not isinstance(source, Weight) or slot.tier is not Tier.RAM or isinstance(rows, np.ndarray) or slot.room:
+            return None
+        data = source.data if rows is None else source.data[rows]
+        if not data.flags.c_contiguous:
+            return None
+        whole = rows is None and not isinstance(source, PickedWeight)
+        return source if whole else Weight(like.name, like.format, (slot.count, like.columns), data)
+
+    def _fill(self, slot: Slot, out: Array, staging: _Staging) -> None:
+        """Write the slot's rows as the file has them."""
+        source = slot.source
+        if isinstance(source, Source) and slot.rows is None and slot.tier is Tier.RAM and source.users == 1:
+            source.make(out)
+        else:
+            staging.copy(self._bytes_of(source), slot.rows, out, self._memory.arenas[slot.tier])
+        if isinstance(source, Source):
+            self._used(source)
+
+    def _move_arranged(self, slot: Slot, out: Bytes, mapped: Weight | None, staging: _Staging, done: Flushed) -> None:
+        ops, like = self._memory.host.ops, slot.like
         assert isinstance(ops, Arranger)
-        assert out is not None
-        slot._matrix = self._memory.host.ops.place(ops.arrange(weight, out))
+        if mapped is None:
+            self._fill(slot, out, staging)
+        else:
+            done.left.append(mapped.data)
+        stored = mapped or Weight(like.name, like.format, (slot.count, like.columns), out)
+        slot._matrix = self._memory.host.ops.place(ops.arrange(stored, out))
         done.host_bytes.append(out)
         done.copied[slot.purpose] = done.copied.get(slot.purpose, 0) + slot.nbytes
 

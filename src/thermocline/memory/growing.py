@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from thermocline.hardware.memory import find_memory
-from thermocline.memory.huge_pages import HUGE_PAGE, c_library
+from thermocline.memory.huge_pages import HUGE_PAGE, advise, whole_pages
 
 Places = NDArray[np.int64]
 
@@ -35,7 +35,7 @@ class GrowingPages:
 
     def __init__(self, arrays: Sequence[NDArray[Any]]) -> None:
         for array in arrays:
-            _advise(*_whole_pages(array, mmap.PAGESIZE), mmap.MADV_NOHUGEPAGE)
+            advise(*whole_pages(array, mmap.PAGESIZE), mmap.MADV_NOHUGEPAGE)
         self._arrays = tuple(arrays)
         wanted = find_memory().huge_pages in ("always", "madvise")
         found = [due_pages(array) for array in arrays if wanted]
@@ -52,8 +52,8 @@ class GrowingPages:
         asked = 0
         while asked < most and self._next < len(self._due) and self._due[self._next] <= rows:
             page = self._pages[self._next]
-            _advise(page, HUGE_PAGE, mmap.MADV_HUGEPAGE)
-            self.made += _advise(page, HUGE_PAGE, COLLAPSE)
+            advise(page, HUGE_PAGE, mmap.MADV_HUGEPAGE)
+            self.made += advise(page, HUGE_PAGE, COLLAPSE)
             self._next += 1
             asked += 1
         return asked
@@ -61,7 +61,7 @@ class GrowingPages:
 
 def due_pages(array: NDArray[Any]) -> tuple[Places, Places]:
     """Of each huge page that lies within the array: how many rows fill enough of it, and its address."""
-    start, size = _whole_pages(array, HUGE_PAGE)
+    start, size = whole_pages(array, HUGE_PAGE)
     pages = np.arange(start, start + size, HUGE_PAGE, dtype=np.int64)
     offsets = pages - array.ctypes.data
     region, row = array.strides[0], array.strides[1]
@@ -75,14 +75,3 @@ def due_pages(array: NDArray[Any]) -> tuple[Places, Places]:
         enough = filled(offsets + HUGE_PAGE, middle) - filled(offsets, middle) >= ENOUGH
         low, high = np.where(enough, low, np.minimum(middle + 1, high)), np.where(enough, middle, high)
     return low, pages
-
-
-def _whole_pages(array: NDArray[Any], page: int) -> tuple[int, int]:
-    """Address and bytes of the pages of this size that lie within an array."""
-    start = -(-array.ctypes.data // page) * page
-    return start, max(0, (array.ctypes.data + array.nbytes) // page * page - start)
-
-
-def _advise(address: int, size: int, advice: int) -> bool:
-    """Whether the system follows; where it does not, memory is only slower."""
-    return bool(size) and c_library().madvise(address, size, advice) == 0

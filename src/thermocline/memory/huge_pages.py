@@ -16,8 +16,10 @@ import mmap
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from thermocline.errors import HardwareError
 from thermocline.files.weight import Bytes
@@ -175,6 +177,17 @@ def _huge_and_held(
         elif counts and name == "Rss:":
             held += int(value.split()[0]) << 10
     return huge, held
+
+
+def whole_pages(array: npt.NDArray[Any], page: int) -> tuple[int, int]:
+    """Address and bytes of the pages of this size that lie within an array."""
+    start = -(-array.ctypes.data // page) * page
+    return start, max(0, (array.ctypes.data + array.nbytes) // page * page - start)
+
+
+def advise(address: int, size: int, advice: int) -> bool:
+    """Whether the system follows; where it does not, memory is only slower."""
+    return bool(size) and c_library().madvise(address, size, advice) == 0
 
 
 @functools.cache

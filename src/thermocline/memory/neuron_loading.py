@@ -87,14 +87,7 @@ class NeuronLoading:
                 rows = order[start:stop]
             elif stop - start < spec.n_ff:
                 rows = slice(start, stop)
-            place = partial(
-                self.account.allocator.queue,
-                tier=tier,
-                purpose=Purpose.FFN,
-                rows=rows,
-                priority=NEURONS,
-                as_stored=self.travels(index),
-            )
+            place = partial(self.queue, index, tier=tier, rows=rows)
             slots = (
                 None if gate is None else place(gate),
                 place(up),
@@ -113,6 +106,12 @@ class NeuronLoading:
             return self.with_sent(index, ffn)
 
         return build
+
+    def queue(self, index: int, source: Weight | Source, tier: Tier, rows: Rows = None) -> Slot:
+        """Queue a matrix of a layer's neurons, or rows of it."""
+        return self.account.allocator.queue(
+            source, tier, Purpose.FFN, rows=rows, priority=NEURONS, as_stored=self.travels(index)
+        )
 
     def travels(self, index: int) -> bool:
         """Whether a layer's neurons in RAM are sent to VRAM in long prompts."""
@@ -242,15 +241,8 @@ class NeuronLoading:
     def columns(self, index: int, down: Weight | Source, tier: Tier, start: int, stop: int) -> Slot:
         """Queue the columns of a standard down projection that belong to a slice of neurons."""
         assert isinstance(down, Weight)
-        place = partial(
-            self.account.allocator.queue,
-            tier=tier,
-            purpose=Purpose.FFN,
-            priority=NEURONS,
-            as_stored=self.travels(index),
-        )
         if stop - start == down.columns:
-            return place(down)
+            return self.queue(index, down, tier)
         if start % down.format.block or stop % down.format.block:
             raise UsageError(
                 f"{down.name} in {down.format.name} can be cut at multiples of {down.format.block} neurons, "
@@ -258,7 +250,7 @@ class NeuronLoading:
             )
         cut = slice(down.format.row_bytes(start), down.format.row_bytes(stop))
         part = Weight(down.name, down.format, (down.rows, stop - start), down.data[:, cut])
-        return place(part)
+        return self.queue(index, part, tier)
 
     def down(self, blk: str) -> Weight | Source:
         """The down projection as it is computed with: as stored, or transposed into records when it is moved."""

@@ -16,7 +16,7 @@ from thermocline.errors import HardwareError, ModelFormatError
 from thermocline.files.weight import Bytes, Weight
 from thermocline.hardware.mapping import mapping_below, mappings_below
 from thermocline.hardware.memory import find_memory
-from thermocline.memory.huge_pages import HUGE_PAGE, PIECE, Progress
+from thermocline.memory.huge_pages import HUGE_PAGE, PIECE, Progress, advise, whole_pages
 
 POPULATE_READ = 22
 """MADV_POPULATE_READ of Linux 5.14, which Python does not name: map the pages, and read them where they are not."""
@@ -73,16 +73,8 @@ def settle(path: Path, arrays: Iterable[Bytes]) -> None:
 def release(arrays: Iterable[Bytes]) -> None:
     """Take what these bytes have of mapped files out of the process's memory; the system's cache keeps it."""
     for array in arrays:
-        mapping = mapping_below(array)
-        if mapping is None:
-            continue
-        begin = array.ctypes.data - np.frombuffer(mapping, np.uint8).ctypes.data
-        start, stop = (
-            -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE,
-            (begin + array.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE,
-        )
-        if start < stop:
-            mapping.madvise(mmap.MADV_DONTNEED, start, stop - start)
+        if mapping_below(array) is not None:
+            advise(*whole_pages(array, mmap.PAGESIZE), mmap.MADV_DONTNEED)
 
 
 def lock(arrays: Iterable[Bytes]) -> None:
