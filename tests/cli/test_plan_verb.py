@@ -60,6 +60,7 @@ def test_machines_are_listed(command) -> None:
         (("--ratio", "1:0"), 2, "--ratio"),
         (("--device", "toaster"), 2, "--device"),
         (("--device", "cuda:1"), 2, "catalogue"),
+        (("--device", "CUDA:1"), 2, "catalogue"),
         (("--device", "cpu"), 2, "catalogue"),
         (("--mode", "sideways"), 2, "--mode is sideways; allowed: auto, dense"),
         (("--device", "cuda:"), 2, "gpu is ''"),

@@ -84,6 +84,12 @@ def test_aliases_and_environment_mean_the_same(command, tiny_model) -> None:
     assert command("run", "-p", "x", env={**environment, "THERMOCLINE_MODEL": str(tiny_model)}).out == wanted
 
 
+def test_an_empty_variable_is_none(command, tiny_model) -> None:
+    empty = {f"THERMOCLINE_{name}": "" for name in ("MODEL", "FILE", "CTX_SIZE", "N_PREDICT", "IGNORE_EOS", "SEED")}
+    outcome = command("run", "-m", tiny_model, "-p", "x", "-n", 3, *GREEDY, env=empty)
+    assert (outcome.code, outcome.out, outcome.err) == (0, completion(tiny_model, "x", 3), "")
+
+
 def test_the_command_line_comes_before_the_environment(command, tiny_model) -> None:
     outcome = command("run", "-m", tiny_model, "-p", "x", "-n", 3, *GREEDY, env={"THERMOCLINE_N_PREDICT": "9"})
     assert outcome.out == completion(tiny_model, "x", 3)

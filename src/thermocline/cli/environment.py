@@ -1,4 +1,4 @@
-"""The environment: --ctx-size is also THERMOCLINE_CTX_SIZE. The command line comes first."""
+"""The environment: --ctx-size is also THERMOCLINE_CTX_SIZE. The command line comes first, and empty is unset."""
 
 from __future__ import annotations
 
@@ -37,6 +37,8 @@ class Environment(Env):
         super().__call__(app, commands, arguments)
         for argument in deaf:
             argument.tokens.clear()
+        for argument in arguments:
+            argument.tokens[:] = [token for token in argument.tokens if token.value or token.source != self.source]
 
 
 def _tell_unknown(app: App, arguments: Iterable[Argument]) -> None:

@@ -246,7 +246,8 @@ def mode_name(_: Any, tokens: Sequence[Token]) -> Mode:
 
 def device_name(_: Any, tokens: Sequence[Token]) -> str:
     """Reads a device, which may have a number: what it is, the settings say."""
-    return tokens[-1].value.lower() if tokens[-1].value.lower() in list(DeviceKind) else tokens[-1].value
+    kind, *number = tokens[-1].value.split(":", 1)
+    return ":".join([kind.lower() if kind.lower() in list(DeviceKind) else kind, *number])
 
 
 def _bias(text: str) -> tuple[int, float]:

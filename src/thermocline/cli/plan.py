@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any
 
-from cyclopts import App
+from cyclopts import App, Parameter
 from rich.table import Table
 
 import thermocline
-from thermocline.cli.flags import JsonFlag, ModelFlag, count, flag, mode_flag
+from thermocline.cli.flags import JsonFlag, ModelFlag, count, device_name, flag, mode_flag
 from thermocline.cli.output import status, write_json
 from thermocline.cli.tables import facts, print_tables, size_of
 from thermocline.config import LoadSettings, Mode
@@ -57,7 +57,7 @@ def make(
     ram_budget: Annotated[str, flag("--ram-budget", hyphen=True, help="The same of RAM.")] = "auto",
     ctx_size: Annotated[int, count("--ctx-size", "-c", help="Context in tokens; 0: the model's, up to 4096.")] = 0,
     machine: Annotated[str, flag("--machine", help=MACHINE)] = "auto",
-    device: Annotated[str, flag("--device", help=DEVICE)] = "auto",
+    device: Annotated[str, Parameter(name="--device", help=DEVICE, converter=device_name, n_tokens=1)] = "auto",
     gpu: Annotated[str | None, flag("--gpu", help=GPU)] = None,
     prompt_tokens: Annotated[int, count("--prompt-tokens", help="Tokens of a prompt.")] = 256,
     output_tokens: Annotated[int, count("--output-tokens", help="Tokens of an answer.")] = 256,
