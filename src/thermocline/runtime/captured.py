@@ -9,7 +9,6 @@ or the plain crossing), the same calls are made anew for each token.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
@@ -27,13 +26,12 @@ from thermocline.ops.contract import Arrays, FfnWork
 from thermocline.ops.cpu import CpuOps
 from thermocline.ops.cuda.crossing import Crossing, choose
 from thermocline.ops.cuda.ops import CudaOps
+from thermocline.ops.cuda.waiting import Nap
 from thermocline.ops.handover import PATIENCE, ColdWorker, Mailbox
 from thermocline.runtime.crossed import Box, Sharing, is_shared, reaching
 from thermocline.runtime.taped import Taping, stages_of
 
 Floats = Any
-SLEEPS = 0.75
-"""Share of the time of the last step that its caller sleeps before it looks whether this one is done."""
 
 
 class CapturedStep:
@@ -79,7 +77,7 @@ class CapturedStep:
         pinned = streams.pinned((1, transformer.spec.n_vocab), torch.float32) if self._there else None
         self._pinned = pinned
         self._logits: Floats = self._workspace.logits if pinned is None else pinned.numpy()
-        self._took = 0.0
+        self._nap = Nap()
         self._replay: Callable[[], None] = self._record
         self.captured = False
         self._rehearse()
@@ -107,12 +105,10 @@ class CapturedStep:
             if self._embeds_here:
                 here = np.array([token], np.int32), np.array([position], np.int32)
                 self._transformer.embed(*here, self._residual.numpy(), self._spare)
-            began = time.perf_counter()
             try:
                 self._replay()
             finally:  # also who interrupts waits for what was begun
-                self.ops.streams.settle(self._worker, SLEEPS * self._took)
-        self._took = time.perf_counter() - began
+                self.ops.streams.settle(self._worker, self._nap)
         self.cache.fill(position + 1)
         cold = self._worker.take_work() if self._worker is not None else FfnWork(0, 0, 0, 0)
         return self._logits[0], FfnWork(*self._counts[0].tolist()), cold

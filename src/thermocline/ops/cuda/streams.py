@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from thermocline.errors import HardwareError
+from thermocline.ops.cuda.waiting import Nap, finish
 from thermocline.ops.handover import ColdWorker
-
-PATIENCE = 60.0
-"""Seconds that a step without the CPU's help may take."""
 
 
 class Streams:
@@ -102,8 +98,8 @@ class Streams:
         replay: Callable[[], None] = graph.replay
         return replay
 
-    def settle(self, worker: ColdWorker | None, ahead: float = 0.0) -> None:
-        """Return when the current stream has done all it was given, which takes about `ahead` seconds.
+    def settle(self, worker: ColdWorker | None, nap: Nap | None = None) -> None:
+        """Return when the current stream has done all it was given. For steps that are alike, `nap` keeps how long.
 
         Who interrupts this is heard when the stream is done: one that waits for the worker would wait for ever.
 
@@ -114,31 +110,12 @@ class Streams:
         interrupted: KeyboardInterrupt | None = None
         while True:
             try:
-                if ahead > 0 and not done():
-                    time.sleep(ahead)  # the cores have other work than to look
-                finish(done, worker)
+                if nap is not None and interrupted is None:
+                    nap.wait(done, worker)
+                else:
+                    finish(done, worker)
                 break
             except KeyboardInterrupt as error:
-                interrupted, ahead = error, 0.0
+                interrupted = error
         if interrupted is not None:
             raise interrupted
-
-
-def finish(done: Callable[[], bool], worker: ColdWorker | None) -> None:
-    """Return when `done`, a look at the device. What nobody answers in time is answered with nothing, and told.
-
-    Raises:
-        HardwareError: the device itself does not come to an end.
-    """
-    patience = worker.patience if worker is not None else PATIENCE
-    began = time.monotonic()
-    while not done():
-        waited = time.monotonic() - began
-        if waited > 2 * patience + 5:
-            raise HardwareError(f"the GPU has not finished a step after {waited:.0f} s; restart the program")
-        if worker is not None and (waited > patience or not worker.alive):
-            worker.release(
-                "the CPU did not compute its neurons in time"
-                if worker.alive
-                else "the worker of the CPU's neurons died"
-            )
