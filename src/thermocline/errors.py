@@ -69,6 +69,10 @@ class HardwareError(ThermoclineError):
     """The machine lacks what was asked for."""
 
 
+class HangError(HardwareError):
+    """A device does not come to an end: whatever else it is given would be waited for without one."""
+
+
 class MissingPackageError(ThermoclineError):
     """What was asked for needs a package that is not installed; `extra` is the extra of this one that brings it."""
 

@@ -15,7 +15,7 @@ import torch
 from thermocline.activity.predictor import Predictor
 from thermocline.api import LLM
 from thermocline.config import CacheType, CrossingKind, Mode
-from thermocline.errors import HardwareError, UsageError
+from thermocline.errors import HangError, HardwareError, UsageError
 from thermocline.files.open import open_model
 from thermocline.hardware.machine import Tier
 from thermocline.memory.arena import Memory
@@ -363,6 +363,19 @@ def test_who_interrupts_a_step_is_heard_when_it_is_done(tiny_model: Any, monkeyp
         step.run(4, len(PROMPT))
     assert cache.length == len(PROMPT)
     assert step.run(4, len(PROMPT))[0].tobytes() == expected.tobytes()
+
+
+@interpreted
+def test_a_device_that_hangs_is_probed_no_further(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither by the next way to cross, which would wait for it without end, nor by what computes without one."""
+    transformer, cache = load(tiny_model, (32, 64))
+    transformer.exit.ops.streams = streams = FakeStreams()
+    monkeypatch.setattr(streams, "watched", lambda: lambda: False)
+    monkeypatch.setattr("thermocline.ops.cuda.waiting.HANGS", 0.1)
+    drive(monkeypatch, driver := Driver((), streams))
+    with pytest.raises(HangError, match="has not finished"):
+        CapturedStep(transformer, cache, patience=0.05)
+    assert [name for name, _ in driver.calls] == ["write", "wait", "write"]
 
 
 class Driver:

@@ -164,3 +164,9 @@ class ColdWorker:
         """Whether the thread runs."""
         alive: bool = self._native.alive
         return alive
+
+    @property
+    def crossings(self) -> int:
+        """How many it has taken since it was made."""
+        crossings: int = self._native.crossings
+        return crossings

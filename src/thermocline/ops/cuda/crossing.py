@@ -16,7 +16,7 @@ from typing import Any, Final, Protocol
 import torch
 
 from thermocline.config import CrossingKind
-from thermocline.errors import HardwareError, UsageError
+from thermocline.errors import HangError, HardwareError, UsageError
 from thermocline.ops.cuda.streams import Streams
 from thermocline.ops.handover import DONE, ColdWorker
 
@@ -152,6 +152,7 @@ def choose(
 
     Raises:
         UsageError: the one asked for does not exist here.
+        HangError: the device does not come to an end.
     """
     if not streams.real and driver is None:
         if way in (CrossingKind.MEMORY, CrossingKind.CALLS):
@@ -163,6 +164,8 @@ def choose(
             try:
                 crossing = kind(worker, driver or _driver(kind.way), lambda: streams.handle)
                 probe(crossing, worker, streams)
+            except HangError:
+                raise
             except (AttributeError, HardwareError, ImportError, OSError, RuntimeError, TypeError) as error:
                 if way is not CrossingKind.AUTO:
                     raise UsageError(f"crossing by {way} does not work here: {error}") from error

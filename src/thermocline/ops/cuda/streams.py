@@ -104,7 +104,7 @@ class Streams:
         Who interrupts this is heard when the stream is done: one that waits for the worker would wait for ever.
 
         Raises:
-            HardwareError: the device itself does not come to an end.
+            HangError: the device itself does not come to an end.
         """
         done = self.watched()
         interrupted: KeyboardInterrupt | None = None

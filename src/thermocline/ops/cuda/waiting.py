@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final
 
-from thermocline.errors import HardwareError
+from thermocline.errors import HangError
 from thermocline.ops.handover import ColdWorker
 
 Look = Callable[[], bool]
@@ -15,6 +15,8 @@ Look = Callable[[], bool]
 
 PATIENCE: Final = 60.0
 """Seconds that a step without the CPU's help may take."""
+HANGS: Final = 5.0
+"""Seconds beyond twice the patience, after which a device in which nothing moves is given up."""
 SLEEPS: Final = 0.75
 """Share of the shortest of the last steps that its caller sleeps before it looks without pause."""
 LONGEST: Final = 0.05
@@ -22,6 +24,8 @@ LONGEST: Final = 0.05
 SLICE: Final = 0.001
 """Seconds that it sleeps between two looks."""
 STEPS: Final = 8
+BETWEEN: Final = 0.1
+"""Seconds between two looks that count at most: a process that is stopped wastes nobody's patience."""
 
 
 class Nap:
@@ -50,17 +54,42 @@ def finish(done: Look, worker: ColdWorker | None) -> None:
     """Return when `done`, a look at the device. What nobody answers in time is answered with nothing, and told.
 
     Raises:
-        HardwareError: the device itself does not come to an end.
+        HangError: the device itself does not come to an end.
     """
     patience = worker.patience if worker is not None else PATIENCE
-    began = time.monotonic()
+    quiet = Quiet(worker)
+    late = False
     while not done():
-        waited = time.monotonic() - began
-        if waited > 2 * patience + 5:
-            raise HardwareError(f"the GPU has not finished a step after {waited:.0f} s; restart the program")
-        if worker is not None and (waited > patience or not worker.alive):
-            worker.release(
+        waited = quiet.seconds()
+        if waited > 2 * patience + HANGS:
+            raise HangError(f"the GPU has not finished a step after {waited:.0f} s; restart the program")
+        if worker is not None and (late or waited > patience or not worker.alive):
+            late = True  # the step has failed: none of its other crossings is waited for
+            if worker.release(
                 "the CPU did not compute its neurons in time"
                 if worker.alive
                 else "the worker of the CPU's neurons died"
-            )
+            ):
+                quiet = Quiet(worker)
+
+
+class Quiet:
+    """For how long the worker was handed nothing, as far as somebody looked."""
+
+    def __init__(self, worker: ColdWorker | None) -> None:
+        self._worker = worker
+        self._crossings = self._counted()
+        self._seconds, self._last = 0.0, time.monotonic()
+
+    def seconds(self) -> float:
+        """Since the last crossing, or since this was made."""
+        now, crossings = time.monotonic(), self._counted()
+        if crossings != self._crossings:
+            self._crossings, self._seconds = crossings, 0.0
+        else:
+            self._seconds += min(now - self._last, BETWEEN)
+        self._last = now
+        return self._seconds
+
+    def _counted(self) -> int:
+        return self._worker.crossings if self._worker is not None else 0
