@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 from thermocline.config import CrossingKind
 from thermocline.errors import HardwareError
 from thermocline.ops.cuda import crossing
-from thermocline.ops.cuda.crossing import HIP, HostDriver
+from thermocline.ops.cuda.crossing import HIP, Captures, HostDriver
 
 FAKE = Path(__file__).parent / "fake_driver"
 
@@ -42,9 +43,32 @@ def test_what_a_stream_was_given_works_in_every_launch(library: Path, way: str, 
     assert done.stdout.split() == ["20", str(kept), "True"]
 
 
+def test_what_is_captured_is_launched_and_let_go(library: Path) -> None:
+    path, stream, seen = str(library / "libcuda.so.1"), 0x7ABC, []
+    call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(seen.append)
+    function = ctypes.cast(call, ctypes.c_void_p).value or 0
+    driver, fake, captures = HostDriver(path), ctypes.CDLL(path), Captures(path)
+    with captures.captured(stream, lambda: driver.cuLaunchHostFunc(stream, function, 5)) as launch:
+        assert not seen
+        launch()
+        launch()
+        assert fake.graphs() == 2
+    assert seen == [5, 5]
+    with pytest.raises(HardwareError, match="901"), captures.captured(stream, fake.spoil):
+        pass
+    with pytest.raises(ZeroDivisionError), captures.captured(stream, lambda: 1 // 0):  # type: ignore[arg-type, return-value]
+        pass
+    with pytest.raises(HardwareError, match=r"\(1\)"), captures.captured(stream + 1, fake.spoil):
+        pass
+    assert fake.graphs() == 0
+    with captures.captured(stream, lambda: None):
+        assert fake.graphs() == 2
+
+
 def test_without_a_driver_there_are_no_calls_of_the_host() -> None:
-    with pytest.raises(OSError, match="no driver"):
-        HostDriver("no driver.so.1")
+    for kind in (HostDriver, Captures):
+        with pytest.raises(OSError, match="no driver"):
+            kind("no driver.so.1")
 
 
 def test_a_torch_for_rocm_brings_the_driver_of_its_streams(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -239,7 +239,7 @@ def load_on_cpu(path: Any) -> tuple[Transformer, KVCache]:
 
 def drive(monkeypatch: pytest.MonkeyPatch, driver: Driver) -> None:
     monkeypatch.setattr(
-        "thermocline.runtime.captured.choose", lambda w, worker, streams: choose(w, worker, streams, driver)
+        "thermocline.runtime.captured.choose", lambda w, worker, streams: choose(w, worker, streams, driver, driver)
     )
 
 
@@ -249,7 +249,7 @@ class FakeStreams(Streams):
     def __init__(self, *, graphs: bool = True) -> None:
         super().__init__(torch.device("cpu"))
         self.real, self.graphs, self.capturing = True, graphs, False
-        self.launches = 0
+        self.captures = self.launches = 0
         self.interrupt = False
 
     def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -280,17 +280,21 @@ class FakeStreams(Streams):
     def captured(self, calls: Callable[[], None]) -> Callable[[], None]:
         if not self.graphs:
             raise RuntimeError("operation not permitted when stream is capturing")
-        self.capturing = True
-        try:
-            calls()
-        finally:
-            self.capturing = False
+        self.captures += 1
+        self.capture(calls)
 
         def launch() -> None:
             self.launches += 1
             calls()
 
         return launch
+
+    def capture(self, calls: Callable[[], None]) -> None:
+        self.capturing = True
+        try:
+            calls()
+        finally:
+            self.capturing = False
 
 
 @interpreted
@@ -313,6 +317,7 @@ def test_a_step_becomes_a_graph_where_a_way_to_cross_can_be_captured(
     step = CapturedStep(transformer, cache)
     assert (step.way, step.captured) == (way, way is not CrossingKind.PLAIN)
     assert (step.notice is None) is (way is CrossingKind.MEMORY)
+    assert streams.captures == step.captured  # torch's graphs are for what a graph of the driver's holds
     driver.calls.clear()
     streams.launches = 0
     for wanted in expected:
@@ -390,6 +395,16 @@ class Driver:
     def captures(self) -> bool:
         """Whether a call is put into a graph instead of done."""
         return self.streams is not None and self.streams.capturing
+
+    @contextmanager
+    def captured(self, stream: int, calls: Callable[[], None]) -> Iterator[Callable[[], None]]:
+        """A graph of its own."""
+        assert self.streams is not None
+        assert stream == self.streams.handle
+        if not self.streams.graphs:
+            raise HardwareError("the driver cannot capture it (901)")
+        self.streams.capture(calls)
+        yield calls
 
     def _word(self, address: int) -> np.ndarray:
         import ctypes

@@ -57,6 +57,46 @@ int cuGetProcAddress(const char* name, void** found, int version, uint64_t flags
   return cuGetProcAddress_v2(name, found, version, flags, 0);
 }
 
+// Graphs: of the one stream, captured by one thread for itself, whose handles are 'g' and 'e'.
+static int capturing, spoiled, held;
+
+int cuStreamBeginCapture_v2(void* stream, int mode) {
+  if (capturing || stream != (void*)0x7abc || mode != 1) return 1;
+  capturing = 1;
+  spoiled = count = 0;
+  return 0;
+}
+
+int cuStreamEndCapture(void* stream, void** graph) {
+  if (!capturing || stream != (void*)0x7abc) return 1;
+  capturing = 0;
+  *graph = spoiled ? 0 : (void*)'g';
+  held += !spoiled;
+  return spoiled ? 901 : 0;
+}
+
+int cuGraphInstantiateWithFlags(void** ready, void* graph, unsigned long long flags) {
+  if (graph != (void*)'g' || flags) return 1;
+  *ready = (void*)'e';
+  ++held;
+  return 0;
+}
+
+int cuGraphExecDestroy(void* ready) { return ready == (void*)'e' ? --held < 0 : 1; }
+
+int cuGraphDestroy(void* graph) { return graph == (void*)'g' ? --held < 0 : 1; }
+
+int launch(void);
+
+int cuGraphLaunch(void* ready, void* stream) {
+  if (capturing || ready != (void*)'e' || stream != (void*)0x7abc) return 1;
+  return launch() < 0;
+}
+
+// For the tests: what a stream is given may not be captured; and how many graphs of both kinds there are.
+void spoil(void) { spoiled = 1; }
+int graphs(void) { return held; }
+
 // For the test: everything since the beginning, in order.
 int launch(void) {
   for (Op* op = ops; op < ops + count; ++op) {

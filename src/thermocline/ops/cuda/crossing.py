@@ -8,7 +8,8 @@ cuStreamWaitValue32), which costs no thread of the driver. `calls`: the stream c
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -22,8 +23,11 @@ from thermocline.ops.handover import DONE, ColdWorker
 
 EQUAL: Final = 1
 """CU_STREAM_WAIT_VALUE_EQ."""
+DRIVER: Final = "libcuda.so.1"
 HIP: Final = "lib/libamdhip64.so"
 """HIP's runtime in a torch for ROCm, whose streams are of this one."""
+THREAD_LOCAL: Final = 1
+"""CU_STREAM_CAPTURE_MODE_THREAD_LOCAL, and HIP's: other threads may use the device meanwhile."""
 
 
 class Crossing(Protocol):
@@ -101,7 +105,7 @@ class HostDriver:
     frees its argument after it: a graph that is launched twice would read freed memory.
     """
 
-    def __init__(self, library: str = "libcuda.so.1", name: str = "cuLaunchHostFunc") -> None:
+    def __init__(self, library: str = DRIVER, name: str = "cuLaunchHostFunc") -> None:
         """Raises OSError where there is no driver."""
         self._launch = getattr(ctypes.CDLL(library), name)
         self._launch.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
@@ -110,6 +114,62 @@ class HostDriver:
     def cuLaunchHostFunc(self, stream: int, function: int, argument: int) -> tuple[int]:  # noqa: N802
         """As cuda-bindings would: a tuple that begins with the driver's code."""
         return (int(self._launch(stream, function, argument)),)
+
+
+class Captures:
+    """Graphs of the driver's own, or of HIP's.
+
+    Where one cannot be ended, torch (2.13) goes on taking a capture to be under way and frees no memory any more; so
+    what is only tried is captured without it.
+    """
+
+    def __init__(self, library: str = DRIVER, prefix: str = "cu") -> None:
+        """Raises OSError where there is no driver, AttributeError where it is too old."""
+        driver = ctypes.CDLL(library)
+        begin = "StreamBeginCapture_v2" if prefix == "cu" else "StreamBeginCapture"
+        self._begin = self._found(driver, prefix + begin, ctypes.c_void_p, ctypes.c_int)
+        self._end = self._found(driver, f"{prefix}StreamEndCapture", ctypes.c_void_p, ctypes.c_void_p)
+        self._instantiate = self._found(
+            driver, f"{prefix}GraphInstantiateWithFlags", ctypes.c_void_p, ctypes.c_void_p, ctypes.c_ulonglong
+        )
+        self._launch = self._found(driver, f"{prefix}GraphLaunch", ctypes.c_void_p, ctypes.c_void_p)
+        self._destroy_ready = self._found(driver, f"{prefix}GraphExecDestroy", ctypes.c_void_p)
+        self._destroy = self._found(driver, f"{prefix}GraphDestroy", ctypes.c_void_p)
+
+    @contextmanager
+    def captured(self, stream: int, calls: Callable[[], None]) -> Iterator[Callable[[], None]]:
+        """Within, what `calls` puts into `stream` is a graph: how to launch it there.
+
+        Raises:
+            HardwareError: the driver cannot capture that.
+        """
+        graph, ready = ctypes.c_void_p(), ctypes.c_void_p()
+        self._checked(self._begin(stream, THREAD_LOCAL))
+        try:
+            try:
+                calls()
+            finally:
+                ended = self._end(stream, ctypes.byref(graph))
+            self._checked(ended)
+            self._checked(self._instantiate(ctypes.byref(ready), graph, 0))
+            yield lambda: self._checked(self._launch(ready, stream))
+        finally:
+            if ready:
+                self._destroy_ready(ready)
+            if graph:
+                self._destroy(graph)
+
+    @staticmethod
+    def _found(driver: ctypes.CDLL, name: str, *types: Any) -> Callable[..., int]:
+        function = getattr(driver, name)
+        function.argtypes, function.restype = types, ctypes.c_int
+        found: Callable[..., int] = function
+        return found
+
+    @staticmethod
+    def _checked(code: int) -> None:
+        if code != 0:
+            raise HardwareError(f"the driver cannot capture it ({code})")
 
 
 class HostCalls:
@@ -146,9 +206,11 @@ class HostCalls:
 
 
 def choose(
-    way: CrossingKind, worker: ColdWorker, streams: Streams, driver: Any | None = None
+    way: CrossingKind, worker: ColdWorker, streams: Streams, driver: Any | None = None, captures: Any | None = None
 ) -> tuple[Crossing, str | None]:
     """The crossing asked for, or the first that works; and what there is to say about a fallback.
+
+    `driver` and `captures` are for tests.
 
     Raises:
         UsageError: the one asked for does not exist here.
@@ -163,7 +225,7 @@ def choose(
         if way in (CrossingKind.AUTO, kind.way):
             try:
                 crossing = kind(worker, driver or _driver(kind.way), lambda: streams.handle)
-                probe(crossing, worker, streams)
+                probe(crossing, worker, streams, captures)
             except HangError:
                 raise
             except (AttributeError, HardwareError, ImportError, OSError, RuntimeError, TypeError) as error:
@@ -175,25 +237,26 @@ def choose(
     return (plain := Plain(worker, streams)), _told(plain, reasons)
 
 
-def probe(crossing: Crossing, worker: ColdWorker, streams: Streams) -> None:
+def probe(crossing: Crossing, worker: ColdWorker, streams: Streams, captures: Captures | None = None) -> None:
     """Cross once, and once more in a graph, as a driver may have stream memory operations but not capture them.
 
     Raises:
-        HardwareError: no answer came.
-        RuntimeError: the graph cannot be made.
+        HardwareError: no answer came, or the graph cannot be made.
+        HangError: the device does not come to an end.
     """
 
     def cross() -> None:
         crossing.post(1)
         crossing.wait(1)
 
-    with streams.aside(), worker.step():
-        cross()
-        streams.settle(worker)
-    if streams.real:
-        replay = streams.captured(cross)
+    with streams.aside():
         with worker.step():
-            replay()
+            cross()
+            streams.settle(worker)
+        if not streams.real:
+            return
+        with (captures or _captures()).captured(streams.handle, cross) as launch, worker.step():
+            launch()
             streams.settle(worker)
 
 
@@ -204,7 +267,15 @@ def _told(crossing: Crossing, reasons: list[str]) -> str | None:
 def _driver(way: CrossingKind) -> Any:
     rocm = torch.version.hip is not None
     if way is CrossingKind.CALLS:
-        return HostDriver(str(Path(torch.__file__).parent / HIP), "hipLaunchHostFunc") if rocm else HostDriver()
+        return HostDriver(_hip(), "hipLaunchHostFunc") if rocm else HostDriver()
     if rocm:
         raise HardwareError("its stream memory operations are CUDA's, and this torch is built for ROCm")
     return import_module("cuda.bindings.driver")
+
+
+def _captures() -> Captures:
+    return Captures(_hip(), "hip") if torch.version.hip is not None else Captures()
+
+
+def _hip() -> str:
+    return str(Path(torch.__file__).parent / HIP)
