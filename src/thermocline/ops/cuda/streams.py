@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -93,7 +94,7 @@ class Streams:
         graph = torch.cuda.CUDAGraph()
         # Where a capture fails, torch leaves its stream the current one.
         here = torch.cuda.stream(torch.cuda.current_stream(self._device))
-        with here, torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with here, uncollected(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
             calls()
         replay: Callable[[], None] = graph.replay
         return replay
@@ -119,3 +120,16 @@ class Streams:
                 interrupted = error
         if interrupted is not None:
             raise interrupted
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Within, no garbage is collected: what frees memory or events of the device would break a capture."""
+    collects = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
