@@ -11,8 +11,25 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 Results = dict[str, Any]
+Row = dict[str, Any]
 Part = Callable[[Results, Callable[[], None]], None]
 """Fills in results that hold those of earlier parts; what it is given besides tells of what is there so far."""
+SECONDS_TO_EXIT = 10.0
+"""That a process gets once its work is done."""
+
+
+def failure(error: BaseException) -> str:
+    """An error in one line."""
+    return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
+
+
+def attempt(shown: Row, measure: Callable[..., Row], *arguments: Any) -> Row:
+    """A row with what was measured, or with how that failed."""
+    try:
+        return shown | measure(*arguments)
+    except Exception as error:  # compilers and drivers have classes of their own
+        print(f"failed: {shown}: {failure(error)}", file=sys.stderr)
+        return shown | {"failed": failure(error)}
 
 
 def apart(name: str, part: Part, results: Results, seconds: float, keep: Callable[[], None]) -> str | None:
@@ -40,8 +57,11 @@ def apart(name: str, part: Part, results: Results, seconds: float, keep: Callabl
         results.update(told)
         trouble = error or trouble
         keep()
-    process.join(10)
-    if trouble is None and process.exitcode != 0:
+    process.join(SECONDS_TO_EXIT)
+    if process.is_alive():  # its work is done, and the next part is to find the device free
+        process.kill()
+        process.join(SECONDS_TO_EXIT)
+    elif trouble is None and process.exitcode != 0:
         trouble = f"its process ended with {process.exitcode}"
     return None if trouble is None else f"{name}: {trouble}"
 
@@ -52,5 +72,6 @@ def _run(part: Part, results: Results, pipe: Connection) -> None:
         part(results, lambda: pipe.send((results, None)))
     except Exception as raised:  # whatever it is, the other parts go on
         traceback.print_exc()
-        error = f"{type(raised).__name__}: {str(raised).splitlines()[0] if str(raised) else ''}"
+        error = failure(raised)
     pipe.send((results, error))
+    pipe.close()

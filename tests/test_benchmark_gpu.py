@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,20 @@ def test_a_part_that_fails_hangs_or_dies_takes_no_other_with_it() -> None:
     assert results["kept"]
     assert "lost" not in results
     assert apart("dies", lambda *_: os._exit(3), results, 60, keep) == "dies: its process ended with 3"
+
+
+def test_a_part_that_is_done_and_stays_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import gpu_apart
+
+    def stays(results: dict[str, Any], tell: Any) -> None:
+        threading.Thread(target=time.sleep, args=(600,)).start()
+        results["process"] = os.getpid()
+
+    results: dict[str, Any] = {}
+    monkeypatch.setattr(gpu_apart, "SECONDS_TO_EXIT", 2.0)
+    assert gpu_apart.apart("stays", stays, results, 60, lambda: None) is None
+    with pytest.raises(ProcessLookupError):
+        os.kill(results["process"], 0)
 
 
 def test_no_placement_reads_less_of_ram_than_the_bound() -> None:
