@@ -61,6 +61,22 @@ def test_what_there_is_no_time_for_is_said() -> None:
     assert "ours" not in said
 
 
+def test_drawn_weights_lie_in_memory_that_numpy_made() -> None:
+    """Its pages are huge, as those are that bandwidth is measured on; torch's are not."""
+    from benchmarks.synthetic_gpu import _weight
+
+    value = torch.arange(12.0).view(3, 4)
+    for drawn in (value, value.half(), value.T.half()):
+        weight = _weight("w", drawn)
+        data: Any = weight.data
+        while data.base is not None:
+            data = data.base
+        assert isinstance(data, np.ndarray)
+        assert data.flags.owndata
+        kept = weight.data.view(np.float32 if drawn.dtype is torch.float32 else np.float16)
+        np.testing.assert_array_equal(kept, drawn.numpy())
+
+
 def test_drawn_models_are_as_sparse_as_asked_and_their_predictors_know() -> None:
     from benchmarks.synthetic_families import Shape
     from benchmarks.synthetic_gpu import synthetic
