@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -11,9 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.gpu_apart import Row, attempt
 from benchmarks.synthetic_gpu import Source
 from thermocline.config import Mode, SamplingSettings
-from thermocline.errors import BudgetError, ThermoclineError, UsageError
+from thermocline.errors import BudgetError, UsageError
 from thermocline.hardware.machine import Machine, Tier
 from thermocline.memory.arena import Memory
 from thermocline.memory.kv_cache import KVCache, kv_bytes_per_token
@@ -26,6 +28,7 @@ from thermocline.ops.cuda.ops import CudaOps
 from thermocline.ops.device import Host
 from thermocline.placement.cost import FfnMode
 from thermocline.placement.footprint import footprint_of
+from thermocline.placement.ledger import Purpose
 from thermocline.placement.plan import make_plan
 from thermocline.placement.problem import LayerPlace, Placement, Problem
 from thermocline.placement.seats import LayerSeat, Seating, Seats
@@ -35,7 +38,6 @@ from thermocline.runtime.captured import CapturedStep
 from thermocline.runtime.sampler import Sampler
 
 GB = 1e9
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -140,24 +142,38 @@ def least_seconds(problem: Problem) -> float:
     return missing / problem.machine.cpu.bandwidth
 
 
+def let_go() -> None:
+    """Give the device what nobody uses any more, also where it hangs in a cycle."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 class Loaded:
-    """A case on its devices."""
+    """A case on its devices, all of it in the ledger as the engine has it."""
 
     def __init__(self, source: Source, case: Case, cpu: CpuOps, device: str, budget: int, lengths: Lengths) -> None:
-        self.before = 0  # bytes of others in this process
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-            self.before = torch.cuda.memory_allocated()
+        let_go()
+        self.before = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0  # of others in this process
         self.gpu = CudaOps(device)
         self.memory = Memory({Tier.VRAM: CudaDevice(self.gpu), Tier.RAM: Host(cpu)}, {Tier.VRAM: budget})
         self.lengths = lengths
+        try:
+            self._load(source, case)
+        except BaseException:
+            self.close()
+            raise
+
+    def _load(self, source: Source, case: Case) -> None:
+        lengths = self.lengths
         self.transformer, _ = load_transformer(
             source, self.memory, n_ctx=lengths.context, seats=case.seats, mode=case.mode,
             predictor=source.predictor if case.mode is Mode.PREDICTED else None, sent_from=case.sent,
         )  # fmt: skip
-        homes = [layer.device.ops for layer in self.transformer.layers]
+        caches, self.scratch = self.memory.arrays(Purpose.KV), self.memory.arrays(Purpose.ACTIVATIONS)
+        homes = [caches[layer.device.tier] for layer in self.transformer.layers]
         self.cache = KVCache(self.transformer.spec, homes, lengths.context)
-        self.workspace = self.transformer.workspace(lengths.prompt, 1)
+        self.workspace = self.transformer.workspace(lengths.prompt, 1, arrays=self.scratch)
         self.transformer.rehearse(Tier.VRAM, lengths.prompt, 0, self.cache, self.workspace)
 
     def prefill(self) -> tuple[float, int]:
@@ -174,7 +190,7 @@ class Loaded:
     def stepping(self) -> tuple[str, Callable[[int], Any]]:
         """How the sides cross, and a call that takes a token and gives the next one's logits."""
         try:
-            step = CapturedStep(self.transformer, self.cache)
+            step = CapturedStep(self.transformer, self.cache, arrays=self.scratch)
         except UsageError:
             return "plain", self._plain()
         way = f"{step.way or 'none'}{', graph' if step.captured else ''}"
@@ -183,11 +199,10 @@ class Loaded:
 
     def _plain(self) -> Callable[[int], Any]:
         transformer: Transformer = self.transformer
-        workspace = transformer.workspace(1, 1)
 
         def call(token: int) -> Any:
             segment = (Segment(self.cache, self.cache.length, 1),)
-            result = transformer.step(np.array([token], np.int32), segment, workspace)
+            result = transformer.step(np.array([token], np.int32), segment, self.workspace)
             return transformer.ops.to_host(result.logits)[0]
 
         return call
@@ -214,22 +229,21 @@ class Loaded:
 
 def run_case(source: Source, case: Case, cpu: CpuOps, device: str, budget: int, lengths: Lengths) -> Row:
     """Load, prefill and decode one placement, beside the predictions and the ledger; or how that failed."""
-    loaded: Loaded | None = None
-    try:
+
+    def measure() -> Row:
         loaded = Loaded(source, case, cpu, device, budget, lengths)
-        return measured(loaded, case, budget, lengths)
-    except (ThermoclineError, RuntimeError) as error:
-        return {"placement": case.name, "failed": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
-    finally:
-        if loaded is not None:
+        try:
+            return measured(loaded, case, budget, lengths)
+        finally:
             loaded.close()
+
+    return attempt({"placement": case.name}, measure)
 
 
 def measured(loaded: Loaded, case: Case, budget: int, lengths: Lengths) -> Row:
     prefill, token = loaded.prefill()
     way, decode, sampler = loaded.decode(token)
     row: Row = {
-        "placement": case.name,
         "tok/s": round(1 / decode, 2),
         "predicted": round(1 / case.decode, 2),
         "bytes allow": round(1 / case.bound, 2) if case.bound else 0.0,
