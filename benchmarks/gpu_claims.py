@@ -35,11 +35,8 @@ def _row(claim: str, wanted: str, measured: Any, met: bool) -> Row:
 
 
 def _kernels(kernels: Iterable[Row]) -> list[Row]:
-    found: dict[str, float] = {}
-    for row in kernels:
-        name = f"{row['kernel']}, {row['format']}, of copies"
-        found[name] = row["of copy"]
-    rows = [_row(name, f">= {OF_COPY}", share, share >= OF_COPY) for name, share in found.items()]
+    found = {f"{row['kernel']}, {row['format']}, of copies": row.get("of copy") for row in kernels}
+    rows = [_row(name, f">= {OF_COPY}", x, x is not None and x >= OF_COPY) for name, x in found.items()]
     return rows or [_row("kernels, of copies", f">= {OF_COPY}", None, False)]
 
 
@@ -59,7 +56,7 @@ def _resident(results: Mapping[str, Any]) -> list[Row]:
 
 
 def _crossing(results: Mapping[str, Any]) -> list[Row]:
-    each = [row["µs a layer"] for row in results.get("crossings", ())]
+    each = [row["µs a layer"] for row in results.get("crossings", ()) if "µs a layer" in row]
     best = min(each, default=None)
     samplers = [row["sampler µs"] for row in results.get("models", ()) if "sampler µs" in row]
     slowest = max(samplers, default=None)

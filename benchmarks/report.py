@@ -96,10 +96,11 @@ def gpu_part(result: Result) -> str:
         return ""
     speeds = ("tok/s", "predicted", "layer split", "×", "× dense", "prompt tok/s")
     heads = ("model, mode, share of VRAM", *speeds, "GB held")
+    copies = f"; copies on the device reach {result['copy GB/s']:.0f} GB/s" if "copy GB/s" in result else ""
     said = (
         f"On {result['device']}, synthetic ReGLU models in F16 whose neurons fire 12 % of the time; budgets are shares "
-        f"of what the whole model takes; copies on the device reach {result['copy GB/s']:.0f} GB/s. A layer split has "
-        "the same kernels; a dense one computes all neurons, as other engines do."
+        f"of what the whole model takes{copies}. A layer split has the same kernels; a dense one computes all neurons, "
+        "as other engines do."
     )
     return f"{said}\n\n{table(heads, rows)}"
 

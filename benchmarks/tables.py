@@ -14,9 +14,9 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def print_table(rows: Sequence[Mapping[str, object]]) -> None:
-    """Rows of equal keys, the keys as headings."""
-    heads = list(rows[0])
-    cells = [[str(row[head]) for head in heads] for row in rows]
+    """Rows, their keys as headings."""
+    heads = list(dict.fromkeys(head for row in rows for head in row))
+    cells = [[str(row.get(head, "")) for head in heads] for row in rows]
     widths = [max(len(line[i]) for line in [heads, *cells]) for i in range(len(heads))]
     for line in [heads, ["-" * w for w in widths], *cells]:
         print(
@@ -38,11 +38,12 @@ def add_keeping(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def write_results(name: str, results: Mapping[str, object], folder: Path = RESULTS) -> None:
-    """Write `NAME.json` among the results, or to another folder."""
+def write_results(name: str, results: Mapping[str, object], folder: Path = RESULTS, *, say: bool = True) -> None:
+    """Write `NAME.json` among the results, or to another folder, and `say` so."""
     plain = {k: asdict(v) if is_dataclass(v) and not isinstance(v, type) else v for k, v in results.items()}
     path = folder / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
         file.write((json.dumps(plain, indent=1) + "\n").encode())
-    print(f"\nwritten: {path.relative_to(RESULTS.parent.parent) if path.is_relative_to(RESULTS) else path}")
+    if say:
+        print(f"\nwritten: {path.relative_to(RESULTS.parent.parent) if path.is_relative_to(RESULTS) else path}")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
+import gc
 import os
 import subprocess
 import sys
 import threading
 import time
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +26,7 @@ from thermocline.model.network import Segment
 from thermocline.ops.cpu import CpuOps
 
 ROOT = Path(__file__).parent.parent
+interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="tiny sizes are the interpreter's")
 
 
 @pytest.fixture(autouse=True)
@@ -59,6 +64,208 @@ def test_what_there_is_no_time_for_is_said() -> None:
     said = run("--minutes", "0")
     assert "left out: dry: 0 s are left" in said
     assert "ours" not in said
+
+
+# --- what fails costs its own row ------------------------------------------------------------------------------------
+
+
+class CompilationError(Exception):
+    """As Triton's, which is no RuntimeError."""
+
+
+def fails(*_: Any, **__: Any) -> Any:
+    raise CompilationError("at 3:14\nin many lines")
+
+
+FAILED = "CompilationError: at 3:14"
+
+
+def bench(seconds: float = 100.0) -> Any:
+    from benchmarks.gpu_bench import Bench
+    from thermocline.ops.cuda.ops import CudaOps
+
+    return Bench(CudaOps(), CpuOps(1), time.monotonic() + seconds)
+
+
+def job(name: str) -> Callable[..., None]:
+    """The work of a part, as the script has it."""
+    from benchmarks.gpu import PARTS, jobs
+
+    args = argparse.Namespace(parts=PARTS, models=["dry"], budgets=(0.5, 1.0))
+    return next(job.work for job in jobs(args) if job.name == name)
+
+
+@interpreted
+def test_kernels_that_fail_cost_their_own_rows_and_all_are_kept_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import gpu_kernels
+    from benchmarks.gpu_claims import claims
+    from benchmarks.gpu_models import vram_rates
+
+    made, timed, cold, seconds = [], [], gpu_kernels.cold_weights, gpu_kernels.Bench.seconds
+
+    def cold_weights(bench: Any, fmt: Any, read: int) -> Any:
+        assert all(numbers() is None for numbers in made)  # one format's matrices at a time
+        if fmt.name == "BF16":
+            fails()
+        found = cold(bench, fmt, read)
+        made.extend(weakref.ref(matrix.numbers) for matrix in found[0])
+        return found
+
+    def timing(bench: Any, call: Any, *more: Any) -> float:
+        timed.append(1)
+        return fails() if len(timed) == 2 else seconds(bench, call, *more)  # the first call is a copy
+
+    monkeypatch.setattr(gpu_kernels, "cold_weights", cold_weights)
+    monkeypatch.setattr(gpu_kernels.Bench, "seconds", timing)
+    results: dict[str, Any] = {}
+    kept: list[int] = []
+    job("kernels")(bench(), results, lambda: kept.append(len(results["kernels"])))
+    assert [(row["format"], row["kernel"][:6], row.get("failed")) for row in results["kernels"]] == [
+        ("F16", "matrix", FAILED), ("F16", "sparse", None), ("BF16", "all", FAILED), ("Q8_0", "matrix", None),
+        ("Q8_0", "sparse", None), ("Q4_0", "matrix", None), ("Q4_0", "sparse", None),
+    ]  # fmt: skip
+    assert kept == [1, 2, 3, 4, 5, 6, 7]
+    assert not any(row["met"] for row in claims(results))
+    results["kernels"][1]["GB/s"] = 900.0
+    assert vram_rates(results | {"copy GB/s": 2000.0}, 1e12) == (1500e9, 900e9)
+    assert vram_rates({}, 1e12) == (750e9, 750e9)
+
+
+@interpreted
+@pytest.mark.parametrize("failing", ["none", "plain"])
+def test_a_way_to_cross_that_fails_costs_its_own_row(monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
+    from benchmarks import gpu_kernels
+    from benchmarks.gpu_claims import claims
+
+    closed, close, stepped = [], gpu_kernels.Memory.close, gpu_kernels.CapturedStep
+    which = iter(["none", "plain"])
+    monkeypatch.setattr(
+        gpu_kernels, "CapturedStep", lambda *a, **b: fails() if next(which) == failing else stepped(*a, **b)
+    )
+    monkeypatch.setattr(gpu_kernels.Memory, "close", lambda memory: closed.append(close(memory)))
+    results: dict[str, Any] = {}
+    job("crossings")(bench(), results, lambda: None)
+    rows = {row["crossing"]: row for row in results["crossings"]}
+    assert rows[failing]["failed"] == FAILED
+    assert [name for name, row in rows.items() if "µs a step" in row] == [n for n in ("none", "plain") if n != failing]
+    assert not any("µs a layer" in row for row in rows.values())
+    assert len(closed) == 2
+    assert not any(row["met"] for row in claims(results))
+
+
+@interpreted
+def test_a_tuning_that_does_not_compile_costs_its_own_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import gpu_kernels
+
+    times = iter([CompilationError("at 3:14"), *range(1, 50)])
+
+    def seconds(*_: Any) -> float:
+        taken = next(times)
+        if isinstance(taken, Exception):
+            raise taken
+        return taken
+
+    monkeypatch.setattr(gpu_kernels.Bench, "seconds", seconds)
+    results: dict[str, Any] = {}
+    job("tile sizes")(bench(), results, lambda: None)
+    first, *others = results["tile sizes"]
+    assert (first["µs"], first["failed"]) == (None, FAILED)
+    assert len(others) == 13
+    assert all(row["µs"] for row in others)
+
+
+@interpreted
+def test_a_model_goes_on_after_the_case_that_ended_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import gpu_models
+
+    class Killed(BaseException):
+        pass
+
+    tried: list[str] = []
+
+    def run_case(source: Any, case: Any, *_: Any) -> dict[str, Any]:
+        tried.append(case.name)
+        if len(tried) == 2:
+            raise Killed
+        return {"failed": FAILED} if len(tried) == 3 else {"tok/s": 5.0}
+
+    monkeypatch.setattr(gpu_models, "run_case", run_case)
+    monkeypatch.setattr(gpu_models, "print_table", lambda rows: None)
+    results: dict[str, Any] = {}
+    with pytest.raises(Killed):
+        job("dry")(bench(), results, lambda: None)
+    job("dry")(bench(), results, lambda: None)
+    rows = [(r["budget"], r["mode"], r["placement"], r.get("tok/s", r.get("failed"))) for r in results["models"]]
+    assert rows == [
+        ("50%", "predicted", "ours", 5.0),
+        ("100%", "exact", "ours", "it did not come to its end"),
+        ("100%", "predicted", "ours", FAILED),
+        ("100%", "exact", "layer split", 5.0),
+        ("100%", "predicted", "layer split", 5.0),
+    ]
+    assert len(tried) == 5
+
+
+def test_time_is_shared_so_that_all_parts_get_a_turn_in_seven_minutes() -> None:
+    from benchmarks.gpu import TIMES, Time, seconds_for
+    from benchmarks.gpu_models import BUDGETS, seconds_of_next
+
+    names = list(TIMES)
+    left, got = 7 * 60.0, {}
+    for i, name in enumerate(names):
+        got[name] = seconds_for(TIMES[name], [TIMES[other] for other in names[i + 1 :]], left)
+        left -= got[name]
+        assert got[name] >= TIMES[name].kept
+    assert got["kernels"] == 90
+    assert got["first model"] >= 120
+    left = 60.0  # of which the first part gets what it is kept, and no more
+    assert seconds_for(Time(40, 90), [Time(50, 90)], left) == 40
+    assert seconds_for(Time(80, 90), [Time(50, 90)], left) == 60
+    assert set(BUDGETS[:3]) == {1.0, 0.5, 0.25}
+    assert seconds_of_next([]) == seconds_of_next([80.0]) == 10.0
+    assert seconds_of_next([80.0, 20.0, 10.0, 30.0]) == 26.0
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+@interpreted
+def test_all_that_a_case_holds_is_in_the_ledger(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import gpu_cases, gpu_models
+    from benchmarks.gpu_bench import Bench
+    from thermocline.placement.ledger import Purpose
+
+    class Cycle:
+        pass
+
+    run: Bench = bench()
+    source = gpu_models.drawn(run, "dry")
+    machine = gpu_models.machine_of(run, {})
+    wanted = next(w for w in gpu_models.wanted_cases(run, "dry", source, machine, [1.0]) if w.case.name != "ours")
+    left = Cycle()
+    left.itself, seen = left, weakref.ref(left)  # type: ignore[attr-defined]
+    gc.disable()
+    try:
+        del left
+        loaded = gpu_cases.Loaded(source, wanted.case, run.cpu, "auto", wanted.budget, gpu_models.LENGTHS)
+    finally:
+        gc.enable()
+    assert seen() is None  # what the last case left in a cycle
+    _, call = loaded.stepping()
+    used = loaded.memory.ledger.used
+    shape, context = gpu_models.MODELS["dry"], gpu_models.LENGTHS.context
+    assert used(Tier.VRAM, Purpose.KV) == shape.n_layer * context * 2 * shape.n_head_kv * shape.head_dim * 2
+    before = used(Tier.VRAM, Purpose.ACTIVATIONS)
+    assert before > 4 * shape.n_embd * gpu_models.LENGTHS.prompt
+    call(1)
+    assert used(Tier.VRAM, Purpose.ACTIVATIONS) == before
+    loaded.close()
+    assert loaded.memory.ledger.used(Tier.VRAM) == 0
+    memory: list[Any] = []
+    monkeypatch.setattr(gpu_cases, "load_transformer", lambda source, m, **_: fails(memory.append(m)))
+    row = gpu_cases.run_case(source, wanted.case, run.cpu, "auto", wanted.budget, gpu_models.LENGTHS)
+    assert row == {"placement": "layer split", "failed": FAILED}
+    assert memory[0].ledger.used(Tier.VRAM) == 0
 
 
 def test_drawn_weights_lie_in_memory_that_numpy_made() -> None:
