@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.gpu_apart import Row, attempt
+from benchmarks.gpu_apart import Row, attempt, failure
 from benchmarks.synthetic_gpu import Source
 from thermocline.config import Mode, SamplingSettings
 from thermocline.errors import BudgetError, UsageError
@@ -193,6 +193,8 @@ class Loaded:
             step = CapturedStep(self.transformer, self.cache, arrays=self.scratch)
         except UsageError:
             return "plain", self._plain()
+        except RuntimeError as error:  # as the engine does
+            return f"plain ({failure(error)})", self._plain()
         way = f"{step.way or 'none'}{', graph' if step.captured else ''}"
         way += f" ({step.notice})" if step.notice else ""
         return way, lambda token: step.run(token, self.cache.length)[0]

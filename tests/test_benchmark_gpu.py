@@ -77,6 +77,10 @@ def fails(*_: Any, **__: Any) -> Any:
     raise CompilationError("at 3:14\nin many lines")
 
 
+def failing_capture() -> None:
+    raise RuntimeError("capture was invalidated")
+
+
 FAILED = "CompilationError: at 3:14"
 
 
@@ -259,6 +263,11 @@ def test_all_that_a_case_holds_is_in_the_ledger(monkeypatch: pytest.MonkeyPatch)
     assert before > 4 * shape.n_embd * gpu_models.LENGTHS.prompt
     call(1)
     assert used(Tier.VRAM, Purpose.ACTIVATIONS) == before
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu_cases, "CapturedStep", lambda *_, **__: failing_capture())
+        way, call = loaded.stepping()
+    assert way == "plain (RuntimeError: capture was invalidated)"
+    assert len(call(1)) == 320
     loaded.close()
     assert loaded.memory.ledger.used(Tier.VRAM) == 0
     memory: list[Any] = []
