@@ -11,12 +11,13 @@ import torch
 
 from thermocline.api import LLM
 from thermocline.config import Mode
-from thermocline.errors import BudgetError, UsageError
+from thermocline.errors import BudgetError, HardwareError, UsageError
 from thermocline.hardware.machine import Tier
 from thermocline.ops.cuda.ops import CudaOps
 from thermocline.placement.budget import parse_budget, size_text
 from thermocline.placement.ledger import Purpose
 from thermocline.placement.plan_file import save_plan
+from thermocline.runtime.captured import CapturedStep
 
 pytestmark = pytest.mark.usefixtures("machine_home")
 
@@ -147,5 +148,42 @@ def test_memory_that_runs_out_ends_one_request(tiny_model: Any, monkeypatch: pyt
         assert llm.generate([5], max_tokens=1).text is not None
 
 
+@pytest.mark.parametrize(
+    ("said", "kind", "words"),
+    [
+        ("Triton Error [CUDA]: an illegal memory access\nmore", HardwareError, "memory access;"),
+        ("Triton Error [HIP]: Code: 2, out of memory", BudgetError, "ran out of it"),
+        ("shapes do not match", RuntimeError, "do not match"),
+    ],
+)
+def test_what_triton_says_of_the_device_is_an_error_of_ours(
+    tiny_model: Any, monkeypatch: pytest.MonkeyPatch, said: str, kind: type[Exception], words: str
+) -> None:
+    """It raises nothing but RuntimeError, wherever a kernel is launched."""
+    with LLM.load(tiny_model, ctx_size=32, threads=1, device="cuda", vram_budget=BUDGET) as llm:
+        monkeypatch.setattr(CudaOps, "rms_norm", lambda *_: failing(said))
+        with pytest.raises(kind, match=words):
+            llm.generate([5], max_tokens=1)
+    if kind is not RuntimeError:
+        with pytest.raises(kind):
+            LLM.load(tiny_model, ctx_size=32, threads=1, device="cuda", vram_budget=BUDGET)
+
+
+def test_a_step_that_cannot_be_captured_takes_the_plain_way(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings: dict[str, Any] = {"ctx_size": 32, "threads": 1, "device": "cuda", "vram_budget": BUDGET}
+    with LLM.load(tiny_model, **settings) as llm:
+        wanted = llm.generate([5, 9, 2], max_tokens=3, temperature=0.0).text
+    monkeypatch.setattr(CapturedStep, "_rehearse", lambda _: failing("capture was invalidated\nand more"))
+    with LLM.load(tiny_model, **settings) as llm:
+        assert any(notice.endswith("cannot be captured here: capture was invalidated") for notice in llm.notices)
+        assert llm.generate([5, 9, 2], max_tokens=3, temperature=0.0).text == wanted
+    with pytest.raises(UsageError, match="capture was invalidated; use --crossing auto"):
+        LLM.load(tiny_model, **settings, crossing="plain")
+
+
 def full(*_: Any) -> None:
     raise torch.OutOfMemoryError("none left")
+
+
+def failing(said: str) -> None:
+    raise RuntimeError(said)

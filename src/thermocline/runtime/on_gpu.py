@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Final
 
 import torch
@@ -24,6 +25,9 @@ FAILURES: Final[tuple[type[Exception], ...]] = tuple(
     found for name in ("AcceleratorError",) if (found := getattr(torch, name, None)) is not None
 )
 """What torch raises where the device itself failed; older versions raise no class of their own."""
+TRITON: Final = "Triton Error"
+"""Begins the message of what Triton raises there, which is a RuntimeError as any."""
+REMEDY: Final = "lower --vram-budget or --ubatch-size"
 
 
 class GpuSequence(TransformerSequence):
@@ -53,7 +57,7 @@ class GpuSequence(TransformerSequence):
             BudgetError: the GPU's memory ran out; the next request may succeed.
             HardwareError: the CPU's side of a token failed, or the GPU itself.
         """
-        try:
+        with told(f"this request ran out of it; {REMEDY}"):
             if self.captured is None or len(tokens) > 1 or not logits:
                 self.rest()
                 done = super().step(tokens, start, logits=logits)
@@ -62,14 +66,6 @@ class GpuSequence(TransformerSequence):
                 return done
             self.tally.clear()
             row, hot, cold = self.captured.run(int(tokens[0]), start)
-        except torch.OutOfMemoryError as error:
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            raise BudgetError(
-                Tier.VRAM, 0, f"this request ran out of it; lower --vram-budget or --ubatch-size ({error})"
-            ) from error
-        except FAILURES as error:
-            raise HardwareError(f"the GPU failed: {str(error).splitlines()[0]}; restart the program") from error
         return Step(row, FfnWork(*(a + b for a, b in zip(hot, cold, strict=True))), hot, counted=False)
 
     def rest(self) -> None:
@@ -105,20 +101,59 @@ def sequence_of(
     Raises:
         UsageError: a way of crossing was asked for that does not work.
         BudgetError: the GPU's memory has no room for what the kernels need.
+        HardwareError: the GPU itself failed.
     """
     notices: list[str] = []
     sequence = GpuSequence(transformer, cache, ubatch, arrays, counter)
-    try:
+    with told(REMEDY):
         sequence.rehearse()  # before a graph is captured, which goes on using the scratch of its time
+    try:
         captured = sequence.captured = CapturedStep(transformer, cache, way=way, arrays=arrays)
         notices += [captured.notice] if captured.notice is not None else []
     except UsageError as error:
         if way is not CrossingKind.AUTO:
             raise
         notices.append(f"decoding takes the plain way: {error}")
-    except torch.OutOfMemoryError as error:
-        raise BudgetError(Tier.VRAM, 0, f"lower --vram-budget or --ubatch-size ({error})") from error
+    except RuntimeError as error:
+        if _is_full(error):
+            raise _full(REMEDY, error) from error
+        if way is not CrossingKind.AUTO:
+            raise UsageError(f"decoding cannot be captured here: {_line(error)}; use --crossing auto") from error
+        notices.append(f"decoding takes the plain way, as it cannot be captured here: {_line(error)}")
     return sequence, notices
+
+
+@contextmanager
+def told(remedy: str) -> Iterator[None]:
+    """Within, what torch and Triton raise of the GPU becomes an error of ours.
+
+    Raises:
+        BudgetError: its memory ran out, for which there is this remedy.
+        HardwareError: it failed.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if _is_full(error):
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            raise _full(remedy, error) from error
+        if isinstance(error, FAILURES) or str(error).startswith(TRITON):
+            raise HardwareError(f"the GPU failed: {_line(error)}; restart the program") from error
+        raise
+
+
+def _is_full(error: Exception) -> bool:
+    said = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or (said.startswith(TRITON) and "out of memory" in said)
+
+
+def _full(remedy: str, error: Exception) -> BudgetError:
+    return BudgetError(Tier.VRAM, 0, f"{remedy} ({error})")
+
+
+def _line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def beyond(placing: Placing) -> int:
