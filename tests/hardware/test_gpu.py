@@ -180,15 +180,28 @@ class Stream:
         self.waited += 1
 
 
-class Torch:
-    """torch, as if the host were a GPU."""
+class Graph:
+    """What was called while it was captured, once more."""
 
     def __init__(self) -> None:
+        self.replays = 0
+
+    def replay(self) -> None:
+        self.replays += 1
+
+
+class Torch:
+    """torch, as if the host were a GPU; it has graphs if `captures` says whether calls can be captured."""
+
+    def __init__(self, captures: bool | None = None) -> None:
         self.real = pytest.importorskip("torch")
+        self.captures, self.graphs = captures, list[Graph]()
         self.cuda = SimpleNamespace(
             is_available=lambda: True, is_initialized=lambda: True, mem_get_info=lambda _: (1 << 30, 1 << 31),
             synchronize=lambda _: None, empty_cache=lambda: None, Stream=Stream, stream=self.within,
         )  # fmt: skip
+        if captures is not None:
+            self.cuda.CUDAGraph, self.cuda.graph = Graph, self.graph
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.real, name)
@@ -200,16 +213,52 @@ class Torch:
     def within(self, stream: Stream) -> Iterator[None]:
         yield
 
+    @contextmanager
+    def graph(self, graph: Graph, stream: Stream, capture_error_mode: str) -> Iterator[None]:
+        self.graphs.append(graph)
+        yield
+        if not self.captures:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
     def ones(self, *size: Any, **more: Any) -> Any:
         array = self.real.ones(*size, **more)
         array.pin_memory = lambda: array
         return array
 
 
-def test_every_two_that_work_at_once_are_measured_beside_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "torch", Torch())
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("BUFFER", 1 << 19), ("ROW", 1 << 10), ("SIDE", 32)):
         monkeypatch.setattr(measuring, name, value)
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("captures", [True, False])
+def test_launches_are_those_of_a_graph_where_there_is_one(monkeypatch: pytest.MonkeyPatch, captures: bool) -> None:
+    torch = Torch(captures)
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    found = measure_gpu(0, Load(rate=lambda: 5e9, once=lambda: 5e9))
+    assert found is not None
+    assert found.launch > 0
+    assert [graph.replays > 10 for graph in torch.graphs] == [captures]
+
+
+@pytest.mark.usefixtures("small")
+def test_passes_over_vram_are_waited_for_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch, calls = Torch(), list[str]()
+    real, wait = torch.real.Tensor.sum, Stream.synchronize
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    monkeypatch.setattr(torch.real.Tensor, "sum", lambda *a: real(*a) if calls.append("sum") is None else None)
+    monkeypatch.setattr(Stream, "synchronize", lambda stream: wait(stream) if calls.append("wait") is None else None)
+    assert measure_gpu(0, Load(rate=lambda: 5e9, once=lambda: 5e9)) is not None
+    at = [i for i, name in enumerate(calls) if name == "sum"]
+    last = max(at)
+    assert calls[last - 7 : last + 2] == ["sum"] * 8 + ["wait"]
+
+
+@pytest.mark.usefixtures("small")
+def test_every_two_that_work_at_once_are_measured_beside_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", Torch())
     calls = {"rate": 0, "once": 0}
 
     def count(name: str) -> float:

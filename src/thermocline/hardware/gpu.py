@@ -19,14 +19,17 @@ from thermocline.hardware.gpu_software import torch_maker
 BUFFER = 1 << 28
 ROW, SIDE = 8192, 4096
 """Bytes of a row that is copied, and rows and columns of a matrix that is multiplied."""
+LAUNCHES, PASSES = 100, 8
+"""Small kernels of a graph, and passes over VRAM that are waited for once, so that their launches weigh little."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GpuSpeed:
-    """Measured: bytes/s of VRAM and of the link from pinned memory, flops of half products, seconds of a launch and of
-    handing a vector there and back. `one_beside_another` are bytes/s of one while another is used as fast as it goes
-    too, RAM by all of the CPU's threads. `context` is bytes of VRAM that the driver keeps for a process, 0 where that
-    is unknown. `sparse` is the rate at which rows that lie apart are copied, as a share of that of neighbours.
+    """Measured: bytes/s of VRAM and of the link from pinned memory, flops of half products, seconds of a launch within
+    a graph and of handing a vector there and back. `one_beside_another` are bytes/s of one while another is used as
+    fast as it goes too, RAM by all of the CPU's threads. `context` is bytes of VRAM that the driver keeps for a
+    process, 0 where that is unknown. `sparse` is the rate at which rows that lie apart are copied, as a share of that
+    of neighbours.
     """
 
     vram: float
@@ -100,28 +103,33 @@ def _measured(torch: Any, device: Any, context: int, memory: Load) -> GpuSpeed:
                 times.append(time.perf_counter() - began)
         return min(times) if repeats < 50 else statistics.median(times)
 
-    def load(call: Callable[[], Any], repeats: int) -> Load:
+    def load(call: Callable[[], Any], repeats: int, passes: int = 1) -> Load:
         own = torch.cuda.Stream(device)  # so that what runs beside it is not waited for
-        return Load(rate=lambda: BUFFER / seconds(call, repeats, own), once=lambda: seconds(call, 1, own))
+        return Load(rate=lambda: passes * BUFFER / seconds(call, repeats, own), once=lambda: seconds(call, 1, own))
 
     def picked(which: Any) -> float:
         return seconds(lambda: torch.index_select(rows, 0, which, out=copied), 10)
 
     def many() -> None:
-        for _ in range(100):
+        for _ in range(LAUNCHES):
             small.add_(1.0)
+
+    def summed() -> None:
+        for _ in range(PASSES):
+            big.view(torch.int64).sum()
 
     def there_and_back() -> None:
         small.copy_(small_host, non_blocking=True)
         small_host.copy_(small, non_blocking=True)
 
-    vram = load(lambda: big.view(torch.int64).sum(), 10)
+    vram = load(summed, 10, PASSES)
     link = load(lambda: there.copy_(host, non_blocking=True), 5)
     for call in (many, there_and_back, lambda: square @ square, lambda: picked(apart), vram.once):
         seconds(call, 3)  # the first calls compile and allocate
     vram_beside_ram, ram_beside_vram = together(vram, memory)
     link_beside_ram, ram_beside_link = together(link, memory)
     vram_beside_link, link_beside_vram = together(vram, link)
+    launched = _replayed(torch, alone, many)
     return GpuSpeed(
         vram=vram.rate(),
         link=link.rate(),
@@ -132,8 +140,20 @@ def _measured(torch: Any, device: Any, context: int, memory: Load) -> GpuSpeed:
         vram_beside_link=vram_beside_link,
         link_beside_vram=link_beside_vram,
         flops=2 * SIDE**3 / seconds(lambda: square @ square, 10),
-        launch=seconds(many, 20) / 100,
+        launch=seconds(launched, 20) / LAUNCHES,
         crossing=seconds(there_and_back, 200) / 2,
         context=context,
         sparse=min(1.0, picked(ordered) / picked(apart)),
     )
+
+
+def _replayed(torch: Any, stream: Any, call: Callable[[], Any]) -> Callable[[], Any]:
+    """The call as a graph, as decode steps are; itself where it cannot be captured."""
+    try:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            call()
+    except (AttributeError, RuntimeError):
+        return call
+    replay: Callable[[], Any] = graph.replay
+    return replay

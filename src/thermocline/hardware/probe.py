@@ -42,7 +42,7 @@ CONTRADICTION = 1.5
 """Times that figures may differ of which none can be larger than the other."""
 ROUNDS = 2
 """Times that memory is measured, one after another; the best of each figure counts."""
-VERSION = 5
+VERSION = 6
 
 Curve = tuple[tuple[int, float], ...]
 """Pairs of threads and a rate, by rising threads, all of them last."""
