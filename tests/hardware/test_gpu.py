@@ -19,6 +19,7 @@ from thermocline.hardware import gpu as measuring
 from thermocline.hardware.bandwidth import Load
 from thermocline.hardware.gpu import GpuSpeed, find_gpus, measure_gpu, own_bytes
 from thermocline.hardware.gpu_choice import choose_gpu
+from thermocline.hardware.gpu_nvidia import first_begun
 from thermocline.runtime.training import one_gpu
 
 
@@ -76,6 +77,7 @@ class Library(SimpleNamespace):
 def library(monkeypatch: pytest.MonkeyPatch) -> Library:
     library = Library()
     monkeypatch.setitem(sys.modules, "pynvml", library)
+    monkeypatch.setattr("thermocline.hardware.gpu_nvidia.DRIVER", "libnone.so")  # this machine's may have been begun
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     return library
 
@@ -115,6 +117,49 @@ def test_a_process_that_uses_a_gpu_chooses_no_other(library: Library, monkeypatc
     monkeypatch.setitem(sys.modules, "torch", torch)
     with pytest.raises(UsageError, match="CUDA_VISIBLE_DEVICES=GPU-1abc before the start"):
         choose_gpu("1")
+
+
+class Cuda:
+    """The driver of a process: the first of its GPUs, or what it answers where it was not begun."""
+
+    uuid = bytes.fromhex("0a0b0c0d000102030405060708090a0b")
+
+    def __init__(self, answer: int = 0) -> None:
+        self.answer = answer
+
+    def cuDeviceGet(self, device: Any, number: int) -> int:  # noqa: N802
+        return self.answer
+
+    def cuDeviceGetUuid(self, found: Any, device: Any) -> int:  # noqa: N802
+        found[:] = self.uuid
+        return 0
+
+
+def test_a_driver_that_was_begun_keeps_its_gpu(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where torch has only been asked whether there is one."""
+    torch = SimpleNamespace(cuda=SimpleNamespace(is_initialized=lambda: False))
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    monkeypatch.setattr("thermocline.hardware.gpu_nvidia.ctypes.CDLL", lambda name: Cuda())
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    for wanted in ("0", "1"):
+        with pytest.raises(UsageError, match=f"CUDA_VISIBLE_DEVICES=GPU-{wanted}abc before the start"):
+            choose_gpu(wanted)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1"
+    first = "GPU-0a0b0c0d-0001-0203-0405-060708090a0b"
+    assert first_begun() == first
+    monkeypatch.setattr(Library, "nvmlDeviceGetUUID", lambda *_: first)
+    assert choose_gpu("0") == first
+
+
+@pytest.mark.parametrize("driver", [Cuda(3), None])
+def test_a_driver_that_was_not_begun_takes_any(monkeypatch: pytest.MonkeyPatch, driver: Cuda | None) -> None:
+    def load(name: str) -> Cuda:
+        if driver is None:
+            raise OSError(f"{name}: cannot open shared object file")
+        return driver
+
+    monkeypatch.setattr("thermocline.hardware.gpu_nvidia.ctypes.CDLL", load)
+    assert first_begun() == ""
 
 
 def test_a_model_is_loaded_for_the_gpu_of_its_settings(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from thermocline.hardware.gpu import find_gpus
 from thermocline.hardware.gpu_amd import VARIABLE as HIP_VISIBLE
 from thermocline.hardware.gpu_card import Gpu, Maker
 from thermocline.hardware.gpu_nvidia import VARIABLE as CUDA_VISIBLE
+from thermocline.hardware.gpu_nvidia import first_begun
 
 VISIBLE: Final = {Maker.NVIDIA: CUDA_VISIBLE, Maker.AMD: HIP_VISIBLE}
 
@@ -45,8 +46,7 @@ def choose_gpu(wanted: str) -> str:
     gpus, gpu = _choice(), find_gpu(wanted)
     variable = VISIBLE[gpu.maker]
     if len(gpus) > 1 and os.environ.get(variable) != gpu.visible:
-        torch: Any = sys.modules.get("torch")
-        if torch is not None and torch.cuda.is_initialized():
+        if _uses_another(gpu):
             raise UsageError(
                 f"this process has used a GPU already, so that it cannot choose {gpu.name}; choose it first, or set "
                 f"{variable}={gpu.visible} before the start"
@@ -54,6 +54,14 @@ def choose_gpu(wanted: str) -> str:
         os.environ[variable] = gpu.visible
         _SEEN[variable, gpu.visible] = gpus
     return gpu.uuid
+
+
+def _uses_another(gpu: Gpu) -> bool:
+    torch: Any = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        return True
+    begun = first_begun() if gpu.uuid.startswith("GPU-") else ""  # parts of a GPU have names of their own
+    return begun not in ("", gpu.uuid)
 
 
 def _choice() -> tuple[Gpu, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
 from typing import Any, Final
+from uuid import UUID
 
 from thermocline.hardware.gpu_card import Gpu, names_in
 
@@ -16,6 +18,7 @@ VARIABLE: Final = "CUDA_VISIBLE_DEVICES"
 FIELDS: Final = ("index", "name", "memory.total", "memory.free", "pcie.link.gen.max", "pcie.link.width.max",
                  "driver_version", "uuid")  # fmt: skip
 MIB = 1 << 20
+DRIVER: Final = "libcuda.so.1"
 
 
 def find_nvidia(run: Callable[[list[str]], str] | None = None) -> tuple[Gpu, ...]:
@@ -58,6 +61,21 @@ def nvidia_bytes(index: int, process: int) -> int:
     finally:
         nvml.nvmlShutdown()
     return int(found[0] or 0) if found else 0
+
+
+def first_begun() -> str:
+    """UUID of the first GPU that this process has, if it has begun to use the driver (by `is_available`, say).
+
+    From then on `CUDA_VISIBLE_DEVICES` changes nothing. "" where the driver was not begun, or is not there.
+    """
+    try:
+        driver = ctypes.CDLL(DRIVER)
+        device, found = ctypes.c_int(), (ctypes.c_ubyte * 16)()
+        # Neither call begins it: both fail then.
+        told = driver.cuDeviceGet(ctypes.byref(device), 0) or driver.cuDeviceGetUuid(found, device)
+    except (OSError, AttributeError):
+        return ""
+    return "" if told else f"GPU-{UUID(bytes=bytes(found))}"
 
 
 def _from_library() -> tuple[Gpu, ...] | None:
