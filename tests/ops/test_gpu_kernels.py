@@ -80,6 +80,67 @@ def test_every_variant_of_every_kernel_compiles(target: str) -> None:
             assert row["loads"].get("1", 0) <= (0 if plain else 96 if row["kernel"] != "add_rows" else 256), row
 
 
+TRITONS = """
+from triton._C.libtriton import native_specialize_impl
+from triton.backends.compiler import BaseBackend
+
+from thermocline.ops.cuda import ahead, launch
+from thermocline.ops.cuda.kernels import KERNELS
+
+ours = launch.variant_of
+
+def held(name, arguments):
+    variant = ours(name, arguments)
+    for p in KERNELS[name].params:
+        given = arguments[p.name], False, not p.do_not_specialize, True
+        kind, mark = ("constexpr", None) if p.is_constexpr else native_specialize_impl(BaseBackend, *given)
+        assert (dict(variant.signature)[p.name], p.name in variant.aligned) == (kind, mark == "D"), (name, p.name)
+    return variant
+
+launch.variant_of = held
+print(len(ahead.variants()))
+"""
+
+
+def test_what_is_compiled_ahead_is_what_triton_compiles() -> None:
+    assert int(printed("-c", TRITONS)[0]) > len(KERNELS)
+
+
+COUNTS = """
+import numpy as np
+
+from thermocline.files.formats import F16
+from thermocline.ops.contract import ALL, ActiveSet, KVLayer, NeuronBlock
+from thermocline.ops.cuda.ahead import KINDS, _weight
+from thermocline.ops.cuda.launch import Recorder
+from thermocline.ops.cuda.ops import CudaOps
+
+ops = CudaOps("meta", launcher=Recorder())
+matrix = _weight(ops, 256, 64, F16)
+block = NeuronBlock(matrix, matrix, matrix, True, KINDS[0], 256)
+cache = KVLayer(*(ops.array((2, 4096, 64), "float16") for _ in range(2)))
+with ops.counting(ops.array((4,), "int64")):
+    for count in (16, 5, 32, 33):
+        x, out = ops.array((count, 64)), ops.array((count, 64))
+        ops.embed(matrix, np.zeros(count, np.int32), out)
+        ops.decode_rows(matrix, None, count, count, out)
+        ops.select(ops.array((count, 256)), 0.5, ops.array((256,), "int32"))
+        ops.ffn(x, block, ALL, out, skip_zeros=True)
+        q = ops.array((count, 2, 64))
+        ops.attention(q, q, q, cache, count, 0.1, 0, q)
+    for count in (1, 5, 16):
+        ops.ffn(x[:1], block, ActiveSet(np.arange(count, dtype=np.int32)), out[:1], skip_zeros=True)
+        ops.attention(q[:1], q[:1], q[:1], cache, 64 * count - 1, 0.1, 0, q[:1])
+print(*sorted(variant.name for variant in ops.launcher.variants))
+"""
+
+
+def test_counts_that_vary_compile_nothing_anew() -> None:
+    """Neither 1 nor a multiple of 16 is another kernel; where `ids` are given and where they are not are two."""
+    wanted = "activate add_groups add_rows attend combine gate_up gather_rows gather_rows list_groups select store_kv"
+    assert printed("-c", COUNTS) == [wanted]
+
+
 def test_a_target_that_is_none_is_refused() -> None:
     with pytest.raises(UsageError, match="allowed: sm_"):
         list(ahead.compile_all(["ninety"], []))

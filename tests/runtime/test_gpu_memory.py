@@ -13,13 +13,14 @@ from thermocline.api import LLM
 from thermocline.config import Mode
 from thermocline.errors import BudgetError, HardwareError, UsageError
 from thermocline.hardware.machine import Tier
+from thermocline.model.network import Transformer
 from thermocline.ops.cuda.ops import CudaOps
 from thermocline.placement.budget import parse_budget, size_text
 from thermocline.placement.ledger import Purpose
 from thermocline.placement.plan_file import save_plan
 from thermocline.runtime.captured import CapturedStep
 
-pytestmark = pytest.mark.usefixtures("machine_home")
+pytestmark = pytest.mark.usefixtures("machine_home", "worth_a_gpu")
 
 VRAM, RAM = Tier.VRAM, Tier.RAM
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -131,6 +132,16 @@ def test_scratch_of_the_longest_prompt_is_in_the_ledger(tiny_model: Any, with_pr
             llm.generate(list(prompt), max_tokens=2)
         assert (scratch.nbytes, memory.arenas[VRAM].claimed) == (before, claimed)
         assert memory.is_true
+
+
+def test_what_has_kernels_of_its_own_is_rehearsed(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    rehearsed = list[int]()
+    monkeypatch.setattr("thermocline.runtime.on_gpu.interpreted", lambda: False)
+    monkeypatch.setattr(Transformer, "rehearse", lambda _, tier, tokens, *rest: rehearsed.append(tokens))
+    for ubatch in (8, 3):
+        with LLM.load(tiny_model, ctx_size=32, threads=1, device="cuda", vram_budget=BUDGET, ubatch=ubatch):
+            pass
+    assert rehearsed == [8, 4, 3, 2, 1, 3, 2, 1]
 
 
 def test_memory_that_runs_out_at_loading_is_one_error(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:

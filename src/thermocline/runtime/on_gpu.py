@@ -15,7 +15,8 @@ from thermocline.memory.kv_cache import KVCache
 from thermocline.model.network import Transformer
 from thermocline.model.observers import Counter
 from thermocline.ops.contract import Arrays, FfnWork
-from thermocline.ops.cuda.ops import CudaOps
+from thermocline.ops.cuda.ops import FEW, CudaOps
+from thermocline.ops.factory import interpreted
 from thermocline.placement.ledger import Purpose
 from thermocline.runtime.captured import CapturedStep
 from thermocline.runtime.placing import Placing
@@ -81,9 +82,11 @@ class GpuSequence(TransformerSequence):
         """Run what is the GPU's of the longest prompt and of a token, at the end of the context and on nothing.
 
         Kernels are compiled then, and all scratch memory is as large as it will ever be. Short prompts, which are
-        predicted, take other scratch than long ones.
+        predicted, take other scratch than long ones, and a few tokens take kernels for as many.
         """
-        for tokens in sorted({self.ubatch, min(self.ubatch, max(self._transformer.scored, 1)), 1}, reverse=True):
+        few = range(1, 1 if interpreted() else FEW + 1)  # where kernels are interpreted, nothing is compiled
+        lengths = {self.ubatch, self._transformer.scored, 1, *few}
+        for tokens in sorted({max(1, min(self.ubatch, length)) for length in lengths}, reverse=True):
             start = self._cache.n_ctx - tokens
             self._transformer.rehearse(Tier.VRAM, tokens, start, self._cache, self._workspace)
 

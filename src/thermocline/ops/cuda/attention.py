@@ -39,7 +39,7 @@ def attention(
     heads = k.shape[1]
     ops.launcher(
         "store_kv", (tokens, -(-heads // 4)),
-        k=k, v=v, position=position, tokens=tokens, kv_heads=heads, head_dim=dim, **_arguments(cache, dim),
+        k=k, v=v, position=position, kv_heads=heads, head_dim=dim, **_arguments(cache, dim),
         HEADS=4, DIM=power_of_two(dim), num_warps=4,
     )  # fmt: skip
     _many(ops, q, cache, start, scale, window, out)

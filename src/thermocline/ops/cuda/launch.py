@@ -53,18 +53,22 @@ class Recorder:
 
 
 def variant_of(name: str, arguments: dict[str, Any]) -> Variant:
-    """What Triton compiles for these arguments: it makes 1 and None constants, and marks multiples of 16."""
+    """What Triton compiles for these arguments: it makes 1 and None constants, and marks multiples of 16.
+
+    Counts that vary (see `kernels.registry`) are neither.
+    """
     kernel = KERNELS[name]
     constant = {kernel.arg_names[i] for i in kernel.constexprs}
+    varying = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
     signature, constants, aligned = [], [], []
     for key in kernel.arg_names:
         value = arguments[key]
         kind = "constexpr" if key in constant or value is None or value is True else _type_of(value)
-        if kind == "i32" and value == 1:
+        if kind == "i32" and value == 1 and key not in varying:
             kind = "constexpr"
         if kind == "constexpr":
             constants.append((key, value))
-        elif isinstance(value, torch.Tensor) or (kind[0] == "i" and value % 16 == 0):
+        elif isinstance(value, torch.Tensor) or (kind[0] == "i" and value % 16 == 0 and key not in varying):
             aligned.append(key)
         signature.append((key, kind))
     options = tuple(sorted((k, v) for k, v in arguments.items() if k in OPTIONS))

@@ -382,7 +382,8 @@ class CudaOps:
         block = min(self.tuning.select_block, max(power_of_two(n), 16))
         self.launcher(
             "select", (-(-n // block),),
-            scores=scores, threshold=limit, tokens=tokens, n=n, out=out, count=count, BLOCK=block, num_warps=4,
+            scores=scores, threshold=limit, tokens=tokens, n=n, out=out, count=count, SINGLE=tokens == 1, BLOCK=block,
+            num_warps=4,
         )  # fmt: skip
 
     def _there(self, values: npt.NDArray[Any] | Tensor) -> Tensor:

@@ -55,9 +55,9 @@ def read_rows(cache, scales, at, ok, head_dim, ROWS: tl.constexpr, DIM: tl.const
     return value
 
 
-@kernel
+@kernel()
 def store_kv(
-    k, v, keys, key_scales, values, value_scales, position, tokens, kv_heads, head_dim,
+    k, v, keys, key_scales, values, value_scales, position, kv_heads, head_dim,
     key_head, key_row, value_head, value_row, HEADS: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
     """Write k and v (T, kv_heads, head_dim) into the caches from `position` on."""
@@ -73,7 +73,7 @@ def store_kv(
     write_rows(values, value_scales, head * value_head + row * value_row, ok, value, head_dim, HEADS, DIM)
 
 
-@kernel
+@kernel("parts")
 def attend(
     q, k, v, keys, key_scales, values, value_scales, position, scale, window, parts, group, head_dim,
     key_head, key_row, value_head, value_row, partial, peaks, sums,
@@ -128,7 +128,7 @@ def attend(
         tl.store(partial + place[:, None] * head_dim + dim[None], acc, mask=queries)
 
 
-@kernel
+@kernel("parts")
 def combine(
     partial, peaks, sums, out, position, parts, head_dim,
     PART: tl.constexpr, MANY: tl.constexpr, STEP: tl.constexpr, DIM: tl.constexpr,

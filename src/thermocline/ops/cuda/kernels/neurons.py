@@ -52,7 +52,7 @@ def _activate(value, threshold, ACTIVATION: tl.constexpr):
     return result
 
 
-@kernel
+@kernel("neurons")
 def gate_up(
     x, gate, gate_stride, gate_scales, gate_scale_stride, up, up_stride, up_scales, up_scale_stride, up_bias,
     places, ids, count, neurons, columns, threshold, h, work,
@@ -103,7 +103,7 @@ def gate_up(
         tl.store(h + place, value, mask=ok)
 
 
-@kernel
+@kernel("tokens")
 def activate(
     gate, up, computed, tokens, neurons, threshold, opened, touched, work,
     GATED: tl.constexpr, BOTH: tl.constexpr, ACTIVATION: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
@@ -143,7 +143,7 @@ def activate(
     tl.atomic_add(work + 3, tl.sum(fired, axis=0))
 
 
-@kernel
+@kernel("neurons")
 def list_groups(
     h, places, ids, count, neurons, room, rows, values, sizes, work,
     SKIP: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr,
@@ -180,7 +180,7 @@ def list_groups(
     tl.atomic_add(work + 3, fired.to(tl.int64))
 
 
-@kernel
+@kernel()
 def add_rows(
     down, down_stride, down_scales, down_scale_stride, columns, room, rows, values, sizes, partial,
     DOWN_KIND: tl.constexpr, AHEAD: tl.constexpr, BLOCK: tl.constexpr,
@@ -234,7 +234,7 @@ def add_rows(
         tl.store(at + LANES, high, mask=inside)
 
 
-@kernel
+@kernel()
 def add_groups(partial, out, columns, GROUPS: tl.constexpr, BLOCK: tl.constexpr):
     """out (columns) += the groups' sums, in the order of the groups."""
     col = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

@@ -229,7 +229,7 @@ def _dot_plain(
     return tl.sum(sums, axis=1)
 
 
-@kernel
+@kernel()
 def matvec(
     x, matrix, matrix_stride, matrix_scales, matrix_scale_stride, bias, out, rows, columns,
     MATRIX_KIND: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, RELU: tl.constexpr,
@@ -250,7 +250,7 @@ def matvec(
     tl.store(at, y, mask=ok)
 
 
-@kernel
+@kernel()
 def matvec_few(
     x, matrix, matrix_stride, matrix_scales, matrix_scale_stride, bias, out, rows, columns,
     MATRIX_KIND: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -306,7 +306,7 @@ def _product(
     tl.store(out + row, y, mask=ok)
 
 
-@kernel
+@kernel()
 def matvec_three(
     x, columns,
     a, a_stride, a_scales, a_scale_stride, a_bias, a_out, a_rows,
@@ -335,7 +335,7 @@ def matvec_three(
         )  # fmt: skip
 
 
-@kernel
+@kernel("first", "count")
 def gather_rows(
     matrix, matrix_stride, matrix_scales, matrix_scale_stride, ids, first, count, columns, out,
     MATRIX_KIND: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,

@@ -10,7 +10,7 @@ from thermocline.ops.cuda.kernels.registry import kernel
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,attr-defined"
 
 
-@kernel
+@kernel()
 def rms_norm(x, weight, out, columns, eps, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
     """Each row of x (rows, columns) over its root mean square, times weight.
 
@@ -41,7 +41,7 @@ def rms_norm(x, weight, out, columns, eps, WHOLE: tl.constexpr, BLOCK: tl.conste
             tl.store(out + row + col, value * scale * by, mask=inside)
 
 
-@kernel
+@kernel()
 def layer_norm(x, weight, bias, out, columns, eps, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
     """Each row of x (rows, columns), centred, over its deviation, times weight plus bias; sums are in float64."""
     row = tl.program_id(0).to(tl.int64) * columns
@@ -100,7 +100,7 @@ def _rotate(
     tl.store(second, a * sin + b * cos, mask=ok)
 
 
-@kernel
+@kernel()
 def rope(
     x, more, table, positions, heads, more_heads, head_dim, half,
     INTERLEAVED: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
@@ -114,19 +114,19 @@ def rope(
 
 
 @triton.jit
-def _reached(scores, threshold, tokens, n, ids, BLOCK: tl.constexpr):
+def _reached(scores, threshold, tokens, n, ids, SINGLE: tl.constexpr, BLOCK: tl.constexpr):
     """1 where a score reaches the threshold for any token, else 0."""
     found = tl.zeros((BLOCK,), tl.int32)
     row = scores
-    for _ in range(tokens):
+    for _ in range(1 if SINGLE else tokens):
         score = tl.load(row + ids, mask=ids < n, other=float("nan"))
         found |= (score >= threshold).to(tl.int32)
         row += n
     return found
 
 
-@kernel
-def select(scores, threshold, tokens, n, out, count, BLOCK: tl.constexpr):
+@kernel("tokens")
+def select(scores, threshold, tokens, n, out, count, SINGLE: tl.constexpr, BLOCK: tl.constexpr):
     """The ids below n whose score reaches the threshold for any token, ascending, and how many they are.
 
     A program lists BLOCK neighbours, after counting all before them: n is small against what a second launch costs.
@@ -135,9 +135,9 @@ def select(scores, threshold, tokens, n, out, count, BLOCK: tl.constexpr):
     lane = tl.arange(0, BLOCK)
     before = 0
     for earlier in range(program):
-        before += tl.sum(_reached(scores, threshold, tokens, n, earlier * BLOCK + lane, BLOCK), axis=0)
+        before += tl.sum(_reached(scores, threshold, tokens, n, earlier * BLOCK + lane, SINGLE, BLOCK), axis=0)
     ids = program * BLOCK + lane
-    wanted = _reached(scores, threshold, tokens, n, ids, BLOCK)
+    wanted = _reached(scores, threshold, tokens, n, ids, SINGLE, BLOCK)
     tl.store(out + before + tl.cumsum(wanted, axis=0) - wanted, ids, mask=wanted > 0)
     if program == tl.num_programs(0) - 1:
         tl.store(count, before + tl.sum(wanted, axis=0))
