@@ -66,7 +66,7 @@ if "CUDA_VISIBLE_DEVICES" not in os.environ and not Path("/dev/nvidiactl").exist
 if os.environ.get("TRITON_INTERPRET") == "1":
     quicken_interpreter()
 
-ON_DEVICE = {"test_gpu_kernels.py", "test_hybrid_gpu.py", "test_captured.py", "test_gpu_memory.py"}
+ON_DEVICE = {f"test_{name}.py" for name in ("captured", "gpu_kernels", "gpu_memory", "hybrid_gpu", "movable_gpu")}
 """Files that are about the GPU's kernels: with a GPU they run on it."""
 
 
@@ -265,6 +265,14 @@ def machine_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         if os.environ.get("TRITON_INTERPRET") == "1":
             measure_briefly(patch)
         yield
+
+
+@pytest.fixture
+def worth_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans are made as for a memory some times as fast as RAM, so that small models too are placed there."""
+    from thermocline.runtime import placing
+
+    monkeypatch.setattr(placing, "make_plan", placing.stand_in)
 
 
 @pytest.fixture

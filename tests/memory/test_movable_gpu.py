@@ -142,12 +142,13 @@ def test_rows_of_the_predictor_go_along(tiny_model: Any, oracle: Any, agree: Cal
 
 @pytest.mark.parametrize("fmt", [F16, Q8_0, Q4_0], ids=lambda fmt: fmt.name)
 def test_rows_come_back_as_the_file_has_them(fmt: BlockFormat) -> None:
-    bytes_of = np.random.default_rng(1).integers(0, 256, (6, fmt.row_bytes(64)), np.uint8)
-    raw = torch.from_numpy(bytes_of.copy())
+    ops, bytes_of = CudaOps(), np.random.default_rng(1).integers(0, 256, (6, fmt.row_bytes(64)), np.uint8)
+    there = torch.from_numpy(bytes_of).to(ops.device)
+    raw = there.clone()
     arranged(raw, fmt, 64)
-    assert torch.equal(rows_apart(torch.from_numpy(bytes_of), fmt), raw)
-    assert torch.equal(rows_of_file(raw, fmt), torch.from_numpy(bytes_of))
-    ops, at = CudaOps(), np.array([4, 1], np.int32)
+    assert torch.equal(rows_apart(there, fmt), raw)
+    assert torch.equal(rows_of_file(raw, fmt), there)
+    at = np.array([4, 1], np.int32)
     np.testing.assert_array_equal(ops.rows(raw, fmt, at), bytes_of[at])
     ops.put_rows(raw, fmt, at, bytes_of[[0, 5]])
     np.testing.assert_array_equal(ops.rows(raw, fmt, np.arange(6, dtype=np.int32)), bytes_of[[0, 5, 2, 3, 0, 5]])

@@ -31,10 +31,11 @@ from thermocline.ops.cuda.beside import CudaDevice
 from thermocline.ops.cuda.ops import CudaOps
 from thermocline.ops.device import Host
 from thermocline.ops.handover import Fault
+from thermocline.placement.ledger import Purpose
 from thermocline.placement.seats import LayerSeat, Seating
 from thermocline.runtime.captured import CapturedStep
 
-pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("machine_home")]
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("machine_home", "worth_a_gpu")]
 
 VRAM, RAM = Tier.VRAM, Tier.RAM
 WAYS = [CrossingKind.MEMORY, CrossingKind.CALLS, CrossingKind.PLAIN]
@@ -148,6 +149,11 @@ def loaded(**settings: Any) -> LLM:
     return LLM.load(SHIPPED, ctx_size=CONTEXT, device="cuda", **settings)
 
 
+def on_the_gpu(llm: LLM) -> int:
+    """Bytes of neurons that are there."""
+    return llm._loaded.placing.memory.ledger.used(VRAM, Purpose.FFN)
+
+
 def told(llm: LLM, tokens: list[int]) -> list[np.ndarray]:
     """Logits after each of the tokens, all but the first of which are decoded."""
     engine = llm._loaded.engine
@@ -160,6 +166,7 @@ def test_two_loads_of_one_plan_agree_bit_for_bit() -> None:
     found = []
     for _ in range(2):
         with loaded(vram_budget="3GiB") as llm:
+            assert on_the_gpu(llm)
             found.append([row.tobytes() for row in told(llm, list(range(40, 80)))])
     assert found[0] == found[1]
 
@@ -170,6 +177,7 @@ def test_a_budget_is_kept_and_the_ledger_is_true(budget: str) -> None:
     with loaded(vram_budget=budget) as llm:
         memory = llm._loaded.placing.memory
         ops = memory.devices[VRAM].ops
+        assert on_the_gpu(llm)
         llm.generate(list(range(30, 200)), max_tokens=20)
         limit, ledger = memory.ledger.budgets[VRAM], memory.ledger.used(VRAM)
         assert ledger <= limit
@@ -186,6 +194,7 @@ def test_a_thousand_positions_agree_with_the_cpu() -> None:
     for device, found in rows.items():
         settings = {"vram_budget": "3GiB"} if device == "cuda" else {}
         with LLM.load(SHIPPED, ctx_size=CONTEXT, device=device, **settings) as llm:
+            assert device == "cpu" or on_the_gpu(llm)
             tokens = llm.tokenize(text)[: POSITIONS + POSITIONS // CONTEXT + 1]
             for start in range(0, POSITIONS, CONTEXT):
                 found += told(llm, tokens[start : start + CONTEXT])
