@@ -60,26 +60,27 @@ TIMES = {
 """Seven minutes are enough for what is kept, and for the most that kernels take beside it."""
 SECONDS_TO_START, END = 8.0, 2.0
 """Seconds without which no part is begun, and that one has to come to its end."""
-RUNTIME_TESTS = tuple(f"runtime/test_{name}.py" for name in ("gpu", "captured", "gpu_memory"))
-COMPILES = "tests/ops/test_gpu_kernels.py::test_every_kernel_compiles_for_gpus_of_two_makers"
-"""Needs no device, and all of the time."""
+TESTS = (*(f"tests/runtime/test_{name}.py" for name in ("gpu", "captured", "gpu_memory")), "tests/memory", "tests/ops")
 WORKERS, SECONDS_A_TEST, SECONDS_OF_TESTS = 4, 120, 30.0
 """Processes on the one device; seconds of a test; and those without which no tests are begun."""
+
+
+def pytest_command() -> list[str]:
+    """Runs the tests that need a GPU; what compiles kernels ahead of time needs none, and all of the time."""
+    command = [sys.executable, "-m", "pytest", "-m", "gpu and not slow", "-k", "not compile", "--tb=line", "-rfE"]
+    command += ["-n", str(WORKERS)] if find_spec("xdist") else []
+    # One that hangs is not to end the others.
+    command += ["--timeout", str(SECONDS_A_TEST)] if find_spec("pytest_timeout") else []
+    return [*command, "-p", "no:cacheprovider", *TESTS]
 
 
 def gpu_tests(bench: Bench) -> Row:
     """The tests that need a GPU, as many as end in time."""
     if DRY or not bench.time_for("tests on the device", SECONDS_OF_TESTS):
         return {}
-    folders = [f"tests/{name}" for name in (*RUNTIME_TESTS, "memory", "ops")]
-    more = ["-n", str(WORKERS)] if find_spec("xdist") else []
-    # One that hangs is not to end the others.
-    more += ["--timeout", str(SECONDS_A_TEST)] if find_spec("pytest_timeout") else []
-    more += ["--deselect", COMPILES]
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "--tb=line", "-rfE", "-p", "no:cacheprovider", *more]
     limit, passed, said = bench.left - 3, False, ""
     try:
-        done = subprocess.run([*command, *folders], capture_output=True, text=True, timeout=limit, check=False)
+        done = subprocess.run(pytest_command(), capture_output=True, text=True, timeout=limit, check=False)
         passed, said = done.returncode == 0, done.stdout
     except subprocess.TimeoutExpired as error:
         bench.skipped.append(f"tests on the device: not done after {limit:.0f} s")

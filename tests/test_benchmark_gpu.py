@@ -230,6 +230,23 @@ def test_time_is_shared_so_that_all_parts_get_a_turn_in_seven_minutes() -> None:
     assert seconds_of_next([80.0, 20.0, 10.0, 30.0]) == 26.0
 
 
+def test_tests_on_the_device_are_those_that_need_one() -> None:
+    from benchmarks.gpu import pytest_command
+
+    told = {**os.environ, "TRITON_INTERPRET": "0"}
+    shown = subprocess.run(
+        [*pytest_command(), "--collect-only", "-q"], capture_output=True, text=True, cwd=ROOT, env=told, check=False
+    ).stdout
+    for file in (
+        "ops/test_gpu_kernels",
+        "memory/test_movable_gpu",
+        "memory/test_hybrid_gpu",
+        "runtime/test_gpu_memory",
+    ):
+        assert f"tests/{file}.py" in shown
+    assert "compile" not in shown
+
+
 # --- models -----------------------------------------------------------------------------------------------------------
 
 
