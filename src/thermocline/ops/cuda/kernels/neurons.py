@@ -84,7 +84,7 @@ def gate_up(
             g = _activate(g, threshold, ACTIVATION)
             if SKIP:
                 wanted = ok & (g != 0)
-            tl.atomic_add(work, tl.sum(ok.to(tl.int64), axis=0))
+            tl.atomic_add(work, tl.sum(ok.to(tl.int64), axis=0), sem="relaxed")
         rows = tl.sum(wanted.to(tl.int64), axis=0)
         u = tl.zeros((ROWS,), tl.float32)
         if rows > 0:
@@ -93,7 +93,7 @@ def gate_up(
             )  # fmt: skip
             if up_bias is not None:
                 u += tl.load(up_bias + neuron, mask=wanted, other=0.0)
-            tl.atomic_add(work + 1, rows)
+            tl.atomic_add(work + 1, rows, sem="relaxed")
         if GATED:
             if BOTH:
                 u = _activate(u, threshold, ACTIVATION)
@@ -140,7 +140,7 @@ def activate(
         tl.store(up + at, value, mask=inside & (token < tokens))
     tl.store(opened + col, opens, mask=opens > 0)
     tl.store(touched + col, fires, mask=fires > 0)
-    tl.atomic_add(work + 3, tl.sum(fired, axis=0))
+    tl.atomic_add(work + 3, tl.sum(fired, axis=0), sem="relaxed")
 
 
 @kernel("neurons")
@@ -176,8 +176,8 @@ def list_groups(
         size += tl.sum(wanted, axis=0)
         fired += tl.sum(fires, axis=0)
     tl.store(sizes + group, size)
-    tl.atomic_add(work + 2, size.to(tl.int64))
-    tl.atomic_add(work + 3, fired.to(tl.int64))
+    tl.atomic_add(work + 2, size.to(tl.int64), sem="relaxed")
+    tl.atomic_add(work + 3, fired.to(tl.int64), sem="relaxed")
 
 
 @kernel()
