@@ -121,9 +121,9 @@ class Bench:
     def ffn(self, fmt: BlockFormat) -> Iterator[Case]:
         """Decode through the FFN with a share of the neurons active, all of which fire."""
         s = self.shape
-        ring = self._neuron_blocks(fmt)
         x, out = np.abs(self._normal(1, s.n_embd)), np.zeros((1, s.n_embd), np.float32)
         for share in SHARES:
+            ring = self._neuron_blocks(fmt, apart=share < 1)
             sets = [[ALL] if share == 1 else self._disjoint(share) for _ in ring]
             # A block's sets follow each other only after all other blocks.
             turns = [
@@ -225,15 +225,22 @@ class Bench:
         return rows.view(np.float16) if fmt is F16 else rows
 
     def _ring(
-        self, fmt: BlockFormat, rows: int, columns: int, size: int = RING, *, positive: bool = False
+        self,
+        fmt: BlockFormat,
+        rows: int,
+        columns: int,
+        size: int = RING,
+        *,
+        positive: bool = False,
+        apart: bool = False,
     ) -> list[object]:
         """Matrices of random numbers that fill `size` bytes, at least two."""
         values = self._normal(PATTERN, columns)
         pattern = quantize(np.abs(values) if positive else values, fmt)
         nbytes = rows * pattern.shape[1]
-        return [self._place(fmt, rows, columns, pattern) for _ in range(max(2, -(-size // nbytes)))]
+        return [self._place(fmt, rows, columns, pattern, apart) for _ in range(max(2, -(-size // nbytes)))]
 
-    def _place(self, fmt: BlockFormat, rows: int, columns: int, pattern: npt.NDArray[np.uint8]) -> object:
+    def _place(self, fmt: BlockFormat, rows: int, columns: int, pattern: npt.NDArray[np.uint8], apart: bool) -> object:
         # Private: memory that can be shared gets huge pages only where the system is set up for it.
         memory = mmap.mmap(-1, rows * pattern.shape[1], mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         memory.madvise(mmap.MADV_HUGEPAGE if self.huge_pages else mmap.MADV_NOHUGEPAGE)
@@ -241,17 +248,21 @@ class Bench:
         for start in range(0, rows, PATTERN):
             data[start : start + PATTERN] = pattern[: rows - start]
         weight = Weight("random", fmt, (rows, columns), data)
-        if self.huge_pages and self.ops.arrangement(fmt, columns) is not None:  # as a model is loaded
-            weight = self.ops.arrange(weight, data)
+        better = self.ops.arrangement(fmt, columns, apart=apart) if self.huge_pages else None
+        if better is not None:  # as a model is loaded
+            weight = self.ops.arrange(weight, data, better)
         return self.ops.place(weight)
 
-    def _neuron_blocks(self, fmt: BlockFormat, count: int = 0) -> list[NeuronBlock]:
+    def _neuron_blocks(self, fmt: BlockFormat, count: int = 0, *, apart: bool = True) -> list[NeuronBlock]:
         """Blocks whose gates are positive, so that with a positive input every neuron fires."""
         s = self.shape
         size = 3 * s.n_ff * fmt.row_bytes(s.n_embd)
         blocks = []
         for _ in range(count or max(2, -(-RING // size))):
-            gate, up, down = (self._ring(fmt, s.n_ff, s.n_embd, 1, positive=p)[0] for p in (True, False, False))
+            gate, up, down = (
+                self._ring(fmt, s.n_ff, s.n_embd, 1, positive=positive, apart=apart)[0]
+                for positive in (True, False, False)
+            )
             blocks.append(NeuronBlock(gate, up, down, records=True, kind=REGLU, neurons=s.n_ff))
         return blocks
 

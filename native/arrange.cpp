@@ -9,13 +9,15 @@ namespace {
 
 constexpr int64_t kHalf = kBlock / 2;
 
-// The scales of the blocks, then their numbers.
+// Blocks of Q4_0.
+template <Format F>
 void arrange_q4_0(const uint8_t* from, uint8_t* out) {
-  constexpr int64_t kScale = 2, kStored = kScale + kHalf;
-  static_assert(kStored == kFormatInfo[kQ4_0].block_bytes);
-  for (int64_t i = 0; i < kTogether; ++i) {
-    std::memcpy(out + kScale * i, from + kStored * i, kScale);
-    std::memcpy(out + kScale * kTogether + kHalf * i, from + kStored * i + kScale, kHalf);
+  constexpr int64_t kScale = 2, kStored = kFormatInfo[kQ4_0].block_bytes;
+  static_assert(kStored == kScale + kHalf);
+  for (int i = 0; i < kFormatInfo[F].block / kBlock; ++i) {
+    const Part<F> part{out, i};
+    std::memcpy(out + (scale_at(part) - part.block), from + kStored * i, kScale);
+    std::memcpy(out + (numbers_at(part) - part.block), from + kStored * i + kScale, kHalf);
   }
 }
 
@@ -72,7 +74,8 @@ void arrange_q6_k(const uint8_t* from, uint8_t* out) {
 }
 
 void arrange_block(Format format, const uint8_t* from, uint8_t* out) {
-  if (format == kQ4_0x16) return arrange_q4_0(from, out);
+  if (format == kQ4_0x16) return arrange_q4_0<kQ4_0x16>(from, out);
+  if (format == kQ4_0x32) return arrange_q4_0<kQ4_0x32>(from, out);
   if (format == kQ4_Kx8) return arrange_q4_k(from, out);
   if (format == kQ5_Kx8) return arrange_q5_k(from, out);
   arrange_q6_k(from, out);
@@ -80,27 +83,26 @@ void arrange_block(Format format, const uint8_t* from, uint8_t* out) {
 
 }  // namespace
 
-Format arranged(Format format) {
+Format stored(Format format) {
   switch (format) {
-    case kQ4_0:
-      return kQ4_0x16;
-    case kQ4_K:
-      return kQ4_Kx8;
-    case kQ5_K:
-      return kQ5_Kx8;
-    case kQ6_K:
-      return kQ6_Kx8;
+    case kQ4_0x16:
+    case kQ4_0x32:
+      return kQ4_0;
+    case kQ4_Kx8:
+      return kQ4_K;
+    case kQ5_Kx8:
+      return kQ5_K;
+    case kQ6_Kx8:
+      return kQ6_K;
     default:
       return format;
   }
 }
 
-void arrange(Context& context, const Matrix& source, uint8_t* out) {
-  const Format format = arranged(source.format);
-  if (format == source.format) return;
+void arrange(Context& context, const Matrix& source, Format format, uint8_t* out) {
   const FormatInfo& info = kFormatInfo[format];
   const int64_t size = info.block_bytes;
-  constexpr int64_t kGrain = 1024, kLargest = kFormatInfo[kQ4_0x16].block_bytes;
+  constexpr int64_t kGrain = 1024, kLargest = kFormatInfo[kQ4_0x32].block_bytes;
   Items items;
   items.reset(source.rows * (source.cols / info.block), kGrain);
   context.team(source.rows * source.row_bytes).run([&](int) {

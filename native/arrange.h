@@ -8,10 +8,11 @@
 
 namespace thermocline {
 
-// The format of memory that holds the numbers of `format`; itself if there is none.
-Format arranged(Format format);
+// The format of files whose numbers a format of memory holds; others are their own.
+Format stored(Format format);
 
-// The matrix in that format, a multiple of whose blocks its columns are; `out` may be where the matrix lies.
-void arrange(Context& context, const Matrix& source, uint8_t* out);
+// The matrix in a format of memory that holds its numbers, a multiple of whose blocks its columns are; `out`
+// may be where the matrix lies.
+void arrange(Context& context, const Matrix& source, Format format, uint8_t* out);
 
 }  // namespace thermocline

@@ -128,13 +128,14 @@ std::tuple<double, double, double> bind_transpose(Context& context, const Matrix
   return {error.max_abs, error.rms, error.source};
 }
 
-void bind_arrange(Context& context, const MatrixHandle& source, const Output& out) {
+void bind_arrange(Context& context, const MatrixHandle& source, const Output& out, int ggml_type) {
   const Matrix& matrix = source.matrix;
-  const Format format = arranged(matrix.format);
-  require(format != matrix.format, "source", "is in a format that memory has no other for");
+  const Format format = format_of(ggml_type);
+  require(is_arranged(format) && stored(format) == matrix.format, "ggml_type",
+          "is no format of memory for what the source is in");
   const int64_t bytes = row_bytes(format, matrix.cols);
   uint8_t* to = data_of<uint8_t>(out, "out", {matrix.rows, bytes});
-  run(context, [&] { arrange(context, matrix, to); });
+  run(context, [&] { arrange(context, matrix, format, to); });
 }
 
 double bind_read_bandwidth(Context& context, const Input& buffer) {
@@ -212,7 +213,7 @@ NB_MODULE(_native, m) {
       .def("predict", &bind_predict, nb::arg("x"), nb::arg("fc1"), nb::arg("fc2"), nb::arg("scores"))
       .def("select", &bind_select, nb::arg("scores"), nb::arg("threshold"), nb::arg("out"))
       .def("transpose_requantize", &bind_transpose, nb::arg("source"), nb::arg("out"), nb::arg("ggml_type"))
-      .def("arrange", &bind_arrange, nb::arg("source"), nb::arg("out"))
+      .def("arrange", &bind_arrange, nb::arg("source"), nb::arg("out"), nb::arg("ggml_type"))
       .def(
           "check_finite",
           [](Context& self, const MatrixHandle& matrix) {

@@ -32,13 +32,15 @@ namespace thermocline::THERMOCLINE_ISA {
 #include "scan.inl"
 // clang-format on
 
-#define THERMOCLINE_FORMATS(kernel)                                                                 \
-  {kernel<kF32>,  kernel<kF16>,    kernel<kBF16>, kernel<kQ8_0>,   kernel<kQ4_0>, kernel<kQ4_0x16>, \
-   kernel<kQ4_K>, kernel<kQ4_Kx8>, kernel<kQ5_K>, kernel<kQ5_Kx8>, kernel<kQ6_K>, kernel<kQ6_Kx8>}
+#define THERMOCLINE_FORMATS(kernel)                                                    \
+  {kernel<kF32>,     kernel<kF16>,     kernel<kBF16>,  kernel<kQ8_0>,   kernel<kQ4_0>, \
+   kernel<kQ4_0x16>, kernel<kQ4_0x32>, kernel<kQ4_K>,  kernel<kQ4_Kx8>, kernel<kQ5_K>, \
+   kernel<kQ5_Kx8>,  kernel<kQ6_K>,    kernel<kQ6_Kx8>}
 
-#define THERMOCLINE_INTEGER_FORMATS(kernel)                                                         \
-  {nullptr,       nullptr,         nullptr,       kernel<kQ8_0>,   kernel<kQ4_0>, kernel<kQ4_0x16>, \
-   kernel<kQ4_K>, kernel<kQ4_Kx8>, kernel<kQ5_K>, kernel<kQ5_Kx8>, kernel<kQ6_K>, kernel<kQ6_Kx8>}
+#define THERMOCLINE_INTEGER_FORMATS(kernel)                                            \
+  {nullptr,          nullptr,          nullptr,        kernel<kQ8_0>,   kernel<kQ4_0>, \
+   kernel<kQ4_0x16>, kernel<kQ4_0x32>, kernel<kQ4_K>,  kernel<kQ4_Kx8>, kernel<kQ5_K>, \
+   kernel<kQ5_Kx8>,  kernel<kQ6_K>,    kernel<kQ6_Kx8>}
 
 #ifdef THERMOCLINE_LANES
 template <Format F>
@@ -51,6 +53,7 @@ constexpr PanelKernels panel = {kTiled,         kFloatPanelTokens<F>, kPanelRows
 THERMOCLINE_INT_PANEL(kQ8_0)
 THERMOCLINE_INT_PANEL(kQ4_0)
 THERMOCLINE_INT_PANEL(kQ4_0x16)
+THERMOCLINE_INT_PANEL(kQ4_0x32)
 THERMOCLINE_INT_PANEL(kQ4_K)
 THERMOCLINE_INT_PANEL(kQ4_Kx8)
 THERMOCLINE_INT_PANEL(kQ5_K)
@@ -69,8 +72,8 @@ static constexpr Kernels make_kernels(const char* name) {
       name,
       quantize,
       THERMOCLINE_FORMATS(dot),
-      {panel<kF32>, panel<kF16>, panel<kBF16>, panel<kQ8_0>, panel<kQ4_0>, panel<kQ4_0x16>, panel<kQ4_K>,
-       panel<kQ4_Kx8>, panel<kQ5_K>, panel<kQ5_Kx8>, panel<kQ6_K>, panel<kQ6_Kx8>},
+      {panel<kF32>, panel<kF16>, panel<kBF16>, panel<kQ8_0>, panel<kQ4_0>, panel<kQ4_0x16>, panel<kQ4_0x32>,
+       panel<kQ4_K>, panel<kQ4_Kx8>, panel<kQ5_K>, panel<kQ5_Kx8>, panel<kQ6_K>, panel<kQ6_Kx8>},
       tile_tokens,
       nullptr,
       nullptr,

@@ -25,6 +25,7 @@ constexpr int64_t fewest_tokens(Format format) {
       return 10;
     case kQ4_0:
     case kQ4_0x16:
+    case kQ4_0x32:
       return 12;
     case kF16:
       return 20;
@@ -77,6 +78,7 @@ static int64_t turn_tiles(bool bytes, int64_t rounds) {
    kernel<kQ8_0>,                   \
    kernel<kQ4_0>,                   \
    kernel<kQ4_0x16>,                \
+   kernel<kQ4_0x32>,                \
    kernel<kQ4_K>,                   \
    kernel<kQ4_Kx8>,                 \
    kernel<kQ5_K>,                   \

@@ -28,9 +28,10 @@ constexpr PanelKernels panel = {kPanelForm<F>,      kIntPanelTokens, kPanelRows,
 
 }  // namespace THERMOCLINE_ISA
 
-#define THERMOCLINE_INTEGER_FORMATS(kernel)                                                         \
-  {nullptr,       nullptr,         nullptr,       kernel<kQ8_0>,   kernel<kQ4_0>, kernel<kQ4_0x16>, \
-   kernel<kQ4_K>, kernel<kQ4_Kx8>, kernel<kQ5_K>, kernel<kQ5_Kx8>, kernel<kQ6_K>, kernel<kQ6_Kx8>}
+#define THERMOCLINE_INTEGER_FORMATS(kernel)                                            \
+  {nullptr,          nullptr,          nullptr,        kernel<kQ8_0>,   kernel<kQ4_0>, \
+   kernel<kQ4_0x16>, kernel<kQ4_0x32>, kernel<kQ4_K>,  kernel<kQ4_Kx8>, kernel<kQ5_K>, \
+   kernel<kQ5_Kx8>,  kernel<kQ6_K>,    kernel<kQ6_Kx8>}
 constexpr VnniKernels kAvxVnniKernels = {
     THERMOCLINE_INTEGER_FORMATS(THERMOCLINE_ISA::dot),
     {{},
@@ -39,6 +40,7 @@ constexpr VnniKernels kAvxVnniKernels = {
      THERMOCLINE_ISA::panel<kQ8_0>,
      THERMOCLINE_ISA::panel<kQ4_0>,
      THERMOCLINE_ISA::panel<kQ4_0x16>,
+     THERMOCLINE_ISA::panel<kQ4_0x32>,
      THERMOCLINE_ISA::panel<kQ4_K>,
      THERMOCLINE_ISA::panel<kQ4_Kx8>,
      THERMOCLINE_ISA::panel<kQ5_K>,

@@ -189,7 +189,7 @@ template <Format F>
 [[gnu::always_inline]] static inline QuadScales load_scales(const uint8_t* const (&rows)[4], int64_t b,
                                                             int left) {
   QuadScales scales{};
-  if constexpr (F == kQ4_0x16) {
+  if constexpr (has_scales_apart(F)) {
     const uint8_t* p[4];
     for (int r = 0; r < 4; ++r) p[r] = scale_at(part_at<F>(rows[r], b));
     const __m256i words = turn_scales(p);

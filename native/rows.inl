@@ -20,9 +20,9 @@ constexpr bool kLongRows = !is_integer(F);
 template <Format F>
 constexpr bool kQuickRows = F == kQ4_0 || is_arranged(F);
 
-// Rows that lie apart are fetched so many at a time, or half as many to the second cache, the same line of
-// each, then the next: a processor's own prefetching follows each page by itself, and several banks of the
-// memory answer at once.
+// Rows that lie apart are fetched so many at a time, the same line of each, then the next: a processor's own
+// prefetching follows each page by itself, and several banks of the memory answer at once. To the second
+// cache half as many will do, two tiles ahead.
 constexpr int kSideBySide = 8;
 
 // Neighbours are fetched one tile ahead, or two where a tile is shorter than this; and what lies so much
@@ -77,7 +77,7 @@ static inline void find_next(const Rows& rows, int64_t k, int64_t limit, bool al
   next.count = half ? kSideBySide / 2 : kSideBySide;
   next.begin = static_cast<int>(k & (next.count - 1));
   next.end = next.begin + R < next.count ? next.begin + R : next.count;
-  const int64_t from = k - next.begin + next.count;
+  const int64_t from = k - next.begin + (half ? 2 : 1) * next.count;
   for (int i = 0; i < next.count; ++i)
     next.rows[i] = rows.base + place(from + i < limit ? from + i : k) * rows.row_bytes;
 }

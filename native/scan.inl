@@ -14,9 +14,10 @@ static bool row_finite(const uint8_t* row, int64_t columns) {
   if constexpr (F == kBF16) return !any_set(row, columns, 2, 0x7F80);
   const int64_t blocks = columns / kFormatInfo[F].block;
   constexpr int kBytes = kFormatInfo[F].block_bytes;
-  if constexpr (F == kQ4_0x16) {
+  if constexpr (has_scales_apart(F)) {
+    constexpr int kScales = kFormatInfo[F].block / kBlock;
     for (int64_t b = 0; b < blocks; ++b) {
-      if (any_set(row + b * kBytes, kTogether, 2, 0x7C00)) return false;
+      if (any_set(scale_at(part_at<F>(row, b * kScales)), kScales, 2, 0x7C00)) return false;
     }
     return true;
   }

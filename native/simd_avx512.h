@@ -355,7 +355,7 @@ template <Format F>
                                                             int left) {
   constexpr int kBytes = kFormatInfo[F].block_bytes;
   __m256i halves;
-  if constexpr (F == kQ4_0x16) {
+  if constexpr (has_scales_apart(F)) {
     const uint8_t* p[4];
     for (int r = 0; r < 4; ++r) p[r] = scale_at(part_at<F>(rows[r], b));
     halves = turn_scales(p);

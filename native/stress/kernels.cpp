@@ -55,8 +55,9 @@ struct Weights {
       for (int64_t i = 0; i < rows * row; ++i) bytes.push_back(static_cast<uint8_t>(random_source()));
       for (int64_t b = 0; b < rows * row; b += info.block_bytes) {
         uint8_t* block = bytes.data() + b;
-        for (int i = 0; i < (format == kQ4_0x16 ? kTogether : 1); ++i)
-          store_u16(block + (is_q6_k(format) ? 208 : 2 * i), half_of_float(0.01f));
+        const int first = is_q6_k(format) ? 208 : format == kQ4_0x32 ? kLine * line_at(8) : 0;
+        for (int i = 0; i < (has_scales_apart(format) ? info.block / kBlock : 1); ++i)
+          store_u16(block + first + 2 * i, half_of_float(0.01f));
         if (has_minima(format)) store_u16(block + 2, half_of_float(0.01f));
       }
     }
@@ -148,13 +149,13 @@ void networks(const std::string& isa, Format format) {
     first_nonfinite_row(context, gate.matrix);
     Bytes out(static_cast<size_t>(width * row_bytes(kF16, neurons)));
     transpose_requantize(context, gate.matrix, kF16, out.data());
-    if (arranged(format) == format) return;
-    const Weights whole(format, neurons, kFormatInfo[arranged(format)].block);
+    if (!is_arranged(format)) return;
+    const Weights whole(stored(format), neurons, block);
     Bytes blocks = whole.bytes;
-    arrange(context, whole.matrix, blocks.data());
+    arrange(context, whole.matrix, format, blocks.data());
     Matrix same = whole.matrix;
     same.data = blocks.data();
-    arrange(context, same, blocks.data());
+    arrange(context, same, format, blocks.data());
   });
 }
 

@@ -91,7 +91,7 @@ class Context:
     def transpose_requantize(self, source: Matrix, out: _Bytes, ggml_type: int) -> tuple[float, float, float]:
         """`source` transposed into `out` in another format; the largest and the RMS change, and the RMS element."""
 
-    def arrange(self, source: Matrix, out: _Bytes) -> None:
+    def arrange(self, source: Matrix, out: _Bytes, ggml_type: int) -> None:
         """A matrix in a format that only memory has, a negative ggml_type, into `out`, which may be its own bytes."""
 
     def check_finite(self, matrix: Matrix) -> int:

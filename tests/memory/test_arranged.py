@@ -12,17 +12,23 @@ import pytest
 
 from tests.memory.test_loader import logits_of
 from thermocline import _native
+from thermocline.activity.predictor import Predictor, PredictorLayer
+from thermocline.config import CacheType, Mode
 from thermocline.errors import AllocationError, HardwareError
-from thermocline.files.formats import Q4_0, Q4_K, BlockFormat
+from thermocline.files.formats import F32, Q4_0, Q4_K, BlockFormat
 from thermocline.files.mapped import map_file
+from thermocline.files.quantize import from_float
 from thermocline.files.weight import PickedWeight, Weight
 from thermocline.hardware.machine import Tier
 from thermocline.memory import huge_pages
 from thermocline.memory.allocator import BufferedAllocator, Source
 from thermocline.memory.arena import Memory
+from thermocline.memory.kv_cache import KVCache
 from thermocline.memory.loader import load_transformer
+from thermocline.model.network import Segment
+from thermocline.model.workspace import Workspace
 from thermocline.ops.contract import Activation, FfnKind
-from thermocline.ops.cpu import ARRANGED, CpuOps
+from thermocline.ops.cpu import APART, ARRANGED, CpuOps
 from thermocline.ops.device import EmulatedDevice, Host
 from thermocline.placement.ledger import Purpose
 from thermocline.placement.seats import LayerSeat, Seating
@@ -30,6 +36,7 @@ from thermocline.placement.seats import LayerSeat, Seating
 pytestmark = pytest.mark.skipif(_native.isa_levels() == ["baseline"], reason="the baseline arranges nothing")
 
 SILU, RELU = (FfnKind(activation, gated=True) for activation in (Activation.SILU, Activation.RELU))
+PLAIN = FfnKind(Activation.RELU, gated=False)
 FFN, ATTENTION, OUTPUT = Purpose.FFN, Purpose.ATTENTION, Purpose.OUTPUT
 GIB = 1 << 30
 
@@ -71,6 +78,45 @@ def test_a_standard_down_projection_is_arranged_where_its_rows_fit(make_source: 
     plain, arranged = (load_transformer(source, CpuOps(1), mapped=mapped)[0] for mapped in (True, None))
     assert set(numbers_of(arranged)) == {ARRANGED[Q4_0].ggml_type}
     np.testing.assert_array_equal(logits_of(arranged), logits_of(plain))
+
+
+APART_NUMBER = APART[Q4_0].ggml_type
+ARRANGED_NUMBER = ARRANGED[Q4_0].ggml_type
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind", "numbers"),
+    [
+        (Mode.DENSE, RELU, (ARRANGED_NUMBER, ARRANGED_NUMBER, ARRANGED_NUMBER)),
+        (Mode.EXACT, RELU, (ARRANGED_NUMBER, APART_NUMBER, APART_NUMBER)),
+        (Mode.EXACT, PLAIN, (None, ARRANGED_NUMBER, APART_NUMBER)),
+        (Mode.PREDICTED, RELU, (APART_NUMBER, APART_NUMBER, APART_NUMBER)),
+        (Mode.PREDICTED, PLAIN, (None, APART_NUMBER, APART_NUMBER)),
+    ],
+)
+def test_neurons_lie_as_their_mode_reads_them(
+    make_source: Callable[..., Any], mode: Mode, kind: FfnKind, numbers: tuple[int | None, ...]
+) -> None:
+    """Those that are read one here, one there, in lines that are jumped between."""
+    source = make_source(Q4_0, kind, records=True, n_embd=1024, n_ff=96)
+    rng = np.random.default_rng(5)
+    fc1, fc2 = (
+        from_float("fc", rng.standard_normal(shape).astype(np.float32), F32) for shape in ((32, 1024), (96, 32))
+    )
+    predictor = Predictor((PredictorLayer(fc1, fc2),) * 2, (0.0, 0.0), {})
+    ops, logits = CpuOps(1, fetching="second"), []
+    for mapped in (True, None):
+        transformer, _ = load_transformer(source, ops, mode=mode, predictor=predictor, mapped=mapped)
+        cache = KVCache(transformer.spec, ops, 1, CacheType.F32, CacheType.F32)
+        workspace = Workspace(transformer.spec, ops, 1, scored=transformer.scored)
+        step = transformer.step(np.array([3], np.int32), (Segment(cache, 0, 1),), workspace)
+        logits.append(step.logits.copy())
+    np.testing.assert_array_equal(logits[1], logits[0])
+    for layer in transformer.layers:
+        (block,) = (part.block for part in layer.ffn.parts)
+        matrices = (block.gate, block.up, block.down)
+        assert tuple(None if matrix is None else matrix.ggml_type for matrix in matrices) == numbers
+        assert {matrix.ggml_type for matrix in (*layer.qkv, *layer.out)} == {ARRANGED_NUMBER}
 
 
 def test_what_the_user_or_memory_forbids(make_source: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,10 +44,10 @@ class Streamer(Protocol):
 class Arranger(Protocol):
     """An implementation of ops that computes faster with copies of some matrices, in formats of its own."""
 
-    def arrangement(self, fmt: BlockFormat, columns: int) -> BlockFormat | None:
-        """The format of such a copy, of as many bytes; None where a file's is as good."""
+    def arrangement(self, fmt: BlockFormat, columns: int, *, apart: bool = False) -> BlockFormat | None:
+        """The format of such a copy, of as many bytes; None where a file's is as good. `apart`: see `Slot`."""
 
-    def arrange(self, weight: Weight, out: Bytes) -> Weight:
+    def arrange(self, weight: Weight, out: Bytes, fmt: BlockFormat) -> Weight:
         """The copy, in `out` (rows, row_bytes), where the weight itself may lie."""
 
 
@@ -100,7 +100,7 @@ class Slot:
 
     In a `room` its rows begin at `start`. `array` is what was made for it, None where it stays in the file's mapping;
     `host` its rows as bytes of the file's format, if they are in RAM. `as_stored`: no other format may take its place;
-    `arranged` is where its copy in another format shall be.
+    `arranged` is where its copy in another format, `better`, shall be. `apart`: few of its rows are read at a time.
     """
 
     source: Weight | Source
@@ -111,6 +111,8 @@ class Slot:
     room: Room | None = None
     start: int = 0
     as_stored: bool = False
+    apart: bool = False
+    better: BlockFormat | None = None
     arranged: Bytes | None = field(default=None, repr=False)
     array: Array | None = field(default=None, repr=False)
     host: Bytes | None = field(default=None, repr=False)
@@ -181,15 +183,16 @@ class BufferedAllocator:
         priority: int = 0,
         room: Room | None = None,
         as_stored: bool = False,
+        apart: bool = False,
     ) -> Slot:
         """Say where a tensor, or rows of it, shall be; low priorities are moved first.
 
         With `room`, which belongs to the tier, it gets a part of that and no array of its own. `as_stored` keeps it in
-        the file's format, for those who read its bytes.
+        the file's format, for those who read its bytes. `apart`: few of its rows are read at a time.
         """
         if isinstance(source, Source):
             source.users += 1
-        slot = Slot(source, rows, tier, purpose, priority, room, as_stored=as_stored)
+        slot = Slot(source, rows, tier, purpose, priority, room, as_stored=as_stored, apart=apart)
         if room is not None:
             slot.start = room.take(slot.count)
         self._queue.append(slot)
@@ -214,7 +217,9 @@ class BufferedAllocator:
         arranged: dict[Purpose, list[Slot]] = {}
         for slot in self._queue:
             kept = slot.as_stored or slot.room is not None or slot.tier is not Tier.RAM
-            if not kept and ops.arrangement(slot.like.format, slot.like.columns) is not None:
+            if not kept:
+                slot.better = ops.arrangement(slot.like.format, slot.like.columns, apart=slot.apart)
+            if slot.better is not None:
                 arranged.setdefault(slot.purpose, []).append(slot)
         total = 0
         try:
@@ -268,8 +273,8 @@ class BufferedAllocator:
             return
         arena, ops = self._memory.arenas[slot.tier], self._memory.devices[slot.tier].ops
         like, mapped = slot.like, self._mapped(slot)
-        if slot.arranged is not None:
-            self._move_arranged(slot, slot.arranged, mapped, staging, done)
+        if slot.better is not None and slot.arranged is not None:
+            self._move_arranged(slot, slot.better, slot.arranged, mapped, staging, done)
             return
         if mapped is not None:
             arena.claim(slot.nbytes, slot.purpose)
@@ -311,7 +316,9 @@ class BufferedAllocator:
         if isinstance(source, Source):
             self._used(source)
 
-    def _move_arranged(self, slot: Slot, out: Bytes, mapped: Weight | None, staging: _Staging, done: Flushed) -> None:
+    def _move_arranged(
+        self, slot: Slot, fmt: BlockFormat, out: Bytes, mapped: Weight | None, staging: _Staging, done: Flushed
+    ) -> None:
         ops, like = self._memory.host.ops, slot.like
         assert isinstance(ops, Arranger)
         if mapped is None:
@@ -319,7 +326,7 @@ class BufferedAllocator:
         else:
             done.left.append(mapped.data)
         stored = mapped or Weight(like.name, like.format, (slot.count, like.columns), out)
-        slot._matrix = self._memory.host.ops.place(ops.arrange(stored, out))
+        slot._matrix = self._memory.host.ops.place(ops.arrange(stored, out, fmt))
         done.host_bytes.append(out)
         done.copied[slot.purpose] = done.copied.get(slot.purpose, 0) + slot.nbytes
 

@@ -118,7 +118,7 @@ def load_transformer(
         )
     seats = seats if seats is not None else all_in(Tier.RAM, spec.n_layer, spec.n_ff)
     account = Account(spec, memory, weights, seats)
-    loading = _Loading(account, NeuronLoading(account, order, store, movable, sent_from), n_ctx)
+    loading = _Loading(account, NeuronLoading(account, mode, order, store, movable, sent_from), n_ctx)
     try:
         if predictor is not None:
             loading.queue_predictor(source, predictor, predicted_up_to or (1,) * spec.n_layer)

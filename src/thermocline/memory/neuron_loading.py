@@ -8,6 +8,7 @@ from functools import partial
 
 import numpy as np
 
+from thermocline.config import Mode
 from thermocline.errors import UsageError
 from thermocline.files.formats import BlockFormat
 from thermocline.files.weight import Bytes, Weight
@@ -30,10 +31,11 @@ from thermocline.placement.seats import slices
 class NeuronLoading:
     """Queues the neurons of an account's layers. `scored` are the predictors' second matrices, where there are any.
 
-    `order`, `store`, `movable` and `sent_from` are those of `loader.load_transformer`.
+    `mode`, `order`, `store`, `movable` and `sent_from` are those of `loader.load_transformer`.
     """
 
     account: Account
+    mode: Mode
     order: Orders | None
     store: NeuronStore | None
     movable: Movable | None = None
@@ -88,10 +90,13 @@ class NeuronLoading:
             elif stop - start < spec.n_ff:
                 rows = slice(start, stop)
             place = partial(self.queue, index, tier=tier, rows=rows)
+            few = self.mode is Mode.PREDICTED
             slots = (
-                None if gate is None else place(gate),
-                place(up),
-                place(down) if records else self.columns(index, down, tier, start, stop),
+                None if gate is None else place(gate, apart=few),
+                place(up, apart=few or (self.mode is Mode.EXACT and gate is not None)),
+                place(down, apart=self.mode is not Mode.DENSE)
+                if records
+                else self.columns(index, down, tier, start, stop),
             )
             bias = f"{blk}ffn_up.bias" if spec.ffn_bias else None
             parts.append(partial(self.resident, tier, rows, (start, stop), slots, records, bias))
@@ -107,10 +112,10 @@ class NeuronLoading:
 
         return build
 
-    def queue(self, index: int, source: Weight | Source, tier: Tier, rows: Rows = None) -> Slot:
-        """Queue a matrix of a layer's neurons, or rows of it."""
+    def queue(self, index: int, source: Weight | Source, tier: Tier, rows: Rows = None, *, apart: bool = False) -> Slot:
+        """Queue a matrix of a layer's neurons, or rows of it; `apart`: few of them are read at a time."""
         return self.account.allocator.queue(
-            source, tier, Purpose.FFN, rows=rows, priority=NEURONS, as_stored=self.travels(index)
+            source, tier, Purpose.FFN, rows=rows, priority=NEURONS, as_stored=self.travels(index), apart=apart
         )
 
     def travels(self, index: int) -> bool:

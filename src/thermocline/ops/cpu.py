@@ -30,6 +30,12 @@ ARRANGED = {
 which give the same bits. Q4_0x16 has sixteen blocks in one, first their scales, then their numbers; in the
 others each of the eight parts of a superblock has its nibbles in bytes of its own.
 """
+APART = {Q4_0: BlockFormat("Q4_0x32", -5, 1024, 576)}
+"""The same for rows that are read one here, one there: whole cache lines, in an order that no processor takes for a
+stream whose next lines it would have to fetch.
+"""
+APART_BYTES = 2048
+"""Longer rows than this gain nothing: what is fetched past their ends is little beside them."""
 
 ACTIVATIONS = {Activation.SILU: 0, Activation.RELU: 1, Activation.RELU2: 2, Activation.GELU: 3}
 """The native kernels' numbers."""
@@ -94,16 +100,21 @@ class CpuOps:
         """A handle on the weight's own bytes, which it keeps alive."""
         return _native.Matrix(weight.data, weight.format.ggml_type, weight.rows, weight.columns)
 
-    def arrangement(self, fmt: BlockFormat, columns: int) -> BlockFormat | None:
-        """The format of a copy that is computed faster with than rows of `columns` in `fmt`; None if there is none."""
-        better = ARRANGED.get(fmt)
-        return None if better is None or columns % better.block or self._context.isa == "baseline" else better
+    def arrangement(self, fmt: BlockFormat, columns: int, *, apart: bool = False) -> BlockFormat | None:
+        """The format of a copy that is computed faster with than rows of `columns` in `fmt`; None if there is none.
 
-    def arrange(self, weight: Weight, out: Bytes) -> Weight:
-        """The weight in the format that `arrangement` names, in `out` (rows, row_bytes), which may be its own bytes."""
-        better = ARRANGED[weight.format]
-        self._context.arrange(_native.Matrix(weight.data, weight.format.ggml_type, *weight.shape), out)
-        return Weight(weight.name, better, weight.shape, out)
+        `apart`: not all rows are read, and those that are lie apart.
+        """
+        if self._context.isa == "baseline":
+            return None
+        short = apart and self._context.fetching == "second" and fmt.row_bytes(columns) <= APART_BYTES
+        kinds = [APART, ARRANGED] if short else [ARRANGED]
+        return next((kind[fmt] for kind in kinds if fmt in kind and columns % kind[fmt].block == 0), None)
+
+    def arrange(self, weight: Weight, out: Bytes, fmt: BlockFormat) -> Weight:
+        """The weight in a format that `arrangement` named, in `out` (rows, row_bytes), which may be its own bytes."""
+        self._context.arrange(self.place(weight), out, fmt.ggml_type)
+        return Weight(weight.name, fmt, weight.shape, out)
 
     def array(self, shape: tuple[int, ...], dtype: str = "float32") -> Array:
         """A zeroed numpy array that begins where a cache line does."""
