@@ -210,6 +210,24 @@ def test_a_model_goes_on_after_the_case_that_ended_its_process(monkeypatch: pyte
     assert len(tried) == 5
 
 
+@interpreted
+def test_a_model_is_begun_again_as_long_as_it_gets_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import gpu
+
+    begun, rows = [], iter([1, 2, 2])
+
+    def apart(name: str, part: Any, results: dict[str, Any], seconds: float, keep: Any) -> str | None:
+        begun.append(name)
+        if name == "dry":
+            results["models"] = [{"placement": "ours", "mode": "exact", "failed": "so"}] * next(rows)
+        return f"{name}: its process ended with -11"
+
+    monkeypatch.setattr(gpu, "apart", apart)
+    monkeypatch.setattr(sys, "argv", ["gpu", "--parts", "models", "profile"])
+    gpu.main()
+    assert begun == ["kernels", "crossings", "dry", "dry", "dry", "profile"]
+
+
 def test_time_is_shared_so_that_all_parts_get_a_turn_in_seven_minutes() -> None:
     from benchmarks.gpu import TIMES, Time, seconds_for
     from benchmarks.gpu_models import BUDGETS, seconds_of_next
