@@ -85,9 +85,9 @@ def measure_gpu(index: int, memory: Load) -> GpuSpeed | None:
 def _measured(torch: Any, device: Any, context: int, memory: Load) -> GpuSpeed:
     big = torch.ones(BUFFER, dtype=torch.uint8, device=device)
     host, there = torch.ones(BUFFER, dtype=torch.uint8).pin_memory(), torch.empty_like(big)
-    rows, copied = big.view(-1, ROW), there.view(-1, ROW)[: BUFFER // ROW // 8]
-    ordered = torch.arange(len(copied), device=device)
-    apart = torch.randperm(len(rows), device=device)[: len(copied)].sort().values
+    rows, copied = big.view(-1, ROW), there.view(-1, ROW)[: BUFFER // ROW // PASSES]
+    ordered = torch.arange(len(rows), device=device).view(PASSES, -1)
+    apart = torch.randperm(len(rows), device=device).view(PASSES, -1).sort(dim=1).values
     square = torch.ones((SIDE, SIDE), dtype=torch.float16, device=device)
     small, small_host = torch.ones(4096, device=device), torch.ones(4096).pin_memory()
     torch.cuda.synchronize(device)
@@ -108,7 +108,11 @@ def _measured(torch: Any, device: Any, context: int, memory: Load) -> GpuSpeed:
         return Load(rate=lambda: passes * BUFFER / seconds(call, repeats, own), once=lambda: seconds(call, 1, own))
 
     def picked(which: Any) -> float:
-        return seconds(lambda: torch.index_select(rows, 0, which, out=copied), 10)
+        def call() -> None:  # rows that no pass before had, which a cache may hold
+            for part in which:
+                torch.index_select(rows, 0, part, out=copied)
+
+        return seconds(call, 10)
 
     def many() -> None:
         for _ in range(LAUNCHES):
