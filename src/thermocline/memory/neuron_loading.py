@@ -19,7 +19,7 @@ from thermocline.memory.movable import LayerBiases, Movable, MovableLayer
 from thermocline.memory.neuron_store import NeuronStore, Records, ResidentNeurons, require_store
 from thermocline.memory.queueing import NEURONS, Account, Later, Orders
 from thermocline.memory.reblock import Reblocked, Transposer, not_finite, transpose
-from thermocline.memory.sent import Sender, SentNeurons, lanes_for
+from thermocline.memory.sent import SentNeurons, lanes_for
 from thermocline.model.feed_forward import FeedForward, Neurons
 from thermocline.model.tensors import record_format
 from thermocline.ops.contract import NeuronBlock
@@ -140,9 +140,6 @@ class NeuronLoading:
         if self.sent:
             device = self.account.device(Tier.VRAM)
             lanes_for(device, self.account.memory.arenas[Tier.VRAM].for_purpose(Purpose.STAGING), self.sent)
-            if isinstance(device.ops, Sender):  # pinned
-                largest = max(neurons.largest for neurons in self.sent)
-                self.account.memory.arenas[Tier.RAM].claim(2 * largest, Purpose.STAGING)
 
     def travelling_part(
         self, cut: tuple[int, int], slots: tuple[Slot | None, Slot, Slot], records: bool, bias: str | None, rows: Rows
