@@ -240,6 +240,6 @@ def add_groups(partial, out, columns, GROUPS: tl.constexpr, BLOCK: tl.constexpr)
     col = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = col < columns
     total = tl.load(partial + col, mask=inside, other=0.0)
-    for group in range(1, GROUPS):
+    for group in tl.static_range(1, GROUPS):  # unrolled, so that many loads are on their way at once
         total += tl.load(partial + group * columns + col, mask=inside, other=0.0)
     tl.store(out + col, tl.load(out + col, mask=inside, other=0.0) + total, mask=inside)
