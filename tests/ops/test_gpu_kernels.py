@@ -22,7 +22,7 @@ from thermocline.ops.cuda.kernels import KERNELS
 from thermocline.ops.cuda.layout import Kind, cached
 from thermocline.ops.cuda.ops import CudaOps
 from thermocline.ops.cuda.scratch import Scratch
-from thermocline.ops.cuda.sizes import part_of
+from thermocline.ops.cuda.sizes import MOST_GROUPS, part_of
 from thermocline.ops.reference import ReferenceOps
 
 BEYOND = (1 << 31) + 4096
@@ -52,6 +52,7 @@ def test_every_kernel_compiles_for_gpus_of_two_makers(target: str) -> None:
     assert all(row["binary"] > 0 for row in rows)
     indexed = {row["kernel"] for row in rows if row["wide"]}
     assert indexed >= {"matvec", "gather_rows", "gate_up", "add_rows", "attend", "store_kv"}
+    assert all(sum(row["loads"].values()) > MOST_GROUPS for row in rows if row["kernel"] == "add_groups")
     assert not any(row["ordered"] for row in rows)  # what is counted is read by later launches only
     assert all("16" in row["loads"] for row in rows if row["kernel"] in ("matvec", "matvec_three", "gate_up", "attend"))
 
@@ -140,6 +141,31 @@ def test_counts_that_vary_compile_nothing_anew() -> None:
     """Neither 1 nor a multiple of 16 is another kernel; where `ids` are given and where they are not are two."""
     wanted = "activate add_groups add_rows attend combine gate_up gather_rows gather_rows list_groups select store_kv"
     assert printed("-c", COUNTS) == [wanted]
+
+
+LOOPS = """
+import re
+
+from thermocline.ops.cuda import ahead
+
+found = [v for v in ahead.variants() if v.name == "attend"][:3] + [v for v in ahead.variants() if v.name == "select"]
+for variant in found:
+    code = ahead.compiled(variant, ahead.target_of("sm_80")).asm["ptx"]
+    for number, block in re.findall(r"^\\$L__BB0_(\\d+):(.*?)(?=^\\$L__BB0|\\Z)", code, re.M | re.S):
+        if re.search(rf"bra[.a-z]*\\s+\\$L__BB0_{number};", block):
+            print(variant.name, *re.findall(r"(ld|bar|atom)[.](?:global|sync)", block))
+"""
+
+
+def test_loads_of_a_loop_are_on_their_way_together() -> None:
+    """Keys and values are loaded before the first of them is computed with; and a list's start is added up once."""
+    loops = [line.split() for line in printed("-c", LOOPS)]
+    assert [name for name, *_ in loops] == [*(3 * ["attend"]), "select"]
+    for name, *calls in loops:
+        loads = calls.count("ld")
+        assert calls[:loads] == loads * ["ld"]
+        assert loads >= (6 if name == "attend" else 1)
+        assert name == "attend" or "bar" not in calls
 
 
 def test_a_target_that_is_none_is_refused() -> None:

@@ -42,16 +42,27 @@ def write_rows(cache, scales, at, ok, value, head_dim, ROWS: tl.constexpr, DIM: 
 
 
 @triton.jit
-def read_rows(cache, scales, at, ok, head_dim, ROWS: tl.constexpr, DIM: tl.constexpr):
-    """The cache's rows (ROWS, DIM) float32 from the elements `at` (ROWS) on; 0 where not `ok` (ROWS)."""
+def load_rows(cache, scales, at, ok, head_dim, ROWS: tl.constexpr, DIM: tl.constexpr):
+    """The cache's rows (ROWS, DIM) from the elements `at` (ROWS) on as they lie, 0 where not `ok` (ROWS), and their
+    scales, if any.
+    """
     dim = tl.arange(0, DIM)
-    cells = ok[:, None] & (dim < head_dim)[None]
-    value = tl.load(cache + at[:, None] + dim[None], mask=cells, other=0.0).to(tl.float32)
+    number = tl.load(cache + at[:, None] + dim[None], mask=ok[:, None] & (dim < head_dim)[None], other=0.0)
+    scale = number
     if scales is not None:
         block = tl.arange(0, DIM // 32)
         there = scales + (at // 32)[:, None] + block[None]
-        scale = tl.load(there, mask=ok[:, None] & (block * 32 < head_dim)[None], other=0.0).to(tl.float32)
-        value = tl.reshape(tl.reshape(value, (ROWS, DIM // 32, 32)) * scale[:, :, None], (ROWS, DIM))
+        scale = tl.load(there, mask=ok[:, None] & (block * 32 < head_dim)[None], other=0.0)
+    return number, scale
+
+
+@triton.jit
+def floats(number, scale, scales, ROWS: tl.constexpr, DIM: tl.constexpr):
+    """What `load_rows` loaded, as float32."""
+    value = number.to(tl.float32)
+    if scales is not None:
+        parts = tl.reshape(value, (ROWS, DIM // 32, 32)) * scale.to(tl.float32)[:, :, None]
+        value = tl.reshape(parts, (ROWS, DIM))
     return value
 
 
@@ -110,14 +121,18 @@ def attend(
             at = start + tl.arange(0, BLOCK)
             seen = (at >= first) & (at < end)
             row = at.to(tl.int64)
-            cached = read_rows(keys, key_scales, kv_head * key_head + row * key_row, seen, head_dim, BLOCK, DIM)
+            key_at, value_at = kv_head * key_head + row * key_row, kv_head * value_head + row * value_row
+            # All loads come first, so that they are on their way together.
+            k_numbers, k_scale = load_rows(keys, key_scales, key_at, seen, head_dim, BLOCK, DIM)
+            v_numbers, v_scale = load_rows(values, value_scales, value_at, seen, head_dim, BLOCK, DIM)
+            cached = floats(k_numbers, k_scale, key_scales, BLOCK, DIM)
             score = tl.sum(query[:, None, :] * cached[None], axis=2)
             score = tl.where(seen[None], score, float("-inf"))
             higher = tl.maximum(peak, tl.max(score, axis=1))
             base = tl.where(higher == float("-inf"), 0.0, higher)
             weight = tl.exp(score - base[:, None])
             fade = tl.exp(peak - base)
-            cached = read_rows(values, value_scales, kv_head * value_head + row * value_row, seen, head_dim, BLOCK, DIM)
+            cached = floats(v_numbers, v_scale, value_scales, BLOCK, DIM)
             acc = acc * fade[:, None] + tl.sum(weight[:, :, None] * cached[None], axis=1)
             total = total * fade + tl.sum(weight, axis=1)
             peak = higher

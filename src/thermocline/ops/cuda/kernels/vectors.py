@@ -133,9 +133,10 @@ def select(scores, threshold, tokens, n, out, count, SINGLE: tl.constexpr, BLOCK
     """
     program = tl.program_id(0)
     lane = tl.arange(0, BLOCK)
-    before = 0
+    found = tl.zeros((BLOCK,), tl.int32)
     for earlier in range(program):
-        before += tl.sum(_reached(scores, threshold, tokens, n, earlier * BLOCK + lane, SINGLE, BLOCK), axis=0)
+        found += _reached(scores, threshold, tokens, n, earlier * BLOCK + lane, SINGLE, BLOCK)
+    before = tl.sum(found, axis=0)
     ids = program * BLOCK + lane
     wanted = _reached(scores, threshold, tokens, n, ids, SINGLE, BLOCK)
     tl.store(out + before + tl.cumsum(wanted, axis=0) - wanted, ids, mask=wanted > 0)
