@@ -157,6 +157,7 @@ def compile_all(targets: Iterable[str], wanted: Iterable[Variant]) -> Iterator[d
                 "shared": made.metadata.shared,
                 "wide": _widest_index(made.asm["ttir"]),
                 "ordered": "acq_rel" in made.asm["llir"],
+                "doubles": "double" in made.asm["llir"],
                 "loads": _amd_loads(made.asm["amdgcn"]) if amd else _loads(made.asm["ptx"]),
                 "kinds": sorted({value for name, value in variant.constants if name.endswith("_KIND")}),
             }
