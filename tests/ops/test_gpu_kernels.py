@@ -169,6 +169,30 @@ def test_loads_of_a_loop_are_on_their_way_together() -> None:
         assert name == "attend" or "bar" not in calls
 
 
+ODD = """
+import json
+
+from thermocline.ops.cuda import ahead
+
+odd = [v for v in ahead.variants() if any(name.endswith("_ALIGN") and value < 16 for name, value in v.constants)]
+odd = {(v.name, *(value for name, value in v.constants if name.endswith("_KIND"))): v for v in odd}
+for row in ahead.compile_all(["sm_80"], odd.values()):
+    print(json.dumps(row))
+"""
+
+
+def test_rows_that_no_vector_load_begins_are_not_read_byte_by_byte() -> None:
+    """Falcon 7B's, in Q8_0 and Q4_0, take four bytes at once; only scales take two."""
+    rows = [json.loads(line) for line in printed("-c", ODD)]
+    assert {row["kernel"] for row in rows} == {
+        "matvec", "matvec_three", "matvec_few", "gather_rows", "gate_up", "add_rows"
+    }  # fmt: skip
+    assert {row["align"] for row in rows} == {4}
+    for row in rows:
+        assert "1" not in row["loads"], row
+        assert row["loads"]["4"] > 0, row
+
+
 def test_a_target_that_is_none_is_refused() -> None:
     with pytest.raises(UsageError, match="allowed: sm_"):
         list(ahead.compile_all(["ninety"], []))

@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from thermocline.errors import UsageError
-from thermocline.files.formats import BY_NAME, F16, F32, Q8_0, BlockFormat
+from thermocline.files.formats import BY_NAME, F16, F32, Q4_0, Q8_0, BlockFormat
 from thermocline.files.weight import Weight
 from thermocline.ops.contract import ALL, Activation, FfnKind, KVLayer, NeuronBlock
 from thermocline.ops.cuda.kernels import KERNELS
@@ -33,6 +33,8 @@ from thermocline.ops.cuda.ops import CudaOps
 
 WIDTH, NEURONS, HEADS, DIM, RANK, CONTEXT = 4096, 11008, 32, 128, 512, 4096
 """Sizes of a model of 7 billion parameters."""
+ODD = 4544
+"""The width of Falcon 7B, whose rows of Q8_0 and Q4_0 begin at multiples of 4 bytes."""
 RELU = FfnKind(Activation.RELU, gated=True)
 KINDS = (
     RELU,
@@ -56,6 +58,9 @@ def variants() -> list[Variant]:
             _neurons(ops, fmt, RELU)
         for kind in KINDS[1:]:
             _neurons(ops, F16, kind)
+        for fmt in (Q8_0, Q4_0):
+            _matrices(ops, fmt, ODD)
+            _neurons(ops, fmt, RELU, ODD)
     return list(recorder.variants)
 
 
@@ -84,10 +89,10 @@ def _attention(ops: CudaOps, kv_heads: int, dim: int) -> None:
         ops.attention(many, more, more, cache, 0, 0.1, 0, many)
 
 
-def _matrices(ops: CudaOps, fmt: BlockFormat) -> None:
-    matrix, bias = _weight(ops, WIDTH, WIDTH, fmt), ops.array((WIDTH,))
+def _matrices(ops: CudaOps, fmt: BlockFormat, width: int = WIDTH) -> None:
+    matrix, bias = _weight(ops, width, width, fmt), ops.array((width,))
     for tokens in (1, 2, 3, 4, 512):
-        x, out = ops.array((tokens, WIDTH)), ops.array((tokens, WIDTH))
+        x, out = ops.array((tokens, width)), ops.array((tokens, width))
         ops.linear(x, (matrix,), (out,))
         ops.linear(x, (matrix,) * 3, (out,) * 3)
         if fmt is F16:
@@ -95,20 +100,20 @@ def _matrices(ops: CudaOps, fmt: BlockFormat) -> None:
         ops.linear(x, (matrix,), (out,), add=True)
         ops.embed(matrix, np.zeros(tokens, np.int32), out)
     if fmt in (F32, F16, Q8_0):
-        fc1, fc2 = _weight(ops, RANK, WIDTH, fmt), _weight(ops, NEURONS, RANK, fmt)
-        ops.predict(ops.array((1, WIDTH)), fc1, fc2, ops.array((1, NEURONS)))
+        fc1, fc2 = _weight(ops, RANK, width, fmt), _weight(ops, NEURONS, RANK, fmt)
+        ops.predict(ops.array((1, width)), fc1, fc2, ops.array((1, NEURONS)))
 
 
-def _neurons(ops: CudaOps, fmt: BlockFormat, kind: FfnKind) -> None:
-    first = _weight(ops, NEURONS, WIDTH, fmt)
+def _neurons(ops: CudaOps, fmt: BlockFormat, kind: FfnKind, width: int = WIDTH) -> None:
+    first = _weight(ops, NEURONS, width, fmt)
     block = NeuronBlock(first if kind.gated else None, first, first, True, kind, NEURONS)
-    x, out = ops.array((1, WIDTH)), ops.array((1, WIDTH))
+    x, out = ops.array((1, width)), ops.array((1, width))
     chosen = ops.select(ops.array((1, NEURONS)), 0.5, ops.array((NEURONS,), "int32"))
     for active in (ALL, chosen):
         if kind.sparse or active is ALL:
             ops.ffn(x, block, active, out, skip_zeros=kind.sparse)
     if fmt is F16:
-        many, sums = ops.array((512, WIDTH)), ops.array((512, WIDTH))
+        many, sums = ops.array((512, width)), ops.array((512, width))
         ops.ffn(many, block, ALL, sums, skip_zeros=kind.sparse)
     if fmt is F16 and kind is RELU:
         ops.ffn(x, replace(block, rows=ops.array((NEURONS,), "int32")), chosen, out, skip_zeros=True)
@@ -160,6 +165,7 @@ def compile_all(targets: Iterable[str], wanted: Iterable[Variant]) -> Iterator[d
                 "doubles": "double" in made.asm["llir"],
                 "loads": _amd_loads(made.asm["amdgcn"]) if amd else _loads(made.asm["ptx"]),
                 "kinds": sorted({value for name, value in variant.constants if name.endswith("_KIND")}),
+                "align": min((value for name, value in variant.constants if name.endswith("_ALIGN")), default=16),
             }
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
+from math import gcd
 from typing import Any, Final
 
 import torch
@@ -67,13 +68,19 @@ class DeviceMatrix:
         return self.rows * self.format.row_bytes(self.columns)
 
     def arguments(self, name: str) -> dict[str, Any]:
-        """The matrix as arguments of a kernel that calls it `name`."""
+        """The matrix as arguments of a kernel that calls it `name`.
+
+        The length of a row is given in units of as many bytes as every row begins at a multiple of, up to a vector
+        load's 16: of a length Triton only knows whether 16 divides it, and would load the others byte by byte.
+        """
+        width = self.format.row_bytes(self.columns)
+        align = gcd(width, 16)
         return {
             name: self.numbers,
-            f"{name}_stride": self.numbers.stride(0) if self.rows else 0,
+            f"{name}_length": width // align,
             f"{name}_scales": self.scales,
-            f"{name}_scale_stride": self.scales.stride(0) if self.scales is not None and self.rows else 0,
             f"{name.upper()}_KIND": int(self.kind),
+            f"{name.upper()}_ALIGN": align,
         }
 
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from thermocline.ops.cuda.kernels.registry import kernel
-from thermocline.ops.cuda.kernels.rows import decode, dot_rows, pairs
+from thermocline.ops.cuda.kernels.rows import decode, dot_rows, pairs, strides
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,attr-defined"
 
@@ -60,10 +60,11 @@ def _activate(value, threshold, ACTIVATION: tl.constexpr):
 
 @kernel("neurons")
 def gate_up(
-    x, gate, gate_stride, gate_scales, gate_scale_stride, up, up_stride, up_scales, up_scale_stride, up_bias,
+    x, gate, gate_length, gate_scales, up, up_length, up_scales, up_bias,
     places, ids, count, neurons, columns, threshold, h, work,
     GATED: tl.constexpr, BOTH: tl.constexpr, ACTIVATION: tl.constexpr, SKIP: tl.constexpr,
-    GATE_KIND: tl.constexpr, UP_KIND: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    GATE_KIND: tl.constexpr, UP_KIND: tl.constexpr, GATE_ALIGN: tl.constexpr, UP_ALIGN: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """h by position = the neurons' activations. With SKIP, up rows are read only where the gate opened.
 
@@ -80,13 +81,13 @@ def gate_up(
     row = neuron
     if places is not None:
         row = tl.load(places + neuron, mask=ok, other=0).to(tl.int64)
+    gate_stride, gate_step = strides(gate, gate_length, GATE_ALIGN)
+    up_stride, up_step = strides(up, up_length, UP_ALIGN)
     if tl.program_id(0) * ROWS < limit:
         wanted = ok
         g = tl.zeros((ROWS,), tl.float32)
         if GATED:
-            g = dot_rows(
-                x, gate, gate_stride, gate_scales, gate_scale_stride, row, ok, columns, GATE_KIND, ROWS, BLOCK
-            )  # fmt: skip
+            g = dot_rows(x, gate, gate_stride, gate_scales, gate_step, row, ok, columns, GATE_KIND, ROWS, BLOCK)
             g = _activate(g, threshold, ACTIVATION)
             if SKIP:
                 wanted = ok & (g != 0)
@@ -94,9 +95,7 @@ def gate_up(
         rows = tl.sum(wanted.to(tl.int64), axis=0)
         u = tl.zeros((ROWS,), tl.float32)
         if rows > 0:
-            u = dot_rows(
-                x, up, up_stride, up_scales, up_scale_stride, row, wanted, columns, UP_KIND, ROWS, BLOCK
-            )  # fmt: skip
+            u = dot_rows(x, up, up_stride, up_scales, up_step, row, wanted, columns, UP_KIND, ROWS, BLOCK)
             if up_bias is not None:
                 u += tl.load(up_bias + neuron, mask=wanted, other=0.0)
             tl.atomic_add(work + 1, rows, sem="relaxed")
@@ -188,13 +187,14 @@ def list_groups(
 
 @kernel()
 def add_rows(
-    down, down_stride, down_scales, down_scale_stride, columns, room, rows, values, sizes, partial,
-    DOWN_KIND: tl.constexpr, AHEAD: tl.constexpr, BLOCK: tl.constexpr,
+    down, down_length, down_scales, columns, room, rows, values, sizes, partial,
+    DOWN_KIND: tl.constexpr, DOWN_ALIGN: tl.constexpr, AHEAD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """partial (groups, columns) = each group's sum of its values times its down rows, BLOCK columns a program."""
     group = tl.program_id(0)
     size = tl.load(sizes + group)
     first = group * room
+    stride, scale_stride = strides(down, down_length, DOWN_ALIGN)
     # WIDTH pieces of SPAN elements; those of Q4_0, Q4_K and Q5_K lie in halves of bytes, the high ones SPAN / 2 later.
     MINIMA: tl.constexpr = DOWN_KIND == 3 or DOWN_KIND == 4
     HALVES: tl.constexpr = MINIMA or DOWN_KIND == 2
@@ -215,24 +215,22 @@ def add_rows(
             value = tl.load(values + first + start + step, mask=there, other=0.0)
             known = there & (piece < columns // SPAN)
             if MINIMA:
-                scale0, least0, q0, scale1, least1, q1 = pairs(down, row * down_stride, piece, lane, known, DOWN_KIND)
+                scale0, least0, q0, scale1, least1, q1 = pairs(down, row * stride, piece, lane, known, DOWN_KIND)
                 acc += value * (scale0[:, None] * q0 - least0[:, None])
                 high += value * (scale1[:, None] * q1 - least1[:, None])
             elif DOWN_KIND == 1 or DOWN_KIND == 2:
-                scale = tl.load(down_scales + row * down_scale_stride + piece, mask=known, other=0.0)
+                scale = tl.load(down_scales + row * scale_stride + piece, mask=known, other=0.0)
                 factor = (value * scale.to(tl.float32))[:, None]
                 if DOWN_KIND == 1:
-                    q = tl.load(down + row * down_stride + col, mask=inside & there, other=0)
+                    q = tl.load(down + row * stride + col, mask=inside & there, other=0)
                     acc += factor * q.to(tl.float32)
                 else:
                     byte = piece[:, None] * 16 + lane[None]
-                    q = tl.load(down + row * down_stride + byte, mask=inside & there, other=0).to(tl.int32)
+                    q = tl.load(down + row * stride + byte, mask=inside & there, other=0).to(tl.int32)
                     acc += factor * ((q & 15) - 8).to(tl.float32)
                     high += factor * ((q >> 4) - 8).to(tl.float32)
             else:
-                w = decode(
-                    down, down_stride, down_scales, down_scale_stride, row, col, inside & there, DOWN_KIND
-                )  # fmt: skip
+                w = decode(down, stride, down_scales, scale_stride, row, col, inside & there, DOWN_KIND)
                 acc += value * w
     at = partial + group.to(tl.int64) * columns + col
     tl.store(at, acc, mask=inside)

@@ -5,7 +5,8 @@ KIND says how elements lie (`layout.Kind`): 0 floats; 1 Q8_0, the signed bytes o
 their high ones, and after them the scales; 3 to 5 blocks of Q4_K, Q5_K and Q6_K as in files (`files.kquants` says how);
 6 the bits of BF16.
 
-Strides are those of rows, in elements. Callers pass rows as int64, so that offsets into matrices are 64 bits wide.
+Kernels get the length of a row in units of ALIGN bytes; strides are those of rows, in elements. Callers pass rows as
+int64, so that offsets into matrices are 64 bits wide.
 """
 
 from __future__ import annotations
@@ -16,6 +17,13 @@ import triton.language as tl
 from thermocline.ops.cuda.kernels.registry import kernel
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,attr-defined"
+
+
+@triton.jit
+def strides(data, length, ALIGN: tl.constexpr):
+    """Of a matrix's numbers, and of its scales."""
+    SIZE: tl.constexpr = data.dtype.element_ty.primitive_bitwidth // 8
+    return length * (ALIGN // SIZE), length * (ALIGN // 2)
 
 
 @triton.jit
@@ -231,15 +239,15 @@ def _dot_plain(
 
 @kernel()
 def matvec(
-    x, matrix, matrix_stride, matrix_scales, matrix_scale_stride, bias, out, rows, columns,
-    MATRIX_KIND: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, RELU: tl.constexpr,
+    x, matrix, matrix_length, matrix_scales, bias, out, rows, columns,
+    MATRIX_KIND: tl.constexpr, MATRIX_ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    ADD: tl.constexpr, RELU: tl.constexpr,
 ):  # fmt: skip
     """out (1, rows) = x (1, columns) times the matrix transposed, plus bias, plus what was there if ADD."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     ok = row < rows
-    y = dot_rows(
-        x, matrix, matrix_stride, matrix_scales, matrix_scale_stride, row, ok, columns, MATRIX_KIND, ROWS, BLOCK
-    )  # fmt: skip
+    stride, step = strides(matrix, matrix_length, MATRIX_ALIGN)
+    y = dot_rows(x, matrix, stride, matrix_scales, step, row, ok, columns, MATRIX_KIND, ROWS, BLOCK)
     if bias is not None:
         y += tl.load(bias + row, mask=ok, other=0.0)
     at = out + row
@@ -252,13 +260,14 @@ def matvec(
 
 @kernel()
 def matvec_few(
-    x, matrix, matrix_stride, matrix_scales, matrix_scale_stride, bias, out, rows, columns,
-    MATRIX_KIND: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    ADD: tl.constexpr, RELU: tl.constexpr,
+    x, matrix, matrix_length, matrix_scales, bias, out, rows, columns,
+    MATRIX_KIND: tl.constexpr, MATRIX_ALIGN: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, ADD: tl.constexpr, RELU: tl.constexpr,
 ):  # fmt: skip
     """`matvec` for TOKENS tokens (2 to 4), for all of which a row is read once."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     ok = row < rows
+    stride, step = strides(matrix, matrix_length, MATRIX_ALIGN)
     LANES: tl.constexpr = 2 if TOKENS == 2 else 4
     token = tl.arange(0, LANES)
     y = tl.zeros((LANES, ROWS), tl.float32)
@@ -266,18 +275,15 @@ def matvec_few(
         # What is decoded is too much to keep; rows come from the first cache again, 16 bytes at a time.
         for one in tl.static_range(TOKENS):
             dots = dot_rows(
-                x + one * columns, matrix, matrix_stride, matrix_scales, matrix_scale_stride, row, ok, columns,
-                MATRIX_KIND, ROWS, BLOCK,
+                x + one * columns, matrix, stride, matrix_scales, step, row, ok, columns, MATRIX_KIND, ROWS, BLOCK
             )  # fmt: skip
             y += tl.where((token == one)[:, None], dots[None], 0.0)
     else:
         for start in range(0, columns, BLOCK):
             col = start + tl.arange(0, BLOCK)
             inside = col < columns
-            w = decode(
-                matrix, matrix_stride, matrix_scales, matrix_scale_stride, row[:, None], col[None],
-                ok[:, None] & inside[None], MATRIX_KIND,
-            )  # fmt: skip
+            here = ok[:, None] & inside[None]
+            w = decode(matrix, stride, matrix_scales, step, row[:, None], col[None], here, MATRIX_KIND)
             for one in tl.static_range(TOKENS):
                 v = tl.load(x + one * columns + col, mask=inside, other=0.0)
                 dots = tl.sum(w * v[None], axis=1)
@@ -295,12 +301,13 @@ def matvec_few(
 
 @triton.jit
 def _product(
-    program, x, matrix, stride, scales, scale_stride, bias, out, rows, columns,
-    KIND: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    program, x, matrix, length, scales, bias, out, rows, columns,
+    KIND: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = program.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     ok = row < rows
-    y = dot_rows(x, matrix, stride, scales, scale_stride, row, ok, columns, KIND, ROWS, BLOCK)
+    stride, step = strides(matrix, length, ALIGN)
+    y = dot_rows(x, matrix, stride, scales, step, row, ok, columns, KIND, ROWS, BLOCK)
     if bias is not None:
         y += tl.load(bias + row, mask=ok, other=0.0)
     tl.store(out + row, y, mask=ok)
@@ -309,10 +316,11 @@ def _product(
 @kernel()
 def matvec_three(
     x, columns,
-    a, a_stride, a_scales, a_scale_stride, a_bias, a_out, a_rows,
-    b, b_stride, b_scales, b_scale_stride, b_bias, b_out, b_rows,
-    c, c_stride, c_scales, c_scale_stride, c_bias, c_out, c_rows,
-    A_KIND: tl.constexpr, B_KIND: tl.constexpr, C_KIND: tl.constexpr, ROWS: tl.constexpr,
+    a, a_length, a_scales, a_bias, a_out, a_rows,
+    b, b_length, b_scales, b_bias, b_out, b_rows,
+    c, c_length, c_scales, c_bias, c_out, c_rows,
+    A_KIND: tl.constexpr, B_KIND: tl.constexpr, C_KIND: tl.constexpr,
+    A_ALIGN: tl.constexpr, B_ALIGN: tl.constexpr, C_ALIGN: tl.constexpr, ROWS: tl.constexpr,
     A_BLOCK: tl.constexpr, B_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """`matvec` of one token with three matrices: programs take the rows of a, then those of b, then those of c."""
@@ -320,25 +328,23 @@ def matvec_three(
     second = tl.cdiv(a_rows, ROWS)
     third = second + tl.cdiv(b_rows, ROWS)
     if program < second:
-        _product(
-            program, x, a, a_stride, a_scales, a_scale_stride, a_bias, a_out, a_rows, columns, A_KIND, ROWS, A_BLOCK
-        )  # fmt: skip
+        _product(program, x, a, a_length, a_scales, a_bias, a_out, a_rows, columns, A_KIND, A_ALIGN, ROWS, A_BLOCK)
     elif program < third:
         _product(
-            program - second, x, b, b_stride, b_scales, b_scale_stride, b_bias, b_out, b_rows, columns,
-            B_KIND, ROWS, B_BLOCK,
+            program - second, x, b, b_length, b_scales, b_bias, b_out, b_rows, columns,
+            B_KIND, B_ALIGN, ROWS, B_BLOCK,
         )  # fmt: skip
     else:
         _product(
-            program - third, x, c, c_stride, c_scales, c_scale_stride, c_bias, c_out, c_rows, columns,
-            C_KIND, ROWS, C_BLOCK,
+            program - third, x, c, c_length, c_scales, c_bias, c_out, c_rows, columns,
+            C_KIND, C_ALIGN, ROWS, C_BLOCK,
         )  # fmt: skip
 
 
 @kernel("first", "count")
 def gather_rows(
-    matrix, matrix_stride, matrix_scales, matrix_scale_stride, ids, first, count, columns, out,
-    MATRIX_KIND: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    matrix, matrix_length, matrix_scales, ids, first, count, columns, out,
+    MATRIX_KIND: tl.constexpr, MATRIX_ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """out (count, columns) float32 = rows `ids` of the matrix, or those from `first` on where `ids` is None."""
     place = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -348,7 +354,6 @@ def gather_rows(
         row = tl.load(ids + place, mask=wanted, other=0).to(tl.int64)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     ok = wanted[:, None] & (col < columns)[None]
-    value = decode(
-        matrix, matrix_stride, matrix_scales, matrix_scale_stride, row[:, None], col[None], ok, MATRIX_KIND
-    )  # fmt: skip
+    stride, step = strides(matrix, matrix_length, MATRIX_ALIGN)
+    value = decode(matrix, stride, matrix_scales, step, row[:, None], col[None], ok, MATRIX_KIND)
     tl.store(out + place[:, None] * columns + col[None], value, mask=ok)
