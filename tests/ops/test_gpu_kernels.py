@@ -431,6 +431,11 @@ def test_devices_that_are_not_there_are_refused_with_a_remedy() -> None:
         assert words in done.stderr
 
 
+def test_another_gpu_than_the_first_is_refused() -> None:
+    with pytest.raises(UsageError, match="CUDA_VISIBLE_DEVICES=1"):
+        CudaOps("cuda:1")
+
+
 def test_scratch_that_a_graph_may_use_is_never_let_go() -> None:
     scratch = Scratch(torch.device("cpu"))
     small = scratch.take("a", (4,))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from thermocline.errors import HardwareError
+from thermocline.errors import HardwareError, UsageError
 from thermocline.hardware.gpu_software import gpu_lacks
 from thermocline.ops.factory import interpreted
 
@@ -13,6 +13,7 @@ def open_device(name: str) -> tuple[torch.device, str]:
     """The device called `name` (`auto` takes the GPU, or the interpreter where it is on), and a name for reports.
 
     Raises:
+        UsageError: it is not the first, on which kernels are launched.
         HardwareError: there is none; the message names the remedy.
     """
     if name == "auto":
@@ -20,6 +21,11 @@ def open_device(name: str) -> tuple[torch.device, str]:
     device = torch.device(name)
     if device.type == "meta":
         return device, "cuda/none"
+    if device.index:
+        raise UsageError(
+            f"kernels run on the first GPU that this process sees, and not on {name}; set "
+            f"CUDA_VISIBLE_DEVICES={device.index} (HIP_VISIBLE_DEVICES where it is AMD's) before the start"
+        )
     if interpreted():
         if device.type == "cpu":
             return device, "cuda/interpreter"
@@ -31,6 +37,4 @@ def open_device(name: str) -> tuple[torch.device, str]:
             "torch finds no GPU; look at the driver, and at CUDA_VISIBLE_DEVICES or HIP_VISIBLE_DEVICES",
         )
         raise HardwareError(". ".join(lacks))
-    if device.index is not None and device.index >= torch.cuda.device_count():
-        raise HardwareError(f"there is no {name}; this machine has {torch.cuda.device_count()} GPUs, from cuda:0 on")
     return device, f"cuda/{torch.cuda.get_device_name(device)}"

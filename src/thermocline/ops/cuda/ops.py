@@ -57,9 +57,10 @@ class CudaOps:
         tuning: Tuning | None = None,
         launcher: Launcher = launch,
     ) -> None:
-        """Compute on `device`: `cuda`, `cuda:1`, `cpu` (interpreter), `meta` (nothing), or the best there is.
+        """Compute on `device`: `cuda`, `cpu` (interpreter), `meta` (nothing), or the best there is.
 
         Raises:
+            UsageError: the device is not the first GPU (see `hardware.gpu_choice`).
             HardwareError: torch, Triton, a driver or the device is missing; the message names the remedy.
         """
         free = _free_before(device)
