@@ -21,14 +21,18 @@ def tunings() -> Iterator[tuple[str, Tuning]]:
     """Kernel and tuning, the usual one first; each differs from it in what concerns that kernel."""
     usual = Tuning()
     yield "matrix-vector", usual
-    for rows, block, warps in ((2, 1024, 4), (4, 2048, 4), (8, 1024, 4), (4, 1024, 2), (8, 1024, 8), (2, 2048, 4)):
+    for rows, block, warps in (
+        (2, 512, 1), (4, 512, 1), (2, 1024, 1),  # a single warp waits for no other where sums change their layout
+        (2, 1024, 4), (4, 2048, 4), (8, 1024, 4), (4, 1024, 2), (8, 1024, 8), (2, 2048, 4),
+    ):  # fmt: skip
         yield "matrix-vector", replace(usual, rows=rows, block=block, warps=warps)
     yield "sparse FFN", usual
-    for rows, block, ahead, width in (
-        (4, 1024, 16, 512), (4, 2048, 16, 512), (1, 4096, 16, 512), (2, 2048, 8, 512), (2, 2048, 16, 1024),
-        (2, 2048, 24, 256),
+    for rows, block, ahead, width, warps in (
+        (2, 1024, 16, 512, 1), (4, 1024, 16, 512, 4), (4, 2048, 16, 512, 4), (1, 4096, 16, 512, 4),
+        (2, 2048, 8, 512, 4), (2, 2048, 16, 1024, 4), (2, 2048, 24, 256, 4),
     ):  # fmt: skip
-        yield "sparse FFN", replace(usual, neuron_rows=rows, neuron_block=block, ahead=ahead, record_block=width)
+        tuning = replace(usual, neuron_rows=rows, neuron_block=block, ahead=ahead, record_block=width, warps=warps)
+        yield "sparse FFN", tuning
 
 
 def sweep(
@@ -75,4 +79,4 @@ def sweep(
 def _shown(kernel: str, t: Tuning) -> str:
     if kernel == "matrix-vector":
         return f"rows {t.rows}, block {t.block}, warps {t.warps}"
-    return f"rows {t.neuron_rows}, block {t.neuron_block}, ahead {t.ahead}, columns {t.record_block}"
+    return f"rows {t.neuron_rows}, block {t.neuron_block}, ahead {t.ahead}, columns {t.record_block}, warps {t.warps}"
