@@ -203,6 +203,21 @@ def test_a_fault_of_the_cpu_ends_one_request(tiny_model: Any, fault: Fault, tape
     assert again.tobytes() == first.tobytes()
 
 
+def test_a_step_that_failed_waits_for_no_other_layer(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    transformer, cache = load(tiny_model, (32, 32))
+    step = CapturedStep(transformer, cache, way=CrossingKind.PLAIN, patience=0.5)
+    worker, waited = step._worker, list[int]()
+    assert worker is not None
+    wait = worker.wait
+    monkeypatch.setattr(worker, "wait", lambda number: (waited.append(number), wait(number))[1])
+    step.run(7, len(PROMPT))
+    assert waited == [1, 2]
+    worker.inject(Fault.STALL, 0, 3.0)
+    with pytest.raises(HardwareError, match="in time"):
+        step.run(7, len(PROMPT))
+    assert waited == [1, 2, 1]
+
+
 def test_a_step_that_was_given_up_on_spoils_no_other(tiny_model: Any) -> None:
     """Its tape is played late, and writes into the cache: other steps begin when it is done."""
     seats = Seating(RAM, VRAM, (LayerSeat(VRAM, 32, 96), HERE))

@@ -60,8 +60,15 @@ class Plain:
         self._worker.post(number)
 
     def wait(self, number: int) -> None:
-        """See the protocol; where no answer comes, the step that the worker is in ends with the error."""
-        self._worker.wait(number)
+        """See the protocol.
+
+        Raises:
+            HardwareError: no answer came in time, and none of the step's other layers is to be waited for.
+        """
+        if not self._worker.wait(number):
+            raise HardwareError(
+                "the CPU did not compute its neurons in time; the request was ended, the next one may succeed"
+            )
 
 
 class StreamMemory:
