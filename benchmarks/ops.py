@@ -122,8 +122,7 @@ class Bench:
         """Decode through the FFN with a share of the neurons active, all of which fire."""
         s = self.shape
         x, out = np.abs(self._normal(1, s.n_embd)), np.zeros((1, s.n_embd), np.float32)
-        for share in SHARES:
-            ring = self._neuron_blocks(fmt, apart=share < 1)
+        for share, ring in self._shares(fmt):
             sets = [[ALL] if share == 1 else self._disjoint(share) for _ in ring]
             # A block's sets follow each other only after all other blocks.
             turns = [
@@ -138,6 +137,11 @@ class Bench:
             if share < 1:
                 reads = tuple(partial(self._read, block, active.indices) for block, active in turns)
                 yield Case(f"rows {share:.0%}", fmt.name, size, reads, moved)
+
+    def _shares(self, fmt: BlockFormat) -> Iterator[tuple[float, list[NeuronBlock]]]:
+        """Shares of neurons with blocks that lie as a model's do where it computes so many."""
+        for apart, shares in itertools.groupby(SHARES, lambda share: share < 1):
+            yield from zip(shares, itertools.repeat(self._neuron_blocks(fmt, apart=apart)), strict=False)
 
     def _read(self, block: NeuronBlock, rows: npt.NDArray[np.int32] | None) -> None:
         assert rows is not None
